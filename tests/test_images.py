@@ -1,0 +1,348 @@
+"""Every kind of picture becomes the same pixels, and no file can hurt the worker."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import time
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from edje.images import ImageError, ImageLimits, decode_image
+
+LIMITS = ImageLimits(max_bytes=4_000_000, max_pixels=4_000_000)
+SIZE = 32
+
+
+def saved(image: Image.Image, image_format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def quadrants(size: int = 64) -> Image.Image:
+    """Red, green / blue, white: a turn, a flip or a swapped channel shows."""
+    pixels = np.zeros((size, size, 3), np.uint8)
+    half = size // 2
+    pixels[:half, :half] = (255, 0, 0)
+    pixels[:half, half:] = (0, 255, 0)
+    pixels[half:, :half] = (0, 0, 255)
+    pixels[half:, half:] = (255, 255, 255)
+    return Image.fromarray(pixels)
+
+
+def corners(pixels: np.ndarray) -> list[tuple[int, ...]]:
+    quarter, far = SIZE // 4, 3 * SIZE // 4
+    return [tuple(int(v) for v in pixels[:, y, x]) for y in (quarter, far) for x in (quarter, far)]
+
+
+def assert_quadrants(pixels: np.ndarray, tolerance: int = 3) -> None:
+    expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    assert pixels.shape == (3, SIZE, SIZE)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+    np.testing.assert_allclose(corners(pixels), expected, atol=tolerance)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, *chunks: bytes, bits: int = 8, colour: int = 2) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + png_chunk(b"IEND", b"")
+
+
+def refusal(data: bytes, limits: ImageLimits = LIMITS) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        decode_image(data, SIZE, limits)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_deflate"}),
+        ("JPEG", {"quality": 95, "subsampling": 0}),
+    ],
+)
+def test_each_format_gives_the_same_picture(image_format, options):
+    assert_quadrants(decode_image(saved(quadrants(), image_format, **options), SIZE, LIMITS), tolerance=8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_is_turned_upright(image_format, orientation):
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that undoes each orientation
+    stored = quadrants() if orientation == 1 else quadrants().transpose(Image.Transpose(back[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95, "subsampling": 0} if image_format == "JPEG" else {}
+    data = saved(stored, image_format, exif=exif, **options)
+
+    assert_quadrants(decode_image(data, SIZE, LIMITS), tolerance=16)
+
+
+def test_broken_exif_does_not_spoil_the_picture():
+    data = saved(quadrants(), "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
+
+    assert_quadrants(decode_image(data, SIZE, LIMITS), tolerance=8)
+
+
+def test_transparency_lies_on_white():
+    image = quadrants().convert("RGBA")
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[:32, :32] = 0
+    alpha[:32, 32:] = 128
+    image.putalpha(Image.fromarray(alpha))
+
+    seen = corners(decode_image(saved(image, "PNG"), SIZE, LIMITS))
+
+    np.testing.assert_allclose(seen, [(255, 255, 255), (127, 255, 127), (0, 0, 255), (255, 255, 255)], atol=2)
+
+
+def test_hidden_colours_do_not_bleed_through_the_edge_of_a_transparent_area():
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    pixels[:, :32] = (255, 0, 0, 0)  # red, but invisible
+    pixels[:, 32:] = (255, 255, 255, 255)
+
+    assert decode_image(saved(Image.fromarray(pixels), "PNG"), 7, LIMITS).min() >= 254
+
+
+def test_grey_with_alpha_lies_on_white():
+    image = Image.new("LA", (64, 64), (0, 255))
+    image.paste((0, 0), (0, 0, 32, 64))
+
+    seen = corners(decode_image(saved(image, "PNG"), SIZE, LIMITS))
+
+    assert seen == [(255,) * 3, (0,) * 3, (255,) * 3, (0,) * 3]
+
+
+@pytest.mark.parametrize("transparency", [0, b"\x00\xff\xff"])
+@pytest.mark.parametrize("image_format", ["PNG", "GIF"])
+def test_a_palette_with_a_transparent_colour_lies_on_white(image_format, transparency):
+    if image_format == "GIF" and isinstance(transparency, bytes):
+        transparency = 0
+    image = Image.new("P", (64, 64), 0)
+    image.putpalette([10, 10, 10, 255, 0, 0, 0, 255, 0])
+    image.paste(1, (32, 0, 64, 64))
+
+    seen = corners(decode_image(saved(image, image_format, transparency=transparency), SIZE, LIMITS))
+
+    assert seen == [(255, 255, 255), (255, 0, 0), (255, 255, 255), (255, 0, 0)]
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
+def test_greyscale_becomes_three_equal_channels(image_format):
+    grey = Image.new("L", (40, 30), 100)
+
+    pixels = decode_image(saved(grey, image_format), SIZE, LIMITS)
+
+    assert np.abs(pixels.astype(int) - 100).max() <= 2
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "BMP"])
+def test_one_bit_black_and_white(image_format):
+    image = Image.new("1", (64, 64), 0)
+    image.paste(1, (32, 0, 64, 64))
+
+    assert corners(decode_image(saved(image, image_format), SIZE, LIMITS)) == [(0,) * 3, (255,) * 3] * 2
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(image_format):
+    ramp = np.repeat(np.linspace(0, 65_535, 256).astype(np.uint16)[None, :], 256, axis=0)
+
+    pixels = decode_image(saved(Image.fromarray(ramp), image_format), 256, LIMITS)
+
+    np.testing.assert_allclose(pixels[0, 100], np.arange(256), atol=1)
+
+
+def test_sixteen_bit_colour_is_scaled_and_not_clipped():
+    row = b"\x00" + struct.pack(">HHH", 65_535, 32_768, 0) * 8
+    data = png(8, 8, png_chunk(b"IDAT", zlib.compress(row * 8)), bits=16)
+
+    np.testing.assert_allclose(decode_image(data, SIZE, LIMITS)[:, 5, 5], [255, 128, 0], atol=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((0.0, 0.5, 1.0), (0, 128, 255)),
+        ((0.0, 100.0, 200.0), (0, 100, 200)),
+        ((0.0, 32_767.5, 65_535.0), (0, 128, 255)),
+        ((-10.0, 0.0, 10.0), (0, 128, 255)),
+        ((-3e38, 0.0, 3e38), (0, 128, 255)),
+        ((np.nan, np.inf, 1.0), (0, 0, 255)),
+        ((1e6, 1e6, 1e6), (0, 0, 0)),
+    ],
+)
+def test_a_float_tiff_is_scaled_from_the_smallest_usual_range_it_fits(values, expected):
+    stripes = np.repeat(np.repeat(np.array(values, np.float32), 8)[None, :], 24, axis=0)
+
+    pixels = decode_image(saved(Image.fromarray(stripes), "TIFF"), 24, LIMITS)
+
+    np.testing.assert_allclose(pixels[0, 12, [4, 12, 20]], expected, atol=1)
+
+
+def test_cmyk_of_either_polarity_is_the_same_picture():
+    cmyk = quadrants().convert("CMYK")
+
+    assert_quadrants(decode_image(saved(cmyk, "TIFF"), SIZE, LIMITS))
+    adobe = saved(cmyk, "JPEG", quality=95, subsampling=0)
+    assert b"Adobe" in adobe  # Pillow writes the inverted samples that Photoshop does
+    assert_quadrants(decode_image(adobe, SIZE, LIMITS), tolerance=12)
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_many_frames_the_first_counts(image_format):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = saved(frames[0], image_format, save_all=True, append_images=frames[1:], **options)
+
+    assert corners(decode_image(data, SIZE, LIMITS)) == [(255, 0, 0)] * 4
+
+
+def test_a_phones_multi_picture_jpeg_is_a_jpeg():
+    data = saved(quadrants(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 64))], quality=95)
+
+    assert_quadrants(decode_image(data, SIZE, LIMITS), tolerance=40)
+
+
+def test_a_long_picture_is_squeezed_and_not_cropped():
+    assert_quadrants(decode_image(saved(quadrants().resize((300, 50)), "PNG"), SIZE, LIMITS))
+
+
+def test_reduced_decoding_of_a_large_jpeg_looks_like_the_full_one():
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((1600, 1200), Image.Resampling.BICUBIC)
+    full = np.asarray(Image.open(io.BytesIO(saved(smooth, "JPEG"))).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+    reduced = decode_image(saved(smooth, "JPEG"), SIZE, LIMITS)
+
+    assert np.abs(reduced.astype(int) - full.transpose(2, 0, 1)).mean() < 1.5
+
+
+def test_too_many_bytes_are_refused_unread():
+    assert refusal(b"\x89PNG" * 100, ImageLimits(max_bytes=399, max_pixels=1)).code == "image_too_large"
+
+
+@pytest.mark.parametrize("side", [2_001, 60_000, 2_000_000_000])
+def test_a_bomb_is_refused_by_its_header(side):
+    assert refusal(png(side, side)).code == "image_too_many_pixels"
+
+
+def test_a_side_that_only_the_filter_would_suffer_from_is_refused():
+    assert refusal(png(100_000, 1)).code == "image_too_many_pixels"
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_compressed_text_bomb_does_not_inflate(kind):
+    bomb = zlib.compress(b"\0" * 60_000_000, 9)
+    body = {b"zTXt": b"k\0\0" + bomb, b"iTXt": b"k\0\x01\0\0\0" + bomb, b"iCCP": b"k\0\0" + bomb}[kind]
+    pixels = png_chunk(b"IDAT", zlib.compress((b"\0" + b"\xff\0\0" * 64) * 64))
+    started = time.process_time()
+
+    with contextlib.suppress(ImageError):  # refusing is as good as ignoring the text
+        decode_image(png(64, 64, png_chunk(kind, body), pixels), SIZE, LIMITS)
+
+    assert time.process_time() - started < 2.0
+
+
+def gif_with_comment_blocks(num_blocks: int) -> bytes:
+    header = b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0, 0, 0)
+    return header + b"!\xfe" + (b"\xff" + b"x" * 255) * num_blocks + b"\0;"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(64, 64, png_chunk(b"abCd", b"") * 300_000),
+        gif_with_comment_blocks(15_000),
+        b"\xff\xd8" + b"\xff\xe5\x00\x02" * 900_000,
+    ],
+    ids=["png", "gif", "jpeg"],
+)
+def test_a_file_of_tiny_chunks_is_given_up_soon(data):
+    started = time.process_time()
+
+    assert refusal(data).code == "image_too_complex"
+    assert time.process_time() - started < 5.0
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_a_truncated_file_is_refused_and_not_shown_grey(image_format):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    data = saved(noise, image_format)
+
+    assert refusal(data[: len(data) // 2]).code in {"image_truncated", "image_broken"}
+    if image_format in {"JPEG", "PNG", "GIF"}:
+        assert refusal(data[: len(data) // 2]).code == "image_truncated"
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "not_an_image"),
+        (b"<html>not found</html>", "not_an_image"),
+        (b"\x89PNG\r\n\x1a\n", "not_an_image"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0", "image_format_refused"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "image_format_refused"),
+        (b"%PDF-1.7", "image_format_refused"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image_format_refused"),
+        (saved(quadrants(), "ICO"), "not_an_image"),
+    ],
+)
+def test_what_is_no_picture_of_ours_is_named(data, code):
+    error = refusal(data)
+
+    assert error.code == code
+    assert len(str(error)) < 300
+
+
+def test_pillow_never_warns_even_where_warnings_would_be_shown():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", "broken")
+    odd = [
+        saved(Image.new("P", (8, 8)), "PNG", transparency=b"\0\1"),
+        saved(quadrants(), "PNG", pnginfo=text),
+        saved(quadrants(), "TIFF")[:200],
+        png(10_000, 10_000),  # past the size at which Pillow warns, short of where it refuses
+    ]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for data in odd:
+            try:
+                decode_image(data, SIZE, ImageLimits(max_bytes=10**7, max_pixels=10**9))
+            except ImageError:
+                continue
+    assert seen == []
+
+
+SEEDS = [saved(quadrants(), name) for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.sampled_from(SEEDS), edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8))
+def test_a_damaged_file_is_pixels_or_an_image_error_and_nothing_else(seed, edits):
+    data = bytearray(seed)
+    for position, value in edits:
+        data[position % len(data)] = value
+    with contextlib.suppress(ImageError):
+        assert decode_image(bytes(data), SIZE, LIMITS).shape == (3, SIZE, SIZE)
+
+
+@given(data=st.binary(max_size=200))
+def test_arbitrary_bytes_are_no_image(data):
+    refusal(data)
