@@ -1,0 +1,1 @@
+"""The model: preprocessing, vision tower, adapter, joint encoder, checkpoints. Knows nothing of the service."""

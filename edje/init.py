@@ -1,0 +1,50 @@
+"""`python -m edje.init VARIANT DIR`: a checkpoint with untrained weights, for tests and to try the service out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edje.checkpoint import CheckpointError
+from edje.config import EdjeConfig
+from edje.model import build_edje, draw_weights
+from edje.variants import VARIANTS
+from edje.vocabulary import VocabularyError, character_tokenizer, wordpiece_tokenizer
+from edje.weights import save_checkpoint
+
+
+def initialise(config: EdjeConfig, checkpoint: Path, *, seed: int, vocabulary: Path | None = None) -> str:
+    """Write an untrained checkpoint of this shape and return its digest: the same seed, the same digest.
+
+    Without a vocabulary file the tokenizer reads character by character.
+    """
+    tokenizer = character_tokenizer() if vocabulary is None else wordpiece_tokenizer(vocabulary)
+    numbers = tokenizer.get_vocab()
+    joint = replace(config.joint, sep_id=numbers["[SEP]"], vocab_size=max(config.joint.vocab_size, len(numbers)))
+    config = replace(config, trained=False, joint=joint)
+    model = build_edje(config)
+    draw_weights(model, seed)
+    return save_checkpoint(checkpoint, config, model, tokenizer.to_str())
+
+
+def main(
+    variant: Annotated[str, typer.Argument(help=f"Shape of the model: {', '.join(VARIANTS)}.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights and the same digest.")] = 0,
+    vocab: Annotated[Path | None, typer.Option(help="BERT's vocab.txt; without it, single characters.")] = None,
+) -> None:
+    """Write an UNTRAINED checkpoint: the right shape, random weights, meaningless scores."""
+    if variant not in VARIANTS:
+        raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
+    try:
+        digest = initialise(VARIANTS[variant], checkpoint, seed=seed, vocabulary=vocab)
+    except (CheckpointError, VocabularyError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{checkpoint}: model {digest}, variant {variant}, UNTRAINED: its scores mean nothing")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,60 @@
+"""Blocks that the vision tower, the adapter and the joint encoder share. Knows tensors only."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one matrix for queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, S, D), (B, 1, 1, S) -> (B, S, D)
+        queries, keys, values = (self._heads(part) for part in self.qkv(hidden).chunk(3, dim=-1))
+        return self._attend(queries, keys, values, mask)
+
+    def first(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, S, D) -> (B, 1, D)
+        """What `forward` gives for the first token, without the work for the others."""
+        dim = hidden.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        queries = functional.linear(hidden[:, :1], weight[:dim], bias[:dim])
+        keys, values = functional.linear(hidden, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        return self._attend(self._heads(queries), self._heads(keys), self._heads(values), mask)
+
+    def _heads(self, hidden: Tensor) -> Tensor:  # (B, S, D) -> (B, H, S, D / H)
+        batch, length, dim = hidden.shape
+        return hidden.view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from one sequence to another, with torch's own parameter names."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # (B, T, D), (B, S, D) x 2 -> (B, T, D)
+        return self.attention(queries, keys, values, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """Two linear maps with a GELU between; `approximate` is torch's name for the kind of GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return self.fc2(functional.gelu(self.fc1(hidden), approximate=self.approximate))  # type: ignore[no-any-return]

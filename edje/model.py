@@ -1,0 +1,80 @@
+"""Edje: vision tower, adapter and joint encoder in one module, and how untrained weights are drawn.
+
+Takes tensors only: text is ids, images are bytes of pixels. Tokenising and decoding happen elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edje.adapter import CompressionAdapter, LocalAdapter, build_adapter
+from edje.config import EdjeConfig, PreprocessConfig
+from edje.joint import JointEncoder
+from edje.vision import VisionTower
+
+
+class Edje(nn.Module):
+    """The two halves of the reranker: `encode_images` runs once per image, `score` once per pair."""
+
+    def __init__(
+        self,
+        vision: VisionTower,
+        adapter: CompressionAdapter | LocalAdapter,
+        joint: JointEncoder,
+        preprocess: PreprocessConfig,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.adapter = adapter
+        self.joint = joint
+        # (byte / 255 - mean) / std as one multiply-add per channel.
+        mean, std = (torch.tensor(part).view(3, 1, 1) for part in (preprocess.mean, preprocess.std))
+        self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("pixel_shift", -mean / std, persistent=False)
+        self.pixel_scale: Tensor
+        self.pixel_shift: Tensor
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # uint8 (B, 3, H, W) -> (B, m, d), (B, D)
+        """Visual tokens to store, and the tower's pooled embedding."""
+        normalised = pixels.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
+        patches, pooled = self.vision(normalised)
+        return self.adapter(patches), pooled
+
+    def embed_queries(self, text_ids: Tensor) -> Tensor:  # (Q, T) -> (Q, T, d)
+        return self.joint.embed_queries(text_ids)
+
+    def score(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> Tensor:
+        """See `JointEncoder.score`."""
+        return self.joint.score(text, visual, text_lengths)
+
+
+def build_edje(config: EdjeConfig, device: str = "cpu") -> Edje:
+    """Compose the model of a configuration; the weights are whatever torch leaves there (on "meta", none)."""
+    with torch.device(device):
+        vision = VisionTower(config.vision, config.num_patches)
+        adapter = build_adapter(config.adapter, config.vision, config.joint.dim)
+        joint = JointEncoder(config.joint)
+    return Edje(vision, adapter, joint, config.preprocess)
+
+
+#: Parameters that are looked up or attended from, not multiplied with.
+_TABLES = ("words.weight", "positions.weight", "types.weight", "positions", "query", "probe")
+
+
+@torch.no_grad()
+def draw_weights(model: Edje, seed: int) -> None:
+    """Untrained weights, the same for the same seed, under which signals keep their size from end to end.
+
+    Every matrix is drawn with variance 1 / inputs and every bias is zero, norms start as identities, and learned
+    queries, positions and words at unit size: scores differ between pairs although they mean nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            std = 1.0 if name.endswith(_TABLES) else parameter[0].numel() ** -0.5
+            parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,66 @@
+"""Captions to ids, as the checkpoint's model was trained to read them.
+
+On the hot path of the rerank worker: imports neither torch nor the model.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as _Tokenizer
+
+from edje.checkpoint import CheckpointMismatch, read_config, read_tokenizer_json
+from edje.config import EdjeConfig
+
+#: The underscore separates words, every other mark vanishes.
+_PUNCTUATION = str.maketrans({"_": " "} | dict.fromkeys(string.punctuation.replace("_", "")))
+
+
+def canonical_caption(text: str) -> str:
+    """Lower case without punctuation, words parted by single spaces."""
+    return " ".join(text.translate(_PUNCTUATION).lower().split())
+
+
+class Tokenizer:
+    """Text to `[CLS] pieces [SEP]`, cut to what the joint encoder reads. Safe to call from several threads."""
+
+    def __init__(self, tokenizer_json: str, config: EdjeConfig) -> None:
+        self._tokenizer = _Tokenizer.from_str(tokenizer_json)
+        # Special tokens are the model's punctuation: a caption that spells "[SEP]" must not get to use it.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length=config.preprocess.max_text_tokens)
+        self._canonical = config.preprocess.canonical_captions
+        self.max_text_tokens = config.preprocess.max_text_tokens
+        #: A caption is cut to `max_caption_pieces` anyway, and a piece is rarely this long: whatever lies behind is
+        #: not looked at, so that a huge text costs no more than a long one.
+        self._max_chars = 64 * config.preprocess.max_caption_pieces
+        if self._tokenizer.token_to_id("[SEP]") != config.joint.sep_id:
+            raise CheckpointMismatch(
+                f"the tokenizer's [SEP] is token {self._tokenizer.token_to_id('[SEP]')}, "
+                f"the model's is {config.joint.sep_id}: tokenizer.json belongs to another model"
+            )
+        if self._tokenizer.get_vocab_size() > config.joint.vocab_size:
+            raise CheckpointMismatch(
+                f"the tokenizer knows {self._tokenizer.get_vocab_size()} tokens, "
+                f"the model {config.joint.vocab_size}: tokenizer.json belongs to another model"
+            )
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Tokenizer:
+        """The tokenizer of a checkpoint folder. Raises `CheckpointError` if it cannot be read."""
+        return cls(read_tokenizer_json(checkpoint), read_config(checkpoint))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids with [CLS] and [SEP], at most `max_text_tokens`; the caption alone is cut."""
+        return self._tokenizer.encode(self._prepare(text)).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for each text, in order, on all processors."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch([self._prepare(text) for text in texts])]
+
+    def _prepare(self, text: str) -> str:
+        text = text[: self._max_chars]
+        return canonical_caption(text) if self._canonical else text
