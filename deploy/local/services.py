@@ -40,7 +40,6 @@ class RedisServer(Server):
             "bind": "127.0.0.1",
             "port": str(self.port),
             "dir": str(self.folder),
-            "databases": "64",
             "appendonly": "yes",
             "save": "",
             "maxmemory-policy": "noeviction",

@@ -1,0 +1,135 @@
+"""Real services for the tests that ask for them, started once for all pytest-xdist workers.
+
+The controlling process owns the servers; a worker asks it for an address over a local socket, and only then
+is the server started. Without pytest-xdist the one process is its own controller.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import socketserver
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from services import KafkaServer, RedisServer, ServiceError, Services
+
+ADDRESS_LIMIT_S = 300.0  # of a first run that downloads Kafka
+
+DESK = pytest.StashKey["ServicesDesk"]()
+
+
+class ServicesDesk:
+    """Answers each worker's question with an address or with the reason why there is none, one at a time."""
+
+    def __init__(self) -> None:
+        self.services = Services().__enter__()
+        self.server = socketserver.TCPServer(("127.0.0.1", 0), self.answer_one)
+        self.thread = threading.Thread(target=self.server.serve_forever, name="services-desk")
+        self.thread.start()
+
+    @property
+    def port(self) -> int:
+        return self.server.server_address[1]
+
+    def answer_one(self, connection: socket.socket, *_: object) -> None:
+        service = connection.recv(100).decode()
+        try:
+            answer = {"address": self.services.brokers if service == "kafka" else self.services.redis_url}
+        except ServiceError as error:
+            answer = {"error": str(error)}
+        connection.sendall(json.dumps(answer).encode())
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+        self.services.__exit__(None, None, None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.stash[DESK] = ServicesDesk()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    node.workerinput["services_desk_port"] = node.config.stash[DESK].port
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if DESK in config.stash:
+        config.stash[DESK].close()
+
+
+def missing(reason: str) -> None:
+    """Optional at home, mandatory where CI is set."""
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def address_of(service: str, config: pytest.Config) -> str:
+    workerinput = getattr(config, "workerinput", None)
+    port = workerinput["services_desk_port"] if workerinput else config.stash[DESK].port
+    with socket.create_connection(("127.0.0.1", port), timeout=ADDRESS_LIMIT_S) as connection:
+        connection.sendall(service.encode())
+        with connection.makefile("rb") as reader:
+            answer = json.load(reader)
+    if "error" in answer:
+        missing(f"no {service}: {answer['error']}")
+    return answer["address"]
+
+
+@pytest.fixture(scope="session")
+def kafka_brokers(pytestconfig: pytest.Config) -> str:
+    """Addresses of a real Kafka that all tests share; name your topics and groups with `unique_prefix`."""
+    return address_of("kafka", pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def redis_url(pytestconfig: pytest.Config) -> str:
+    """URL of a real Redis that all tests share; name your keys with `unique_prefix`."""
+    return address_of("redis", pytestconfig)
+
+
+@pytest.fixture
+def unique_prefix() -> str:
+    """A prefix for topics, groups, ids and keys that no other test has, now or in an earlier run."""
+    return f"t{uuid.uuid4().hex[:12]}."
+
+
+@pytest.fixture
+def private_kafka(tmp_path: Path) -> Iterator[Callable[..., KafkaServer]]:
+    """Start a Kafka of the test's own, to be killed and frozen; takes settings of the server."""
+    yield from private_servers(KafkaServer, tmp_path)
+
+
+@pytest.fixture
+def private_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
+    """Start a Redis of the test's own, to be killed and frozen; takes settings of the server."""
+    yield from private_servers(RedisServer, tmp_path)
+
+
+def private_servers(kind, folder: Path):
+    started = []
+
+    def start(settings=None):
+        server = kind(folder / f"{kind.name}-{len(started)}", settings)
+        started.append(server)
+        try:
+            server.start()
+        except ServiceError as error:
+            missing(str(error))
+        return server
+
+    yield start
+    for server in started:
+        server.stop()
+        shutil.rmtree(server.folder, ignore_errors=True)
