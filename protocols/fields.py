@@ -1,0 +1,76 @@
+"""The field types events are made of, and the bounds nothing on the wire may exceed.
+
+The bounds are the outer wall: they keep a hostile message from costing memory, and services set tighter ones.
+Knows nothing of which event a field belongs to.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BeforeValidator, Field, PlainSerializer, Strict, StringConstraints, WithJsonSchema
+
+MAX_ID_CHARS = 256
+MAX_DIGEST_CHARS = 128
+MAX_URI_CHARS = 8_192  # signed object-store addresses run to about 2,000
+MAX_INLINE_BYTES = 48 * 2**20  # of image data inside an event; its base64 form is 64 MiB
+MAX_QUERY_CHARS = 10_000
+MAX_CANDIDATES = 100_000
+MAX_PRIORITY = 9
+MAX_METADATA_ENTRIES = 64
+MAX_METADATA_KEY_CHARS = 128
+MAX_METADATA_VALUE_CHARS = 2_048
+MAX_STAGES = 64
+MAX_EMBEDDING_DIM = 8_192
+MAX_TOKENS = 65_536
+MAX_ERROR_CODE_CHARS = 64
+MAX_ERROR_MESSAGE_CHARS = 2_000
+MAX_TOPIC_CHARS = 249  # Kafka's own limit
+
+#: Neither the C0 nor the C1 control characters: an id is printed in logs, keys and tables.
+NO_CONTROL_CHARACTERS = r"^[^\x00-\x1f\x7f-\x9f]+$"
+TOPIC_NAME = r"^[a-zA-Z0-9._-]+$"
+
+_DATE_FIRST = re.compile(r"\d{4}-\d\d-\d\d[Tt ]")
+
+
+def _refuse_numeric_timestamp(value: Any) -> Any:
+    # A bare number would be read as seconds or milliseconds depending on its size.
+    if isinstance(value, datetime) or (isinstance(value, str) and _DATE_FIRST.match(value)):
+        return value
+    raise ValueError("a timestamp is RFC 3339 text with an offset, such as 2026-11-23T12:00:00.250Z")
+
+
+def _to_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS, pattern=NO_CONTROL_CHARACTERS)]
+Digest = Annotated[str, StringConstraints(min_length=1, max_length=MAX_DIGEST_CHARS, pattern=r"^[!-~]+$")]
+Sha256Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Uri = Annotated[str, StringConstraints(min_length=1, max_length=MAX_URI_CHARS, pattern=NO_CONTROL_CHARACTERS)]
+TopicName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TOPIC_CHARS, pattern=TOPIC_NAME)]
+QueryText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUERY_CHARS)]
+CandidateText = Annotated[str, StringConstraints(max_length=MAX_QUERY_CHARS)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Deadline = Annotated[AwareDatetime, Strict(False), BeforeValidator(_refuse_numeric_timestamp)]
+Timings = Annotated[
+    dict[Annotated[str, StringConstraints(min_length=1, max_length=64)], Finite], Field(max_length=MAX_STAGES)
+]
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(min_length=1, max_length=MAX_METADATA_KEY_CHARS)],
+        Annotated[str, StringConstraints(max_length=MAX_METADATA_VALUE_CHARS)],
+    ],
+    Field(max_length=MAX_METADATA_ENTRIES),
+]
+#: Raw bytes in msgpack, base64 of the standard alphabet in JSON; both alphabets are read.
+InlineData = Annotated[
+    bytes,
+    Field(min_length=1, max_length=MAX_INLINE_BYTES),
+    PlainSerializer(_to_base64, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 4}),
+]

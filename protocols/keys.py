@@ -1,0 +1,19 @@
+"""The names token blobs have in the store.
+
+A key holds the model digest, so what it names never changes: a new model is a new prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def blob_key(model_digest: str, image_id: str) -> str:
+    """Return the key of one image's tokens under one model."""
+    return f"vt:{model_digest}:{image_id}"
+
+
+def blob_keys(model_digest: str, image_ids: Iterable[str]) -> list[str]:
+    """Return the keys of many images, in order."""
+    prefix = blob_key(model_digest, "")
+    return [prefix + image_id for image_id in image_ids]

@@ -1,0 +1,121 @@
+"""Visual tokens as bytes: half precision, or small integers with scales.
+
+    fp16, bf16  two bytes a value, little endian, no scales
+    int8        round(x / scale) in -127..127; one float32 scale a token, max|x| / 127
+    int4        round(x / scale) in -7..7, stored as q + 8, even index in the low nibble; one float16 scale
+                for each 32 neighbouring values of a token, max|x| / 7
+
+A token (or group) of zeros has scale 0. Scales are stored token after token, little endian.
+Knows nothing of blobs and of where tokens come from.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+StorageType = Literal["fp16", "bf16", "int8", "int4"]
+Bytes: TypeAlias = bytes | bytearray | memoryview | NDArray[np.uint8]
+
+INT4_GROUP = 32
+_INT8_MAX = 127
+_INT4_MAX = 7
+
+
+def num_token_bytes(storage: StorageType, num_tokens: int, token_dim: int) -> int:
+    """Return how many bytes the values take; raises `ValueError` for a dimension the type cannot hold."""
+    match storage:
+        case "fp16" | "bf16":
+            return 2 * num_tokens * token_dim
+        case "int8":
+            return num_tokens * token_dim
+        case "int4":
+            if token_dim % INT4_GROUP:
+                raise ValueError(f"int4 needs tokens of a multiple of {INT4_GROUP} values, not {token_dim}")
+            return num_tokens * token_dim // 2
+
+
+def num_scale_bytes(storage: StorageType, num_tokens: int, token_dim: int) -> int:
+    """Return how many bytes the scales take."""
+    match storage:
+        case "fp16" | "bf16":
+            return 0
+        case "int8":
+            return 4 * num_tokens
+        case "int4":
+            return 2 * num_tokens * (token_dim // INT4_GROUP)
+
+
+def quantize(storage: StorageType, tokens: NDArray[np.float32]) -> tuple[bytes, bytes]:
+    """Return the value bytes and the scale bytes of `(m, d)` tokens.
+
+    Raises `ValueError` for tokens that are not finite, or would not be after a round trip.
+    """
+    if not np.isfinite(tokens).all():
+        raise ValueError("tokens hold a value that is not finite")
+    with np.errstate(over="ignore", under="ignore"):
+        match storage:
+            case "fp16":
+                halves = tokens.astype("<f2")
+                _refuse_overflow(storage, halves)
+                return halves.tobytes(), b""
+            case "bf16":
+                bits = np.ascontiguousarray(tokens, dtype="<f4").view("<u4")
+                # Round to nearest, ties to even, on the bit pattern: numpy has no bfloat16.
+                brains = (
+                    (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                ).astype("<u2")
+                _refuse_overflow(storage, _bf16_to_float32(brains))
+                return brains.tobytes(), b""
+            case "int8":
+                scales = (np.abs(tokens).max(axis=1) / np.float32(_INT8_MAX)).astype("<f4")
+                _refuse_overflow(storage, scales * np.float32(_INT8_MAX))
+                return _steps(tokens, scales[:, None], _INT8_MAX).tobytes(), scales.tobytes()
+            case "int4":
+                groups = tokens.reshape(len(tokens), -1, INT4_GROUP)
+                halves = (np.abs(groups).max(axis=2) / np.float32(_INT4_MAX)).astype("<f2")
+                _refuse_overflow(storage, halves)
+                steps = _steps(groups, halves.astype(np.float32)[:, :, None], _INT4_MAX).reshape(-1)
+                nibbles = (steps + np.int8(8)).view(np.uint8)
+                return (nibbles[0::2] | (nibbles[1::2] << np.uint8(4))).tobytes(), halves.tobytes()
+
+
+def dequantize(
+    storage: StorageType, num_tokens: int, token_dim: int, token_bytes: Bytes, scale_bytes: Bytes
+) -> NDArray[np.float32]:
+    """Return the `(m, d)` tokens that these bytes stand for."""
+    shape = (num_tokens, token_dim)
+    match storage:
+        case "fp16":
+            return np.frombuffer(token_bytes, dtype="<f2").reshape(shape).astype(np.float32)
+        case "bf16":
+            return _bf16_to_float32(np.frombuffer(token_bytes, dtype="<u2")).reshape(shape)
+        case "int8":
+            scales = np.frombuffer(scale_bytes, dtype="<f4")
+            values = np.frombuffer(token_bytes, dtype=np.int8).reshape(shape).astype(np.float32)
+            values *= scales[:, None]
+            return values
+        case "int4":
+            packed = np.frombuffer(token_bytes, dtype=np.uint8)
+            steps = np.empty(2 * packed.size, dtype=np.float32)
+            steps[0::2] = packed & np.uint8(0x0F)
+            steps[1::2] = packed >> np.uint8(4)
+            group_scales = np.frombuffer(scale_bytes, dtype="<f2").astype(np.float32)
+            return ((steps - 8).reshape(-1, INT4_GROUP) * group_scales[:, None]).reshape(shape)
+
+
+def _steps(values: NDArray[np.float32], scales: NDArray[np.float32], largest: int) -> NDArray[np.int8]:
+    steps = np.divide(values, scales, out=np.zeros_like(values), where=scales > 0)
+    # Clipped, because a scale that was rounded down (float16, or a subnormal) makes the largest value overshoot.
+    return np.clip(np.rint(steps), -largest, largest).astype(np.int8)
+
+
+def _bf16_to_float32(brains: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (brains.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _refuse_overflow(storage: StorageType, stored: NDArray[np.floating]) -> None:
+    if not np.isfinite(stored).all():
+        raise ValueError(f"tokens hold a value too large for {storage}")
