@@ -1,0 +1,67 @@
+# `make` alone lists the targets. Everything happens in .venv, made from any python3 >= 3.11 that has the module venv.
+
+VENV    := .venv
+READY   := $(VENV)/.ready
+PYTHON  := $(VENV)/bin/python
+UV      := $(VENV)/bin/uv
+LOCK    := requirements/everything.txt
+# The lock holds the CUDA build of torch; another build (UV_TORCH_BACKEND=cpu) leaves these out and takes its own.
+TORCH   := ^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+
+# The system's certificates, so that everything also works behind a proxy that inspects TLS.
+CERTIFICATES := $(firstword $(wildcard $(SSL_CERT_FILE) /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem))
+export UV_SYSTEM_CERTS ?= true
+ifneq ($(CERTIFICATES),)
+export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
+endif
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test check up lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Real images through a real Kafka and a real Redis to ranked replies, and demo/report.html
+	@$(PYTHON) deploy/local/demo.py
+
+test: $(READY) ## Every test, against a real Kafka and a real Redis
+	@$(PYTHON) -m pytest -n logical --maxprocesses 4
+
+check: $(READY) ## Lint, formatting, types, import directions
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m mypy
+	@$(PYTHON) -m pytest -q tests/test_imports.py
+
+up: $(READY) ## Kafka and Redis in the foreground for a developer, with the settings to export
+	@$(PYTHON) deploy/local/up.py
+
+lock: $(READY) ## Pin the newest allowed version of every dependency, with hashes
+	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --output-file $(LOCK)
+	echo uv | $(COMPILE) --upgrade - --output-file requirements/uv.txt
+
+clean: ## Remove the environment, caches and the demo's output
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.uv: requirements/uv.txt
+	@for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    "$$python" -m venv --clear $(VENV) && break; \
+	  fi; \
+	done; \
+	test -x $(PYTHON) || { echo "no python3 >= 3.11 with the module venv was found (Debian: apt install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/uv.txt
+	@touch $@
+
+$(READY): $(VENV)/.uv $(LOCK) pyproject.toml
+ifdef UV_TORCH_BACKEND
+	@awk '/^[a-z]/ {drop = /$(TORCH)/} !drop' $(LOCK) > $(VENV)/without-torch.txt
+	@$(UV) pip sync --require-hashes $(VENV)/without-torch.txt requirements/uv.txt
+	@$(UV) pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))"
+else
+	@$(UV) pip sync --require-hashes $(LOCK) requirements/uv.txt
+endif
+	@$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
