@@ -1,0 +1,1 @@
+"""Engines: one contract for encoding images and scoring pairs, and the runtimes behind it."""

@@ -1,0 +1,139 @@
+"""Decides whether a rerank request is taken, and lays out the pairs that it asks for.
+
+Pure: text becomes ids through a function that is given, time is an argument. Everything refused is a `Poison` with a
+code and a sentence.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from protocols.events import RerankRequest
+from workers.batching import bucket_of
+from workers.errors import Poison
+
+#: Text to ids, [CLS] and [SEP] included, cut to what the engine takes.
+Encode = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """What one request may ask for, and what this worker serves."""
+
+    model_digest: str
+    max_candidates: int
+    max_text_chars: int  # of the query or of one text candidate
+    piece_pairs: int
+    deadline_tolerance_s: float  # clocks of producer and worker may differ by this much
+    reply_topic: str  # where replies go unless the request says otherwise
+    allowed_reply_topics: tuple[str, ...]  # patterns that a request's own reply topic must match
+
+
+@dataclass(frozen=True, slots=True)
+class PieceLayout:
+    """Pairs of one request that travel together: their numbers, and the length bucket of their texts."""
+
+    pairs: Sequence[int]
+    bucket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request, laid out: pair i is text `pair_text(i)` with image `pair_image(i)`."""
+
+    request_id: str
+    texts: list[Sequence[int]]  # one for a text query, one per distinct text candidate for an image query
+    images: list[str]  # one per distinct image candidate, or the query's one image
+    candidate_ids: list[str | None]
+    candidate_pairs: list[int] | None  # the pair of each candidate; None: the pair of the same number
+    num_pairs: int
+    pieces: list[PieceLayout]
+    top_n: int | None
+    priority: int
+    deadline: float | None  # in the loop's clock
+    reply_topic: str
+
+    def pair_text(self, pair: int) -> int:
+        return pair if len(self.texts) > 1 else 0
+
+    def pair_image(self, pair: int) -> int:
+        return pair if len(self.images) > 1 else 0
+
+
+def reply_topic_of(request: RerankRequest, limits: AdmissionLimits) -> str:
+    """Where the reply goes. Raises `Poison` for a topic that requests may not name."""
+    topic = request.reply_topic
+    if topic is None or topic == limits.reply_topic:
+        return limits.reply_topic
+    if not any(fnmatch.fnmatchcase(topic, pattern) for pattern in limits.allowed_reply_topics):
+        raise Poison("reply_topic_not_allowed", f"replies may not go to the topic {topic!r}")
+    return topic
+
+
+def admit(request: RerankRequest, limits: AdmissionLimits, encode: Encode, *, now: float, wall_now: float) -> Admitted:
+    """Lay the request out. `now` is the loop's clock, `wall_now` seconds since 1970. Raises `Poison`."""
+    reply_topic = reply_topic_of(request, limits)
+    if request.model is not None and request.model != limits.model_digest:
+        raise Poison("model_not_served", f"model {request.model!r} was asked for; this worker serves another")
+    if len(request.candidates) > limits.max_candidates:
+        raise Poison(
+            "too_many_candidates", f"{len(request.candidates)} candidates; at most {limits.max_candidates} are taken"
+        )
+    deadline = None
+    if request.deadline is not None:
+        deadline = now + (request.deadline.timestamp() - wall_now) + limits.deadline_tolerance_s
+
+    is_text_query = request.query.text is not None
+    wanted = request.image_ids() if is_text_query else request.texts()
+    if not request.candidates:
+        wanted = []
+    distinct = list(dict.fromkeys(wanted))
+    candidate_pairs = None
+    if len(distinct) < len(wanted):
+        numbers = {name: number for number, name in enumerate(distinct)}
+        candidate_pairs = [numbers[name] for name in wanted]
+    if is_text_query:
+        texts = [_encoded(request.texts()[0], "query", limits, encode)]
+        images = distinct
+    else:
+        texts = [_encoded(text, "candidate", limits, encode) for text in distinct]
+        images = request.image_ids() if distinct else []
+    return Admitted(
+        request_id=request.request_id,
+        texts=texts,
+        images=images,
+        candidate_ids=request.names(),
+        candidate_pairs=candidate_pairs,
+        num_pairs=len(distinct),
+        pieces=_pieces(texts, len(distinct), limits.piece_pairs),
+        top_n=request.top_n,
+        priority=request.priority,
+        deadline=deadline,
+        reply_topic=reply_topic,
+    )
+
+
+def _encoded(text: str, whose: str, limits: AdmissionLimits, encode: Encode) -> Sequence[int]:
+    if len(text) > limits.max_text_chars:
+        raise Poison("text_too_long", f"a {whose} text has {len(text)} characters; {limits.max_text_chars} are taken")
+    return encode(text)
+
+
+def _pieces(texts: Sequence[Sequence[int]], num_pairs: int, piece_pairs: int) -> list[PieceLayout]:
+    """Cut the pairs into pieces of one bucket each, in the order of the candidates."""
+    if len(texts) == 1:  # a text query; or one text, which is all the same
+        bucket = bucket_of(len(texts[0]))
+        return [
+            PieceLayout(range(start, min(start + piece_pairs, num_pairs)), bucket)
+            for start in range(0, num_pairs, piece_pairs)
+        ]
+    by_bucket: dict[int, list[int]] = {}
+    for number, ids in enumerate(texts):
+        by_bucket.setdefault(bucket_of(len(ids)), []).append(number)
+    return [
+        PieceLayout(numbers[start : start + piece_pairs], bucket)
+        for bucket, numbers in sorted(by_bucket.items())
+        for start in range(0, len(numbers), piece_pairs)
+    ]

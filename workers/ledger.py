@@ -1,0 +1,97 @@
+"""Remembers which consumed messages are finished and how far each partition may be committed.
+
+Only a run of finished messages from the oldest one on is ever handed out, so that a commit can never pass over a
+message that is still in work. Offsets may have gaps (compaction, transaction markers): order is order of arrival.
+Knows nothing of Kafka or of the clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from workers.ports import Partition
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Entry(Generic[T]):
+    offset: int
+    finished: bool = False
+    payload: T | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T]):
+    """One finished message at the head of its partition."""
+
+    partition: Partition
+    offset: int
+    payload: T
+
+
+class Ledger(Generic[T]):
+    """Open messages by partition, oldest first; `T` is what a finished message carries along."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Partition, deque[_Entry[T]]] = {}
+        self._index: dict[tuple[Partition, int], _Entry[T]] = {}
+
+    def begin(self, partition: Partition, offset: int) -> None:
+        """Enter a message in work. Raises `ValueError` for one that is entered already."""
+        key = (partition, offset)
+        if key in self._index:
+            raise ValueError(f"{partition.topic}-{partition.number} offset {offset} is in work already")
+        entry: _Entry[T] = _Entry(offset)
+        self._entries.setdefault(partition, deque()).append(entry)
+        self._index[key] = entry
+
+    def finish(self, partition: Partition, offset: int, payload: T) -> bool:
+        """Mark a message finished; False if it is not (or no longer) in work here."""
+        entry = self._index.get((partition, offset))
+        if entry is None or entry.finished:
+            return False
+        entry.finished, entry.payload = True, payload
+        return True
+
+    def take_done(self, limit: int | None = None) -> list[Done[T]]:
+        """Remove and return the finished messages that have nothing unfinished before them."""
+        done: list[Done[T]] = []
+        for partition in list(self._entries):
+            for taken in self._pop_finished(partition):
+                done.append(taken)
+                if limit is not None and len(done) >= limit:
+                    return done
+        return done
+
+    def _pop_finished(self, partition: Partition) -> Iterator[Done[T]]:
+        entries = self._entries[partition]
+        while entries and entries[0].finished:
+            entry = entries.popleft()
+            del self._index[partition, entry.offset]
+            if not entries:
+                del self._entries[partition]
+            yield Done(partition, entry.offset, entry.payload)  # type: ignore[arg-type]  # finished: payload is set
+
+    def forget(self, partitions: Collection[Partition]) -> None:
+        """Drop every message of these partitions: they are another worker's now."""
+        for partition in partitions:
+            for entry in self._entries.pop(partition, ()):
+                del self._index[partition, entry.offset]
+
+    def num_open(self, partitions: Collection[Partition] | None = None) -> int:
+        """Messages entered and not yet taken, in these partitions or in all."""
+        if partitions is None:
+            return len(self._index)
+        return sum(len(self._entries.get(partition, ())) for partition in partitions)
+
+
+def commit_offsets(done: Collection[Done[T]]) -> dict[Partition, int]:
+    """The offsets to commit for these messages: one past the last of each partition."""
+    offsets: dict[Partition, int] = {}
+    for message in done:
+        offsets[message.partition] = max(offsets.get(message.partition, 0), message.offset + 1)
+    return offsets

@@ -1,0 +1,168 @@
+"""The in-memory twin of `bus.py`: a broker, an inbox and outboxes that keep the same promises without a network.
+
+For unit tests and for trying a job without a broker. One process, no threads; a message is there as soon as it is sent.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+
+from workers.errors import TooLarge, Transient
+from workers.ports import Outgoing, Partition, Record, Revocation
+
+
+class MemoryBroker:
+    """Topics as lists of records, and the offsets that groups have committed."""
+
+    def __init__(self, *, num_partitions: int = 1, max_message_bytes: int = 1 << 20) -> None:
+        self.num_partitions = num_partitions
+        self.max_message_bytes = max_message_bytes
+        #: While True every send, publish and commit fails with `Transient`.
+        self.away = False
+        self.committed: dict[tuple[str, Partition], int] = {}
+        self._logs: dict[Partition, list[Record]] = {}
+        self._wakes: list[Callable[[], None]] = []
+
+    def log(self, topic: str) -> list[Record]:
+        """Every record of a topic, partition by partition."""
+        return [record for number in range(self.num_partitions) for record in self.partition_log(topic, number)]
+
+    def partition_log(self, topic: str, number: int) -> list[Record]:
+        return self._logs.setdefault(Partition(topic, number), [])
+
+    def on_append(self, wake: Callable[[], None]) -> None:
+        self._wakes.append(wake)
+
+    def check(self, message: Outgoing) -> None:
+        """Raise what a broker would for this message."""
+        if self.away:
+            raise Transient("the broker is away")
+        size = len(message.value) + len(message.key or b"")
+        if size > self.max_message_bytes:
+            raise TooLarge(f"{size} bytes; the broker takes {self.max_message_bytes}")
+
+    def append(self, message: Outgoing) -> Record:
+        number = zlib.crc32(message.key or b"") % self.num_partitions
+        log = self.partition_log(message.topic, number)
+        record = Record(
+            partition=Partition(message.topic, number),
+            offset=len(log),
+            key=message.key,
+            value=message.value,
+            headers=message.headers,
+            timestamp_ms=int(time.time() * 1000),
+        )
+        log.append(record)
+        for wake in self._wakes:
+            wake()
+        return record
+
+
+class MemoryInbox:
+    """Reads the partitions it is given from their committed offsets on; implements `workers.ports.Inbox`."""
+
+    def __init__(
+        self,
+        broker: MemoryBroker,
+        *,
+        topic: str,
+        group_id: str,
+        wake: Callable[[], None] = lambda: None,
+        partitions: Collection[int] | None = None,
+    ) -> None:
+        self._broker = broker
+        self._group_id = group_id
+        self._topic = topic
+        self._positions: dict[Partition, int] = {}
+        self._revocations: list[Revocation] = []
+        broker.on_append(wake)
+        self.gain(range(broker.num_partitions) if partitions is None else partitions)
+
+    def gain(self, numbers: Collection[int]) -> None:
+        """Be assigned these partitions, as after a rebalance."""
+        for number in numbers:
+            partition = Partition(self._topic, number)
+            self._positions[partition] = self._broker.committed.get((self._group_id, partition), 0)
+
+    def lose(self, numbers: Collection[int], *, lost: bool = False) -> None:
+        """Have these partitions revoked; with `lost`, somebody else owns them already."""
+        partitions = frozenset(Partition(self._topic, number) for number in numbers)
+        positions = {partition: self._positions.pop(partition) for partition in partitions}
+        self._revocations.append(Revocation(partitions, lost, positions.clear))
+
+    def take(self) -> Record | None:
+        for partition, position in self._positions.items():
+            log = self._broker.partition_log(*partition)
+            if position < len(log):
+                self._positions[partition] = position + 1
+                return log[position]
+        return None
+
+    def revocations(self) -> list[Revocation]:
+        revocations, self._revocations = self._revocations, []
+        return revocations
+
+    def commit(self, offsets: Mapping[Partition, int]) -> Future[None]:
+        committed: Future[None] = Future()
+        if self._broker.away:
+            committed.set_exception(Transient("the broker is away"))
+        else:
+            self._broker.committed.update({(self._group_id, p): offset for p, offset in offsets.items()})
+            committed.set_result(None)
+        return committed
+
+    def assigned(self) -> frozenset[Partition]:
+        return frozenset(self._positions)
+
+    def lag(self) -> Mapping[Partition, int]:
+        return {p: len(self._broker.partition_log(*p)) - position for p, position in self._positions.items()}
+
+    def close(self, timeout_s: float) -> None:
+        self._positions.clear()
+
+
+class MemoryOutbox:
+    """Implements `workers.ports.Outbox`."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        self._broker = broker
+
+    def send(self, message: Outgoing) -> Future[None]:
+        sent: Future[None] = Future()
+        try:
+            self._broker.check(message)
+        except (TooLarge, Transient) as error:
+            sent.set_exception(error)
+        else:
+            self._broker.append(message)
+            sent.set_result(None)
+        return sent
+
+    def close(self, timeout_s: float) -> None:
+        """Nothing is held open."""
+
+
+class MemoryTransactionalOutbox:
+    """Implements `workers.ports.TransactionalOutbox`."""
+
+    def __init__(self, broker: MemoryBroker, *, group_id: str) -> None:
+        self._broker = broker
+        self._group_id = group_id
+
+    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
+        for number, message in enumerate(messages):
+            try:
+                self._broker.check(message)
+            except TooLarge as error:
+                raise TooLarge(str(error), number) from error
+        if self._broker.away:
+            raise Transient("the broker is away")
+        for message in messages:
+            self._broker.append(message)
+        self._broker.committed.update({(self._group_id, p): offset for p, offset in offsets.items()})
+
+    def close(self, timeout_s: float) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,133 @@
+"""The seams of a worker: small Protocols between what decides and what touches the network.
+
+Each has an adapter (`bus.py`, `store.py`) and an in-memory twin (`memory.py`); one contract suite tests both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+Headers = tuple[tuple[str, bytes], ...]
+
+
+class Partition(NamedTuple):
+    """One partition of one topic."""
+
+    topic: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One consumed message."""
+
+    partition: Partition
+    offset: int
+    key: bytes | None
+    value: bytes
+    headers: Headers
+    timestamp_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One message to publish.
+
+    `if_too_large` makes the message that is published instead where the broker refuses this one for its size.
+    """
+
+    topic: str
+    key: bytes | None
+    value: bytes
+    headers: Headers = ()
+    if_too_large: Callable[[], Outgoing] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """Partitions that are about to be, or already are, another worker's.
+
+    `release` lets the group go on; until then the offsets of these partitions can still be committed
+    (unless `lost`: then somebody else owns them already).
+    """
+
+    partitions: frozenset[Partition]
+    lost: bool
+    release: Callable[[], None]
+
+
+class Inbox(Protocol):
+    """The consuming side of the bus, as a member of a group. Owns a thread, whose error `take` raises."""
+
+    def take(self) -> Record | None:
+        """Return the next record that has arrived, without waiting. Not taking is how a worker holds the bus back."""
+        ...
+
+    def revocations(self) -> list[Revocation]:
+        """Return the revocations since the last call."""
+        ...
+
+    def commit(self, offsets: Mapping[Partition, int]) -> Future[None]:
+        """Record that everything before these offsets is done. Fails with `Transient` if it was not recorded."""
+        ...
+
+    def assigned(self) -> frozenset[Partition]:
+        """The partitions that are this worker's now."""
+        ...
+
+    def lag(self) -> Mapping[Partition, int]:
+        """How many messages each assigned partition holds beyond the last one taken."""
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """Leave the group and end the thread."""
+        ...
+
+
+class Outbox(Protocol):
+    """The publishing side of the bus."""
+
+    def send(self, message: Outgoing) -> Future[None]:
+        """Publish; the future is done when the broker has it, or fails with `TooLarge` or `Transient`."""
+        ...
+
+    def close(self, timeout_s: float) -> None: ...
+
+
+class TransactionalOutbox(Protocol):
+    """Publishes messages and the offsets they answer as one."""
+
+    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
+        """All or nothing; blocks until the broker has decided.
+
+        Raises, with nothing published: `TooLarge` (its `message_number` says which message) or `Transient` (try again;
+        also when a rebalance is under way, which a revocation then explains).
+        """
+        ...
+
+    def close(self, timeout_s: float) -> None: ...
+
+
+class TokenStore(Protocol):
+    """Token blobs by key."""
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """One value or None per key, in order. Raises `Transient` when the store cannot be reached."""
+        ...
+
+    def get_heads(self, keys: Sequence[str], num_bytes: int) -> list[bytes | None]:
+        """The first bytes of each value, None where there is none."""
+        ...
+
+    def put_many(self, blobs: Mapping[str, bytes]) -> None:
+        """Write all, in one round trip where the store allows it. Raises `Transient`; writing twice is harmless."""
+        ...
+
+    def ping(self) -> None:
+        """Raise `Transient` or `Misconfigured` unless the store answers."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,194 @@
+"""Reads rerank requests and writes what answers them: rankings, expiries, errors and dead letters.
+
+The bridge between the wire contract and the job; decides nothing about when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from protocols.dead_letters import DeadLetter
+from protocols.encoding import (
+    CONTENT_TYPE_HEADER,
+    JSON,
+    MSGPACK,
+    EventError,
+    content_type_of,
+    decode,
+    encode,
+    encode_response,
+    salvage_id,
+)
+from protocols.events import ErrorInfo, RerankRequest, RerankResponse
+from protocols.fields import MAX_ERROR_MESSAGE_CHARS
+from workers.errors import Poison
+from workers.job import Finished
+from workers.metrics import Metrics
+from workers.ports import Headers, Outgoing, Record
+from workers.ranking import NotFinite, rank
+from workers.rerank_state import ActiveRequest
+
+#: Decimals of a relevance score on the wire: finer than any engine's rounding, and a third of the bytes.
+SCORE_DECIMALS = 7
+
+
+class Replies:
+    """Writes replies for one model and one engine."""
+
+    def __init__(
+        self,
+        *,
+        dead_letter_topic: Callable[[str], str],
+        model_digest: str,
+        engine_digest: str,
+        reply_headers: Callable[[Headers], Headers],
+        max_message_bytes: int,
+        metrics: Metrics,
+    ) -> None:
+        self._dead_letter_topic = dead_letter_topic
+        self._model = model_digest
+        self._engine = engine_digest
+        self._reply_headers = reply_headers
+        self._max_message_bytes = max_message_bytes
+        self._metrics = metrics
+
+    def read(self, record: Record) -> RerankRequest:
+        """Decode a request. Raises `Poison`."""
+        try:
+            return decode(RerankRequest, record.value, content_type_of(record.headers))
+        except EventError as error:
+            raise Poison(error.code, str(error)) from error
+
+    def answered(self, active: ActiveRequest, now: float) -> Finished:
+        """The ranking of a request whose pairs are all scored or known to be missing."""
+        plan = active.plan
+        logits, scored = active.logits, active.scored
+        absent = np.flatnonzero(~scored)
+        if plan.candidate_pairs is not None:
+            logits, scored = logits[plan.candidate_pairs], scored[plan.candidate_pairs]
+        try:
+            order, relevance_scores = rank(logits, scored if len(absent) else None, plan.top_n)
+        except NotFinite as error:
+            return self._error(active.record, plan.request_id, plan.reply_topic, "score_not_finite", str(error))
+        missing = list(dict.fromkeys(plan.images[plan.pair_image(pair)] for pair in absent.tolist()))
+        status = "partial" if missing else "ok"
+        content_type = _content_type(active.record)
+        value = encode_response(
+            plan.request_id,
+            status,
+            order.tolist(),
+            plan.candidate_ids,
+            np.round(relevance_scores, SCORE_DECIMALS).tolist(),
+            np.round(logits[order].astype(np.float64), SCORE_DECIMALS).tolist(),
+            missing=missing,
+            model=self._model,
+            engine=self._engine,
+            timings_ms=timings_ms(active, now),
+            content_type=content_type,
+        )
+        self._metrics.count_reply(status, seconds=now - active.accepted_at, num_pairs=plan.num_pairs)
+        return self._finished(active.record, plan.request_id, plan.reply_topic, value, content_type)
+
+    def expired(self, active: ActiveRequest, now: float) -> Finished:
+        """The reply to a request whose deadline has passed."""
+        plan, content_type = active.plan, _content_type(active.record)
+        response = RerankResponse(
+            request_id=plan.request_id,
+            status="expired",
+            model=self._model,
+            engine=self._engine,
+            timings_ms={"total": _ms(now - active.accepted_at)},
+        )
+        self._metrics.count_reply("expired", seconds=now - active.accepted_at, num_pairs=0)
+        return self._finished(
+            active.record, plan.request_id, plan.reply_topic, encode(response, content_type), content_type
+        )
+
+    def refused(self, record: Record, poison: Poison, reply_topic: str) -> Finished:
+        """The outcome of a message that can never succeed: a dead letter, and a reply if its id can be read."""
+        messages = [self._dead_letter(record, poison)]
+        request_id = salvage_id(record.value, content_type_of(record.headers), "request_id")
+        if request_id is not None:
+            messages.extend(self._error(record, request_id, reply_topic, poison.code, str(poison)).messages)
+        return Finished(record, tuple(messages))
+
+    def _dead_letter(self, record: Record, poison: Poison) -> Outgoing:
+        letter = DeadLetter(
+            topic=record.partition.topic,
+            partition=record.partition.number,
+            offset=record.offset,
+            value=record.value,
+            key=record.key,
+            headers=record.headers,
+            error_class=type(poison.__cause__ or poison).__name__,
+            error_code=poison.code,
+            message=str(poison),
+        )
+        self._metrics.count_dead_letter(poison.code)
+        return dead_letter_message(letter, self._dead_letter_topic(letter.topic), self._max_message_bytes)
+
+    def _error(self, record: Record, request_id: str, topic: str, code: str, message: str) -> Finished:
+        content_type = _content_type(record)
+        value = self._error_value(request_id, code, message, content_type)
+        self._metrics.count_reply("error", seconds=None, num_pairs=0)
+        return Finished(record, (self._outgoing(record, request_id, topic, value, content_type),))
+
+    def _error_value(self, request_id: str, code: str, message: str, content_type: str) -> bytes:
+        response = RerankResponse(
+            request_id=request_id,
+            status="error",
+            model=self._model,
+            engine=self._engine,
+            error=ErrorInfo(code=code, message=message[:MAX_ERROR_MESSAGE_CHARS]),
+        )
+        return encode(response, content_type)
+
+    def _finished(
+        self, record: Record, request_id: str, topic: str, value: bytes, content_type: str
+    ) -> Finished:
+        def instead() -> Outgoing:
+            self._metrics.count_reply("error", seconds=None, num_pairs=0)
+            message = f"the reply has {len(value)} bytes, more than the broker takes; ask for a smaller top_n"
+            smaller = self._error_value(request_id, "reply_too_large", message, content_type)
+            return self._outgoing(record, request_id, topic, smaller, content_type)
+
+        reply = self._outgoing(record, request_id, topic, value, content_type)
+        return Finished(record, (Outgoing(reply.topic, reply.key, reply.value, reply.headers, if_too_large=instead),))
+
+    def _outgoing(self, record: Record, request_id: str, topic: str, value: bytes, content_type: str) -> Outgoing:
+        headers = ((CONTENT_TYPE_HEADER, content_type.encode()), *self._reply_headers(record.headers))
+        return Outgoing(topic, request_id.encode("utf-8", "replace"), value, headers)
+
+
+def dead_letter_message(letter: DeadLetter, topic: str, max_message_bytes: int) -> Outgoing:
+    """The message to publish for a dead letter; one too large for the broker loses its end."""
+
+    def shortened() -> Outgoing:
+        short = letter.shortened(max_message_bytes)
+        return Outgoing(topic, short.key, short.value, short.to_headers())
+
+    return Outgoing(topic, letter.key, letter.value, letter.to_headers(), if_too_large=shortened)
+
+
+def timings_ms(active: ActiveRequest, now: float) -> dict[str, float]:
+    """Where the time of a request went; the stages add up to the total."""
+    if not active.plan.pieces:
+        return {"total": _ms(now - active.accepted_at)}
+    return {
+        "queue": _ms(active.started_at - active.accepted_at),
+        "fetch": _ms(active.fetched_at - active.started_at),
+        "score": _ms(now - active.fetched_at),
+        "total": _ms(now - active.accepted_at),
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _content_type(record: Record) -> str:
+    """What the reply is written in: what the request was, or JSON where that was neither."""
+    content_type = content_type_of(record.headers)
+    return content_type if content_type in (JSON, MSGPACK) else JSON

@@ -1,0 +1,91 @@
+"""Runs micro-batches on the engine, one after the other on a thread of the engine's own.
+
+Turns ready pieces into the three small arrays that the engine takes and hands the logits back. Knows nothing of
+requests' fates: who waits for the logits decides what they are for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt.engine import PairScorer
+from workers.rerank_state import ReadyPiece
+
+#: One batch on the engine and one behind it, so that the engine does not wait for the loop between two.
+MAX_BATCHES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """The logits of a batch, pieces and pairs in the order they went in."""
+
+    pieces: Sequence[ReadyPiece]
+    logits: NDArray[np.float32]
+    engine_s: float
+
+
+class BatchScorer:
+    """Batches in, scored batches out, in order."""
+
+    def __init__(self, engine: PairScorer, wake: Callable[[], None], clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._wake = wake
+        self._clock = clock
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._flying: deque[Future[ScoredBatch]] = deque()
+
+    @property
+    def num_flying(self) -> int:
+        return len(self._flying)
+
+    def has_room(self) -> bool:
+        return len(self._flying) < MAX_BATCHES
+
+    def submit(self, pieces: Sequence[ReadyPiece]) -> None:
+        future = self._executor.submit(self._score, pieces)
+        self._flying.append(future)
+        future.add_done_callback(lambda _: self._wake())
+
+    def turn(self) -> list[ScoredBatch]:
+        """Return the batches that are done. Raises what the engine raised: there is no remedy for it here."""
+        scored = []
+        while self._flying and self._flying[0].done():
+            scored.append(self._flying.popleft().result())
+        return scored
+
+    def _score(self, pieces: Sequence[ReadyPiece]) -> ScoredBatch:
+        started = self._clock()
+        texts, pair_query, pair_slot = batch_arrays(pieces)
+        logits = self._engine.score_pairs(self._engine.encode_queries(texts), pair_query, pair_slot)
+        return ScoredBatch(pieces, logits, self._clock() - started)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def batch_arrays(
+    pieces: Sequence[ReadyPiece],
+) -> tuple[list[Sequence[int]], NDArray[np.int32], NDArray[np.int32]]:
+    """The batch as the engine takes it: the texts, each once, and for each pair its text's number and its slot."""
+    texts: list[Sequence[int]] = []
+    numbers: dict[tuple[int, int], int] = {}
+    queries: list[NDArray[np.int32]] = []
+    for ready in pieces:
+        plan = ready.piece.request.plan
+        wanted = [0] if len(plan.texts) == 1 else ready.pairs
+        for text in wanted:
+            key = (id(plan), text)
+            if key not in numbers:
+                numbers[key] = len(texts)
+                texts.append(plan.texts[text])
+        found = [numbers[id(plan), text] for text in wanted]
+        one = len(found) == 1
+        queries.append(np.full(ready.num_pairs, found[0], np.int32) if one else np.array(found, np.int32))
+    slots = [slot for ready in pieces for slot in ready.slots]
+    return texts, np.concatenate(queries), np.array(slots, np.int32)
