@@ -1,0 +1,55 @@
+"""`make up`: Kafka and Redis in the foreground, the topics made, the settings to export printed.
+
+    python deploy/local/up.py --topic-prefix team-a.
+
+Ctrl-C or SIGTERM stops both and removes their data.
+"""
+
+from __future__ import annotations
+
+import signal
+from threading import Event
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from protocols.topics import Topics
+from services import ServiceError, Services, create_topics
+
+errors = Console(stderr=True, highlight=False)
+
+
+def main(
+    topic_prefix: Annotated[str, typer.Option(help="Put in front of every topic's name.")] = "",
+    partitions: Annotated[int, typer.Option(min=1, help="Partitions of each topic; as many workers can share it.")] = 4,
+) -> None:
+    """Run Kafka and Redis until Ctrl-C."""
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        with Services() as services:
+            errors.print("Starting Kafka and Redis; the first run downloads Kafka (43 MB).")
+            exports = {"KAFKA_BROKERS": services.brokers, "REDIS_URL": services.redis_url}
+            create_topics(services.brokers, dict.fromkeys(topic_names(Topics(topic_prefix)), partitions))
+            if topic_prefix:
+                exports |= {"INGEST_TOPIC_PREFIX": topic_prefix, "RERANK_TOPIC_PREFIX": topic_prefix}
+            # On standard output and nothing else there, so that a script can read them.
+            for name, value in exports.items():
+                print(f"export {name}={value}", flush=True)
+            errors.print("In another terminal: these lines, then `python -m workers.ingest`. Ctrl-C here ends both.")
+            stop.wait()
+            errors.print("Stopping.")
+    except ServiceError as error:
+        errors.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+
+
+def topic_names(topics: Topics) -> list[str]:
+    inputs = [topics.images_new, topics.rerank_requests]
+    return [*inputs, topics.images_indexed, topics.rerank_responses, *(topics.dead_letter(topic) for topic in inputs)]
+
+
+if __name__ == "__main__":
+    typer.run(main)

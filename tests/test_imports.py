@@ -1,0 +1,114 @@
+"""Which folder may import which, and which files alone may import a client or an accelerator."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+#: A folder may import itself and these; a dotted name allows that module and no other of its package.
+MAY_IMPORT = {
+    "protocols": set(),
+    "edje": set(),
+    "trt": {"edje"},
+    "workers": {"protocols", "trt", "edje.text", "edje.images", "edje.checkpoint"},
+}
+#: Each of these third parties is met in the named files and nowhere else.
+ONLY_IN = {
+    "kafka": {"workers/bus.py"},
+    "redis": {"workers/store.py"},
+}
+#: The modules that put a process together, and so alone say which adapter stands behind a port.
+ROOTS = {"workers/ingest.py", "workers/rerank.py", "workers/publish.py"}
+ADAPTERS = {"workers.bus", "workers.store"}
+HEAVY = ["kafka", "redis", "tensorrt", "pycuda", "torch"]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file names in an import, at any depth, as `package.module`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            # `from edje import text` and `from edje.text import Tokenizer` name the same module.
+            is_ours = node.module in MAY_IMPORT
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if is_ours else {node.module}
+    return found
+
+
+SOURCES = {
+    str(path.relative_to(ROOT)): imports_of(path)
+    for package in MAY_IMPORT
+    for path in sorted(ROOT.glob(f"{package}/**/*.py"))
+}
+
+
+def importers_of(*packages: str) -> set[str]:
+    return {path for path, names in SOURCES.items() if any(name.split(".")[0] in packages for name in names)}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_folder_imports_only_what_stands_below_it(folder):
+    allowed = MAY_IMPORT[folder] | {folder}
+    wrong = [
+        f"{path} imports {name}"
+        for path, names in SOURCES.items()
+        for name in sorted(names)
+        if path.startswith(f"{folder}/") and name.split(".")[0] in MAY_IMPORT
+        if not {name, name.split(".")[0]} & allowed
+    ]
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize("client", ONLY_IN)
+def test_only_its_adapter_imports_a_client(client):
+    assert importers_of(client) <= ONLY_IN[client]
+
+
+def test_only_composition_roots_name_an_adapter():
+    assert {path for path, names in SOURCES.items() if names & ADAPTERS} <= ROOTS
+
+
+def test_the_device_libraries_stay_in_two_files():
+    importers = importers_of("tensorrt", "pycuda", "cuda")
+
+    assert len(importers) <= 2
+    assert all(path.startswith("trt/") for path in importers)
+
+
+def test_torch_stays_below_the_engine_contract():
+    assert {path.split("/")[0] for path in importers_of("torch")} <= {"edje", "trt"}
+
+
+def test_no_module_is_named_after_a_dependency():
+    assert {Path(path).stem for path in SOURCES} & {
+        "kafka",
+        "msgpack",
+        "pydantic",
+        "redis",
+        "tokenizers",
+        *HEAVY,
+    } == set()
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "protocols.events, protocols.blob",
+        "edje.text, edje.images, edje.checkpoint",
+        "trt.engine, trt.load, trt.constant",
+    ],
+)
+def test_what_the_hot_path_and_the_constant_engine_need_loads_nothing_heavy(modules):
+    script = f"import sys, {modules}; print([name for name in {HEAVY} if name in sys.modules])"
+
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
