@@ -1,0 +1,608 @@
+"""Fetching from servers and folders that mean harm, all of them local."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from aiohttp.abc import AbstractResolver, ResolveResult
+from fsspec.asyn import AsyncFileSystem
+
+from workers.address_policy import AddressPolicy
+from workers.errors import Poison, Transient
+from workers.fetch import ImageFetcher
+from workers.fetch_http import FetchLimits
+
+LIMITS = FetchLimits(max_bytes=1000, max_redirects=3, timeout_s=5.0)
+SECRET = "sesame"  # in every query and password below; must be in no message
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each path with a function of the test's."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str) -> None:
+        super().__init__((host, 0), Handler)
+        self.answers: dict[str, Callable[[Handler], None]] = {}
+        self.seen: list[tuple[str, dict[str, str]]] = []
+        self.ended = threading.Event()
+
+    @property
+    def port(self) -> int:
+        return self.server_address[1]
+
+    def url(self, path: str, host: str = "") -> str:
+        return f"http://{host or self.server_address[0]}:{self.port}{path}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is what many of these tests are about."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, dict(self.headers)))
+        self.close_connection = True
+        self.server.answers[self.path.partition("?")[0]](self)
+
+    def log_message(self, *args: object) -> None:
+        """Keep stderr for failures."""
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def pause(self) -> None:
+        """Until the test is over."""
+        self.server.ended.wait(30)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+    threads: list[threading.Thread] = []
+
+    def start(host: str = "127.0.0.1", **answers: Callable[[Handler], None]) -> Server:
+        server = Server(host)
+        server.answers = {f"/{name}": answer for name, answer in answers.items()}
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        servers.append(server)
+        threads.append(thread)
+        return server
+
+    yield start
+    for server, thread in zip(servers, threads, strict=True):
+        server.ended.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def policy(**changes: object) -> AddressPolicy:
+    fields: dict[str, object] = {
+        "schemes": frozenset({"http", "https", "file", "s3", "gs"}),
+        "hosts": (),
+        "ports": frozenset(),
+        "file_roots": (),
+        "allow_private_addresses": True,
+    }
+    return AddressPolicy(**{**fields, **changes})
+
+
+@pytest.fixture
+def fetcher() -> Iterator[Callable[..., ImageFetcher]]:
+    made: list[ImageFetcher] = []
+
+    def make(rules: AddressPolicy | None = None, limits: FetchLimits = LIMITS, **options: object) -> ImageFetcher:
+        made.append(ImageFetcher(rules or policy(), limits, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+class Names(AbstractResolver):
+    """A name service that says what the test wants: addresses, one list for each look-up, or an error."""
+
+    def __init__(self, *answers: list[str] | OSError) -> None:
+        self.answers = list(answers)
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[ResolveResult]:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, OSError):
+            raise answer
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=0,
+            )
+            for address in answer
+        ]
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class OneGoodAddress(AddressPolicy):
+    """Public addresses only, and 127.0.0.2, which stands for the internet."""
+
+    def check_address(self, address: str) -> None:
+        if address != "127.0.0.2":
+            super().check_address(address)
+
+
+@pytest.fixture
+def internet(serve) -> Callable[..., Server]:
+    try:
+        socket.create_server(("127.0.0.2", 0)).close()
+    except OSError:
+        pytest.skip("this system has one loopback address only")
+    return lambda **answers: serve("127.0.0.2", **answers)
+
+
+def strict() -> AddressPolicy:
+    return OneGoodAddress(frozenset({"http", "https"}), (), frozenset(), (), False)
+
+
+def poison(fetcher: ImageFetcher, uri: str) -> Poison:
+    with pytest.raises(Poison) as caught:
+        fetcher.fetch(uri)
+    assert SECRET not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    return caught.value
+
+
+def transient(fetcher: ImageFetcher, uri: str) -> str:
+    with pytest.raises(Transient) as caught:
+        fetcher.fetch(uri)
+    assert SECRET not in str(caught.value)
+    return str(caught.value)
+
+
+# --- http ---
+
+
+def test_an_image_is_read_whole_and_the_query_is_sent_as_written(serve, fetcher):
+    server = serve(a=lambda request: request.answer(200, b"x" * 1000))
+
+    assert fetcher().fetch(server.url("/a?sig=a%2Bb%2Fc&d=%20")) == b"x" * 1000
+
+    path, headers = server.seen[0]
+    assert path == "/a?sig=a%2Bb%2Fc&d=%20"
+    assert headers["Accept-Encoding"] == "identity"
+
+
+def test_many_threads_fetch_at_once(serve, fetcher):
+    server = serve(a=lambda request: request.answer(200, b"image"))
+    one = fetcher()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one.fetch, [server.url("/a")] * 40)) == [b"image"] * 40
+
+
+def test_a_body_over_the_limit_is_refused_by_its_length(serve, fetcher):
+    server = serve(a=lambda request: request.answer(200, b"x" * 1001))
+
+    assert poison(fetcher(), server.url(f"/a?{SECRET}")).code == "image_too_large"
+
+
+def test_an_endless_body_is_cut_off(serve, fetcher):
+    def endless(request: Handler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        while True:
+            request.wfile.write(b"x" * 500)
+
+    assert poison(fetcher(), serve(a=endless).url("/a")).code == "image_too_large"
+
+
+def test_an_endless_chunked_body_is_cut_off(serve, fetcher):
+    def endless(request: Handler) -> None:
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        while True:
+            request.wfile.write(b"40\r\n" + b"x" * 64 + b"\r\n")
+
+    assert poison(fetcher(), serve(a=endless).url("/a")).code == "image_too_large"
+
+
+def test_a_length_that_promises_too_much_is_a_broken_transfer(serve, fetcher):
+    server = serve(a=lambda request: request.answer(200, b"short", Content_Length="900"))
+
+    assert "ClientPayloadError" in transient(fetcher(), server.url(f"/a?{SECRET}"))
+
+
+def test_no_more_is_taken_than_the_length_promised(serve, fetcher):
+    server = serve(a=lambda request: request.answer(200, b"x" * 5000, Content_Length="10"))
+
+    with contextlib.suppress(Transient):  # where the surplus has arrived already, the client sees a broken answer
+        assert fetcher().fetch(server.url("/a")) == b"x" * 10
+
+
+def test_a_gzip_bomb_is_refused_unopened(serve, fetcher):
+    bomb = gzip.compress(b"\0" * 500_000)
+    assert len(bomb) < LIMITS.max_bytes
+    server = serve(a=lambda request: request.answer(200, bomb, Content_Encoding="gzip"))
+
+    assert "compressed" in str(poison(fetcher(), server.url("/a")))
+
+
+def test_a_slow_body_runs_out_of_time(serve, fetcher):
+    def slow(request: Handler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", "100")
+        request.end_headers()
+        request.wfile.write(b"x")
+        request.pause()
+
+    one = fetcher(limits=FetchLimits(max_bytes=1000, max_redirects=3, timeout_s=0.1))
+    assert "in time" in transient(one, serve(a=slow).url(f"/a?{SECRET}"))
+
+
+def test_dripping_headers_do_not_prolong_the_time(serve, fetcher):
+    def drip(request: Handler) -> None:
+        request.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        while not request.server.ended.wait(0.01):
+            request.wfile.write(b"x-a: b\r\n")
+
+    one = fetcher(limits=FetchLimits(max_bytes=1000, max_redirects=3, timeout_s=0.2))
+    transient(one, serve(a=drip).url("/a"))
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (204, "http_refused"),
+        (206, "http_refused"),
+        (304, "http_refused"),
+        (400, "http_refused"),
+        (401, "image_forbidden"),
+        (403, "image_forbidden"),
+        (404, "image_not_found"),
+        (410, "image_not_found"),
+    ],
+)
+def test_a_final_status_is_poison(serve, fetcher, status, code):
+    server = serve(a=lambda request: request.answer(status))
+
+    error = poison(fetcher(), server.url(f"/a?sig={SECRET}"))
+
+    assert error.code == code
+    assert str(status) in str(error)
+    assert "/a" in str(error)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_a_passing_status_is_transient_and_the_next_try_may_work(serve, fetcher, status):
+    statuses = [200, status]
+    server = serve(a=lambda request: request.answer(statuses.pop(), b"image"))
+    one = fetcher()
+
+    assert str(status) in transient(one, server.url(f"/a?sig={SECRET}"))
+    assert one.fetch(server.url("/a")) == b"image"
+
+
+def test_a_refused_connection_is_transient(fetcher):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+
+    transient(fetcher(), f"http://127.0.0.1:{port}/a?{SECRET}")
+
+
+def test_a_server_that_hangs_up_is_transient(serve, fetcher):
+    transient(fetcher(), serve(a=lambda request: None).url("/a"))
+
+
+def test_closing_the_fetcher_ends_a_fetch_under_way(serve, fetcher):
+    reached = threading.Event()
+
+    def never(request: Handler) -> None:
+        reached.set()
+        request.pause()
+
+    one = fetcher()
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(one.fetch, serve(a=never).url("/a"))
+        assert reached.wait(10)
+        one.close()
+
+        with pytest.raises(Transient):
+            under_way.result(timeout=3)
+
+
+# --- redirects ---
+
+
+def redirect(to: str, status: int = 302) -> Callable[[Handler], None]:
+    return lambda request: request.answer(status, Location=to)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_followed(serve, fetcher, status):
+    server = serve(a=redirect("/b?x=1", status), b=lambda request: request.answer(200, b"image"))
+
+    assert fetcher().fetch(server.url("/a")) == b"image"
+
+
+def test_redirects_are_bounded(serve, fetcher):
+    server = serve(a=redirect("/a"))
+
+    assert "more than 3 redirects" in str(poison(fetcher(), server.url("/a")))
+    assert len(server.seen) == 4
+
+
+@pytest.mark.parametrize("with_name", [False, True])
+def test_a_redirect_to_this_machine_is_refused_before_it_is_reached(internet, serve, fetcher, with_name):
+    inside = serve(secret=lambda request: request.answer(200, b"inside"))
+    host = "innocent.example" if with_name else "127.0.0.1"
+    outside = internet(a=redirect(f"http://{host}:{inside.port}/secret?{SECRET}"))
+
+    error = poison(fetcher(strict(), resolver=Names(["127.0.0.1"])), outside.url("/a"))
+
+    assert error.code == "uri_not_allowed"
+    assert len(outside.seen) == 1
+    assert inside.seen == []
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        "file:///etc/passwd",
+        "ftp://127.0.0.2/a",
+        f"http://user:{SECRET}@127.0.0.2/a",
+        "http://169.254.169.254/latest/meta-data",
+        "http://[::1]/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://[fe80::1%25eth0]/",
+        "http://2130706433/",
+        "http://127.1/",
+        "http://0x7f.0.0.1/",
+        "//10.0.0.1/a",
+        "http://",
+        "http://a:99999/",
+        "",
+    ],
+)
+def test_a_redirect_to_what_may_not_be_read_is_refused(internet, fetcher, to):
+    outside = internet(a=redirect(to))
+
+    poison(fetcher(strict(), resolver=Names(["127.0.0.1"])), outside.url("/a"))
+
+
+def test_a_redirect_to_a_host_that_is_not_listed_is_refused(serve, fetcher):
+    server = serve(a=redirect("http://elsewhere.example/"))
+
+    assert "elsewhere.example" in str(poison(fetcher(policy(hosts=("127.0.0.1",))), server.url("/a")))
+
+
+# --- names and addresses ---
+
+
+def test_a_name_that_leads_to_a_private_address_is_refused(serve, fetcher):
+    inside = serve(a=lambda request: request.answer(200, b"inside"))
+    one = fetcher(strict(), resolver=Names(["127.0.0.1"]))
+
+    assert poison(one, inside.url("/a", host="innocent.example")).code == "uri_not_allowed"
+    assert inside.seen == []
+
+
+def test_a_name_that_changes_its_mind_is_judged_by_where_the_socket_goes(internet, serve, fetcher):
+    outside = internet(a=lambda request: request.answer(200, b"outside"))
+    one = fetcher(strict(), resolver=Names(["127.0.0.2"], ["127.0.0.1"]))
+
+    assert one.fetch(outside.url("/a", host="rebinding.example")) == b"outside"
+    assert poison(one, outside.url("/a", host="rebinding.example")).code == "uri_not_allowed"
+
+
+def test_a_private_address_after_a_public_one_is_not_fallen_back_to(internet, fetcher):
+    with socket.create_server(("127.0.0.2", 0)) as closed:
+        port = closed.getsockname()[1]
+    one = fetcher(strict(), resolver=Names(["127.0.0.2", "127.0.0.1"]))
+
+    assert poison(one, f"http://two.example:{port}/").code == "uri_not_allowed"
+
+
+def test_a_name_that_does_not_exist_is_poison_and_a_name_service_that_fails_is_not(fetcher):
+    gone = Names(socket.gaierror(socket.EAI_NONAME, "no such name"))
+    away = Names(socket.gaierror(socket.EAI_AGAIN, "try again"))
+
+    assert poison(fetcher(resolver=gone), f"http://a.example/?{SECRET}").code == "image_not_found"
+    assert "looked up" in transient(fetcher(resolver=away), f"http://a.example/?{SECRET}")
+
+
+def test_a_proxy_of_the_environment_is_not_used(serve, fetcher, monkeypatch):
+    server = serve(a=lambda request: request.answer(200, b"image"))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+
+    assert fetcher().fetch(server.url("/a")) == b"image"
+
+
+@pytest.mark.parametrize(
+    ("uri", "code"),
+    [
+        ("/etc/passwd", "uri_invalid"),
+        ("", "uri_invalid"),
+        ("https://h/\r\nX-Injected: 1", "uri_invalid"),
+        ("http:///nothing", "uri_invalid"),
+        (f"http://h:port/?{SECRET}", "uri_invalid"),
+        (f"http://[::1/?{SECRET}", "uri_invalid"),
+        (f"http://user:{SECRET}@h.example/", "uri_not_allowed"),
+        (f"http://{SECRET}@h.example/", "uri_not_allowed"),
+        ("ftp://h.example/a", "uri_not_allowed"),
+        ("data://image/png;base64,AAAA", "uri_not_allowed"),
+        ("memory://a", "uri_not_allowed"),
+        ("s3:///key", "uri_invalid"),
+        ("s3://bucket", "uri_invalid"),
+        (f"s3://key:{SECRET}@bucket/a", "uri_invalid"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_poison(fetcher, uri, code):
+    assert poison(fetcher(resolver=Names(["127.0.0.1"])), uri).code == code
+
+
+def test_a_backslash_does_not_hide_the_host(internet, fetcher):
+    poison(fetcher(strict(), resolver=Names(["127.0.0.1"])), "http://127.0.0.1\\@127.0.0.2/")
+
+
+# --- files ---
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a b%1#?ä.jpg").write_bytes(b"image")
+    (folder / "large.jpg").write_bytes(b"x" * 1001)
+    (tmp_path / "outside.txt").write_bytes(b"outside")
+    return folder
+
+
+def test_a_file_under_a_root_is_read(fetcher, root):
+    assert fetcher(policy(file_roots=(root,))).fetch((root / "a b%1#?ä.jpg").as_uri()) == b"image"
+
+
+def test_a_root_may_itself_be_a_link(fetcher, root, tmp_path):
+    (tmp_path / "link").symlink_to(root)
+
+    uri = (tmp_path / "link" / "a b%1#?ä.jpg").as_uri()
+
+    assert fetcher(policy(file_roots=(tmp_path / "link",))).fetch(uri) == b"image"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "{root}/../outside.txt",
+        "{root}/%2e%2e/outside.txt",
+        "{root}-other/a",
+        "{root}/link",
+        "{root}/dir/b",
+    ],
+)
+def test_a_file_outside_the_roots_is_refused_however_it_is_named(fetcher, root, tmp_path, path):
+    (root / "link").symlink_to(tmp_path / "outside.txt")
+    (root / "dir").symlink_to(tmp_path)
+    (tmp_path / "images-other").mkdir()
+
+    error = poison(fetcher(policy(file_roots=(root,))), "file://" + path.format(root=root))
+
+    assert error.code == "uri_not_allowed"
+    assert "outside.txt" not in str(error)
+
+
+def test_without_roots_no_file_is_read(fetcher, root):
+    assert poison(fetcher(), (root / "large.jpg").as_uri()).code == "uri_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("missing.jpg", "image_not_found"),
+        ("large.jpg", "image_too_large"),
+        ("large.jpg/a", "image_not_found"),
+        ("", "uri_not_allowed"),
+        ("pipe", "uri_not_allowed"),
+        ("a%00b", "uri_invalid"),
+        ("a%0Ab", "uri_invalid"),
+        ("%ff", "uri_invalid"),
+        ("a?b", "uri_invalid"),
+        ("a#b", "uri_invalid"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_poison(fetcher, root, path, code):
+    os.mkfifo(root / "pipe")
+
+    assert poison(fetcher(policy(file_roots=(root,))), f"file://{root}/{path}").code == code
+
+
+def test_a_file_of_another_machine_is_refused(fetcher, root):
+    assert poison(fetcher(policy(file_roots=(root,))), f"file://server{root}/large.jpg").code == "uri_invalid"
+
+
+# --- object stores ---
+
+
+class Buckets(AsyncFileSystem):
+    """An object store in memory, read as the real ones are."""
+
+    cachable = False
+
+    def __init__(self, objects: dict[str, bytes | Exception]) -> None:
+        super().__init__()
+        self.objects = objects
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: object) -> bytes:
+        found = self.objects.get(path, FileNotFoundError(path))
+        if isinstance(found, Exception):
+            raise found
+        return found[start:end]
+
+
+class StoreError(Exception):
+    """As the packages of the object stores raise them."""
+
+    __module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_an_object_is_read_within_its_bounds(fetcher, scheme):
+    store = Buckets({"bucket/a/b c.jpg": b"image", "bucket/large": b"x" * 1001, "bucket/no": PermissionError(SECRET)})
+    asked: list[str] = []
+    one = fetcher(policy(hosts=("bucket",)), open_object_store=lambda name: asked.append(name) or store)
+
+    assert one.fetch(f"{scheme}://bucket/a/b c.jpg") == b"image"
+    assert asked == [scheme]
+    assert poison(one, f"{scheme}://bucket/large").code == "image_too_large"
+    assert poison(one, f"{scheme}://bucket/gone?versionId={SECRET}").code == "image_not_found"
+    assert poison(one, f"{scheme}://bucket/no").code == "image_forbidden"
+    assert poison(one, f"{scheme}://other/a").code == "uri_not_allowed"
+
+
+@pytest.mark.parametrize("error", [OSError(SECRET), TimeoutError(SECRET), StoreError(SECRET)])
+def test_an_object_store_that_does_not_answer_is_transient(fetcher, error):
+    one = fetcher(open_object_store=lambda name: Buckets({"bucket/a": error}))
+
+    assert type(error).__name__ in transient(one, "s3://bucket/a")
+
+
+def test_a_bug_in_reading_an_object_is_not_hidden(fetcher):
+    one = fetcher(open_object_store=lambda name: Buckets({"bucket/a": ZeroDivisionError()}))
+
+    with pytest.raises(ZeroDivisionError):
+        one.fetch("s3://bucket/a")
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_missing_package_is_named(fetcher, scheme, package):
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    error = poison(fetcher(open_object_store=missing), f"{scheme}://bucket/a")
+
+    assert error.code == "scheme_unsupported"
+    assert f"install {package}" in str(error)
