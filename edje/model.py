@@ -38,7 +38,7 @@ class Edje(nn.Module):
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # uint8 (B, 3, H, W) -> (B, m, d), (B, D)
         """Visual tokens to store, and the tower's pooled embedding."""
         normalised = pixels.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
-        patches, pooled = self.vision(normalised)
+        patches, pooled = self.vision(normalised.to(self.vision.positions.dtype))
         return self.adapter(patches), pooled
 
     def embed_queries(self, text_ids: Tensor) -> Tensor:  # (Q, T) -> (Q, T, d)

@@ -55,12 +55,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids with [CLS] and [SEP], at most `max_text_tokens`; the caption alone is cut."""
-        return self._tokenizer.encode(self._prepare(text)).ids
+        text = text[: self._max_chars]
+        return self._tokenizer.encode(canonical_caption(text) if self._canonical else text).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for each text, in order, on all processors."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch([self._prepare(text) for text in texts])]
-
-    def _prepare(self, text: str) -> str:
-        text = text[: self._max_chars]
-        return canonical_caption(text) if self._canonical else text
+        """`encode` for each text, in order. One after the other: the library's own threads would take the engine's."""
+        return [self.encode(text) for text in texts]

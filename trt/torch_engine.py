@@ -1,0 +1,167 @@
+"""The torch runtime: the reference implementation, on a CPU or a CUDA device.
+
+Tower, adapter and the joint encoder's layers compute in `dtype`; pixels, embeddings and the matching head in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edje.weights import Checkpoint
+from trt.dequantize import dequantise
+from trt.engine import EngineBroken, EngineInfo, QueryStates, check_images, check_pairs, check_texts
+from trt.grouping import groups_by_length
+from trt.identity import engine_digest
+from trt.torch_slab import GatherSlab
+
+#: Pairs in one forward pass on a CPU: beyond it the activations leave the caches and nothing is gained.
+CPU_GROUP_PAIRS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedQueries:
+    """Captions of one `encode_queries`, embedded and padded to the longest, with their true lengths."""
+
+    states: Tensor  # (Q, T, d)
+    lengths: NDArray[np.int64]  # (Q,)
+
+
+class TorchEngine:
+    """Both halves of the contract over a loaded checkpoint.
+
+    Takes the checkpoint's model over and converts its weights in place. The slab lies on `device`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        slab: GatherSlab,
+        max_pairs: int,
+        max_images: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        config = checkpoint.config
+        self._layout = slab.layout
+        self._device = device
+        self._dtype = dtype
+        self._config = config
+        with _broken_device():
+            self._model = checkpoint.model.to(device)
+            self._model.vision.to(dtype)
+            self._model.adapter.to(dtype)
+            self._model.joint.layers.to(dtype)
+        self.slab = slab
+        self._group_pairs = CPU_GROUP_PAIRS if device.type == "cpu" else max_pairs
+        self.info = EngineInfo(
+            runtime="torch",
+            model_digest=checkpoint.digest,
+            engine_digest=engine_digest(
+                checkpoint.digest, "torch", str(dtype), slab.layout.storage, torch.__version__, device_name(device)
+            ),
+            num_visual_tokens=self._layout.num_tokens,
+            token_dim=self._layout.token_dim,
+            storage=slab.layout.storage,
+            image_size=config.preprocess.image_size,
+            max_text_tokens=config.preprocess.max_text_tokens,
+            max_images=max_images,
+            max_pairs=max_pairs,
+            num_slots=slab.num_slots,
+        )
+
+    def warm_up(self) -> None:
+        """One full batch through each half, with the shortest and the longest text."""
+        size = self.info.image_size
+        self.encode_images(np.zeros((self.info.max_images, 3, size, size), np.uint8))
+        if self.info.num_slots == 0:
+            return
+        num_pairs = min(self.info.max_pairs, self._group_pairs)
+        slots = np.zeros(num_pairs, np.int32)
+        for num_text in (2, self.info.max_text_tokens):
+            self.score_pairs(self.encode_queries([[self._config.joint.sep_id] * num_text]), slots, slots)
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        check_images(self.info, pixels)
+        with _broken_device():
+            tokens, pooled = self._model.encode_images(torch.tensor(pixels).to(self._device))
+            return _to_host(tokens), _to_host(pooled)
+
+    @torch.inference_mode()
+    def encode_queries(self, text_ids: Sequence[Sequence[int]]) -> QueryStates:
+        check_texts(self.info, text_ids, self._config.joint.vocab_size)
+        lengths = np.array([len(ids) for ids in text_ids], np.int64)
+        padded = np.zeros((len(text_ids), lengths.max(initial=0)), np.int64)
+        for row, ids in zip(padded, text_ids, strict=True):
+            row[: len(ids)] = ids
+        with _broken_device():
+            states = self._model.embed_queries(torch.from_numpy(padded).to(self._device))
+        return QueryStates(EmbeddedQueries(states, lengths))
+
+    @torch.inference_mode()
+    def score_pairs(
+        self, queries: QueryStates, pair_query: NDArray[np.int32], pair_slot: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        embedded = cast(EmbeddedQueries, queries)
+        check_pairs(self.info, pair_query, pair_slot, len(embedded.lengths))
+        logits = np.empty(len(pair_query), np.float32)
+        lengths = embedded.lengths[pair_query]
+        with _broken_device():
+            for group in groups_by_length(lengths, self._group_pairs):
+                logits[group] = _to_host(
+                    self._score_group(embedded.states, pair_query[group], pair_slot[group], lengths[group])
+                )
+        return logits
+
+    def _score_group(
+        self,
+        states: Tensor,
+        queries: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        lengths: NDArray[np.int64],
+    ) -> Tensor:
+        text = states[:, : int(lengths.max())].index_select(0, self._on_device(queries))
+        visual = dequantise(self._layout, *self.slab.gather(self._on_device(slots)))
+        equal = bool((lengths == lengths[0]).all())
+        return self._model.score(text, visual, None if equal else self._on_device(lengths))
+
+    def _on_device(self, numbers: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
+        return torch.tensor(numbers).to(self._device)
+
+
+def device_name(device: torch.device) -> str:
+    """What the engine digest says of the device: models differ in rounding, not in number or place."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it in hardware, float32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    in_hardware = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if in_hardware else torch.float32
+
+
+def _to_host(tensor: Tensor) -> NDArray[np.float32]:
+    return cast("NDArray[np.float32]", tensor.float().cpu().numpy())
+
+
+@contextmanager
+def _broken_device() -> Iterator[None]:
+    """A device out of memory or in a sticky error stays so: the process has to end."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        raise EngineBroken(f"the device failed: {str(error).splitlines()[0]}") from error
