@@ -1,0 +1,108 @@
+"""Reads settings from the environment, once, and refuses what it does not know.
+
+A variable with a worker's own prefix must be one of its settings. What a platform injects is left alone: Kubernetes
+announces a Service named `rerank` or `kafka` as `RERANK_PORT=tcp://…` or `KAFKA_SERVICE_HOST`, and images of Kafka
+bring their own `KAFKA_*`. Of such shared names only those close to one of ours are told, as a warning.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+from urllib.parse import unquote
+
+from pydantic import SecretStr, ValidationError
+from pydantic_settings import BaseSettings
+
+from workers.errors import Misconfigured
+
+S = TypeVar("S", bound=BaseSettings)
+
+#: Variables that Kubernetes (and the container links before it) make from the name of a Service.
+_SERVICE_LINK = re.compile(r"\w*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+_SHARED_PREFIXES = ("KAFKA_", "REDIS_")
+#: Similar enough for a slip of the keys or an abbreviation; KAFKA_HEAP_OPTS is not to be taken for one.
+_SIMILARITY = 0.8
+_PASSWORD = re.compile(r"://[^\s:/@]*:([^\s]*)@|[?&][^=&\s]*password[^=&\s]*=([^&\s]*)")
+
+
+def read_settings(kind: type[S]) -> S:
+    """The settings from the environment. Raises `Misconfigured` that tells everything wrong, a line each."""
+    names = variable_names(kind)
+    faults = [*_unknown(kind, names.values(), os.environ)]
+    settings: S | None = None
+    try:
+        settings = kind()
+    except ValidationError as error:
+        faults += _faults(error, names)
+    if settings is None or faults:
+        raise Misconfigured("\n".join(faults))
+    return settings
+
+
+def variable_names(kind: type[BaseSettings]) -> dict[str, str]:
+    """The environment variable of each setting."""
+    prefix = kind.model_config.get("env_prefix", "")
+    return {name: str(field.validation_alias or f"{prefix}{name}").upper() for name, field in kind.model_fields.items()}
+
+
+def near_misses(kind: type[BaseSettings]) -> list[str]:
+    """A sentence for each shared variable that is set, unknown, and close to one that is known."""
+    known = list(variable_names(kind).values())
+    return [
+        f"{name} is not a setting; {suggestion}"
+        for name, value in os.environ.items()
+        if name.upper().startswith(_SHARED_PREFIXES)
+        and name.upper() not in known
+        and not _is_service_link(name.upper(), value)
+        and (suggestion := _suggestion(name.upper(), known))
+    ]
+
+
+def secrets_of(settings: BaseSettings) -> list[str]:
+    """Every secret among the settings, to be kept out of the log; of an address the password alone."""
+    secrets: list[str] = []
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if not isinstance(value, SecretStr):
+            continue
+        text = value.get_secret_value()
+        if "://" in text:
+            found = [first or second for first, second in _PASSWORD.findall(text)]
+            secrets += [*found, *map(unquote, found)]
+        else:
+            secrets.append(text)
+    return sorted({secret for secret in secrets if secret}, key=len, reverse=True)
+
+
+def _unknown(kind: type[BaseSettings], known: Iterable[str], environment: Mapping[str, str]) -> Iterable[str]:
+    prefix = kind.model_config.get("env_prefix", "")
+    known = set(known)
+    for name, value in environment.items():
+        upper = name.upper()
+        if prefix and upper.startswith(prefix) and upper not in known and not _is_service_link(upper, value):
+            suggestion = _suggestion(upper, known)
+            yield f"{name} is not a setting{'; ' + suggestion if suggestion else ''} (--show-config lists them all)"
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    return bool(_SERVICE_LINK.fullmatch(name)) or (name.endswith("_PORT") and bool(_SERVICE_ADDRESS.match(value)))
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=_SIMILARITY)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _faults(error: ValidationError, names: Mapping[str, str]) -> list[str]:
+    """One line for each fault, without the value: it may be a secret in the wrong place."""
+    faults = []
+    for fault in error.errors(include_input=False, include_url=False, include_context=False):
+        message = fault["msg"].removeprefix("Value error, ")
+        field = str(fault["loc"][0]) if fault["loc"] else ""
+        faults.append(f"{names.get(field, field)}: {message}" if field else message)
+    return faults

@@ -1,0 +1,208 @@
+"""The settings of the workers: names, types, bounds, defaults and meanings.
+
+Frozen once made; composition roots turn them into the small limits that modules take. How they are read is
+`workers.read_settings`, how they are shown `workers.show_config`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, ByteSize, Field, NonNegativeFloat, PositiveFloat, PositiveInt, SecretStr
+from pydantic import model_validator as check
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from protocols.topics import Topics
+
+MIB = 2**20
+
+
+def _split(value: object) -> object:
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+
+#: Several words, written with commas between them.
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
+Ports = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)]
+#: Bytes, also written with a unit: 1GiB.
+PositiveBytes = Annotated[ByteSize, Field(gt=0)]
+
+
+class KafkaSettings(BaseSettings):
+    """How to reach Kafka: the same variables for everything that talks to it."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_ignore_empty=True, populate_by_name=True, hide_input_in_errors=True
+    )
+
+    kafka_brokers: Words = Field(
+        ("localhost:9092",), min_length=1, validation_alias="KAFKA_BROKERS", description="Brokers to begin with."
+    )
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", validation_alias="KAFKA_SECURITY_PROTOCOL", description="TLS, SASL, both or neither."
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(
+        None, validation_alias="KAFKA_SASL_MECHANISM", description="How to log in, for SASL protocols."
+    )
+    kafka_sasl_username: str | None = Field(
+        None, validation_alias="KAFKA_SASL_USERNAME", description="User, for SASL protocols."
+    )
+    kafka_sasl_password: SecretStr | None = Field(
+        None, validation_alias="KAFKA_SASL_PASSWORD", description="Password, for SASL protocols."
+    )
+    kafka_ssl_cafile: Path | None = Field(
+        None, validation_alias="KAFKA_SSL_CAFILE", description="Certificates to trust; none: the system's."
+    )
+    kafka_ssl_certfile: Path | None = Field(
+        None, validation_alias="KAFKA_SSL_CERTFILE", description="This client's own certificate."
+    )
+    kafka_ssl_keyfile: Path | None = Field(
+        None, validation_alias="KAFKA_SSL_KEYFILE", description="The key of the client's certificate."
+    )
+    kafka_ssl_password: SecretStr | None = Field(
+        None, validation_alias="KAFKA_SSL_PASSWORD", description="The password of the client's key."
+    )
+
+    @check(mode="after")
+    def _security_is_whole(self) -> Self:
+        login = (self.kafka_sasl_mechanism, self.kafka_sasl_username, self.kafka_sasl_password)
+        if self.kafka_security_protocol.startswith("SASL"):
+            if None in login:
+                raise ValueError(
+                    f"KAFKA_SECURITY_PROTOCOL={self.kafka_security_protocol} needs KAFKA_SASL_MECHANISM, "
+                    "KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"
+                )
+        elif login != (None, None, None):
+            raise ValueError(
+                f"KAFKA_SASL_* is set and KAFKA_SECURITY_PROTOCOL={self.kafka_security_protocol} would not use it"
+            )
+        files = (self.kafka_ssl_cafile, self.kafka_ssl_certfile, self.kafka_ssl_keyfile)
+        if "SSL" not in self.kafka_security_protocol and files != (None, None, None):
+            raise ValueError(
+                f"KAFKA_SSL_* is set and KAFKA_SECURITY_PROTOCOL={self.kafka_security_protocol} would not use it"
+            )
+        if self.kafka_ssl_keyfile is not None and self.kafka_ssl_certfile is None:
+            raise ValueError("KAFKA_SSL_KEYFILE is set without KAFKA_SSL_CERTFILE")
+        return self
+
+
+class WorkerSettings(KafkaSettings):
+    """What both workers have."""
+
+    redis_url: SecretStr = Field(
+        SecretStr("redis://localhost:6379/0"),
+        validation_alias="REDIS_URL",
+        description="The token store: redis, rediss, unix, redis+sentinel or redis+cluster; may carry a password.",
+    )
+    topic_prefix: str = Field("", description="Put in front of every topic name.")
+    delivery: Literal["at_least_once", "exactly_once"] = Field(
+        "at_least_once", description="Whether a crash may repeat an outcome, or each is a transaction."
+    )
+    checkpoint: Path = Field(Path("checkpoint"), description="Folder of the model checkpoint.")
+    engine: Literal["torch", "constant"] = Field("torch", description="Runtime; constant computes nothing.")
+    constant_engine_ms_per_item: NonNegativeFloat = Field(
+        0.0, description="How long the constant engine takes for a pair or an image, for tests and benchmarks."
+    )
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where the engine runs: cpu, cuda, cuda:1.")
+    num_threads: PositiveInt | None = Field(None, description="Threads of the engine on a CPU; none: its choice.")
+    storage: Literal["fp16", "bf16", "int8", "int4"] = Field("int8", description="How tokens are stored.")
+    commit_interval_ms: PositiveFloat = Field(100.0, description="Offsets are committed this often.")
+    transaction_interval_ms: PositiveFloat = Field(50.0, description="A transaction this often, with exactly_once.")
+    drain_grace_s: NonNegativeFloat = Field(20.0, description="After SIGTERM, for what is in work.")
+    revoke_grace_s: NonNegativeFloat = Field(5.0, description="Before a partition is given back, for its messages.")
+    max_poll_records: PositiveInt = Field(500, description="Records of one poll.")
+    max_message_bytes: PositiveBytes = Field(
+        ByteSize(MIB), description="Largest message to publish, at most the broker's message.max.bytes."
+    )
+    http_host: str = Field("127.0.0.1", description="Where health and metrics are served; 0.0.0.0 for a pod's probes.")
+    http_port: int = Field(8080, ge=0, le=65535, description="Port of both; 0: a free one, told in the log.")
+    stall_limit_s: PositiveFloat = Field(10.0, description="A loop that has not turned for so long is not alive.")
+    log_format: Literal["console", "json"] = Field("console", description="Lines for people or for machines.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that is logged.")
+
+    @check(mode="after")
+    def _limits_agree(self) -> Self:
+        Topics(self.topic_prefix)
+        if self.constant_engine_ms_per_item and self.engine != "constant":
+            raise ValueError(f"constant_engine_ms_per_item is set and engine={self.engine} would not use it")
+        return self
+
+
+class RerankSettings(WorkerSettings):
+    """The rerank worker's settings."""
+
+    model_config = SettingsConfigDict(env_prefix="RERANK_")
+
+    group_id: str = Field("edje-rerank", min_length=1, description="Consumer group.")
+    max_candidates: PositiveInt = Field(1000, description="Candidates of one request.")
+    max_query_chars: PositiveInt = Field(2000, description="Characters of a query or of a candidate's text.")
+    max_inflight_pairs: PositiveInt = Field(20_000, description="Pairs in work before reading pauses.")
+    max_batch_tokens: PositiveInt = Field(65_536, description="Text and visual tokens of one micro-batch.")
+    max_batch_pairs: PositiveInt = Field(512, description="Pairs of one micro-batch.")
+    max_batch_wait_ms: NonNegativeFloat = Field(2.0, description="Longest wait of a pair for a fuller batch.")
+    piece_pairs: PositiveInt = Field(128, description="Pairs of the pieces a big request is cut into.")
+    slab_bytes: PositiveBytes = Field(ByteSize(1024 * MIB), description="Memory of the token slab on the device.")
+    fetch_threads: PositiveInt = Field(2, le=64, description="Threads that read the store, a connection each.")
+    deadline_tolerance_ms: NonNegativeFloat = Field(0.0, description="How far the producers' clocks may be off.")
+    allowed_reply_topics: Words = Field(
+        (), description="Patterns of the reply topics a request may name; none: <responses> and <responses>.*"
+    )
+    tokenizer_cache_size: int = Field(10_000, ge=0, description="Texts whose ids are remembered.")
+
+    @check(mode="after")
+    def _bounds_agree(self) -> Self:
+        for smaller, larger in (
+            ("piece_pairs", "max_batch_pairs"),
+            ("max_batch_pairs", "max_inflight_pairs"),
+            ("max_candidates", "max_inflight_pairs"),
+        ):
+            at_most(self, smaller, larger)
+        return self
+
+    @property
+    def reply_topic_patterns(self) -> tuple[str, ...]:
+        responses = Topics(self.topic_prefix).rerank_responses
+        return self.allowed_reply_topics or (responses, f"{responses}.*")
+
+
+class IngestSettings(WorkerSettings):
+    """The ingest worker's settings."""
+
+    model_config = SettingsConfigDict(env_prefix="INGEST_")
+
+    group_id: str = Field("edje-ingest", min_length=1, description="Consumer group.")
+    http_port: int = Field(8081, ge=0, le=65535, description="Port of both; 0: a free one, told in the log.")
+    allowed_schemes: Words = Field(("https", "http"), description="Of http, https, file, s3 and gs, those to read.")
+    allowed_hosts: Words = Field((), description="Hosts and buckets to read from, *.example.com too; none: any public.")
+    allowed_ports: Ports = Field((), description="Ports to read from; none: any.")
+    file_roots: Paths = Field((), description="Folders that file addresses may lie in.")
+    allow_private_addresses: bool = Field(False, description="Also read from private and loopback addresses.")
+    max_image_bytes: PositiveBytes = Field(ByteSize(32 * MIB), description="Largest image file.")
+    max_image_pixels: PositiveInt = Field(50_000_000, description="Most pixels of an image, told by its header.")
+    max_redirects: int = Field(3, ge=0, le=20, description="Redirects followed, each checked like the first address.")
+    fetch_timeout_s: PositiveFloat = Field(15.0, description="For one attempt, from name lookup to the last byte.")
+    fetch_attempts: PositiveInt = Field(4, description="Attempts before an image is given up.")
+    fetch_threads: PositiveInt = Field(8, le=256, description="Images fetched at once.")
+    decode_threads: PositiveInt = Field(2, le=256, description="Images decoded at once.")
+    max_batch_images: PositiveInt = Field(16, description="Images of one batch.")
+    max_batch_wait_ms: NonNegativeFloat = Field(20.0, description="Longest wait of an image for a fuller batch.")
+    max_inflight_images: PositiveInt = Field(256, description="Images in work before reading pauses.")
+    max_inflight_bytes: PositiveBytes = Field(ByteSize(512 * MIB), description="Bytes in work before reading pauses.")
+    publish_embedding: bool = Field(False, description="Whether images.indexed carries the pooled embedding.")
+
+    @check(mode="after")
+    def _bounds_agree(self) -> Self:
+        at_most(self, "max_batch_images", "max_inflight_images")
+        at_most(self, "max_image_bytes", "max_inflight_bytes")
+        if ("file" in self.allowed_schemes) != bool(self.file_roots):
+            raise ValueError("file among allowed_schemes and file_roots go together: set both or neither")
+        return self
+
+
+def at_most(settings: BaseSettings, smaller: str, larger: str) -> None:
+    """Refuse limits that contradict each other."""
+    low, high = getattr(settings, smaller), getattr(settings, larger)
+    if low > high:
+        raise ValueError(f"{smaller}={low} is more than {larger}={high}")
