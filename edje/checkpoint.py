@@ -144,8 +144,8 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, _TensorEntry], i
         raise CheckpointIncomplete(f"{path} does not begin like a safetensors file: copy the whole folder again")
     try:
         header = json.loads(file.read(num_bytes))
-        header.pop("__metadata__", None)
-        return _HEADER.validate_python(header), 8 + num_bytes
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return _HEADER.validate_python(tensors), 8 + num_bytes
     except (ValueError, AttributeError) as error:
         raise CheckpointIncomplete(f"{path} has no readable header: copy the whole folder again") from error
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
+
+Count = Annotated[int, Field(gt=0)]
 
 _CLOSED = ConfigDict(extra="forbid", strict=True)
 
@@ -21,11 +23,11 @@ class VisionConfig:
 
     __pydantic_config__ = _CLOSED
 
-    patch_size: int
-    dim: int
-    num_layers: int
-    num_heads: int
-    hidden_dim: int
+    patch_size: Count
+    dim: Count
+    num_layers: Count
+    num_heads: Count
+    hidden_dim: Count
     norm_eps: float = 1e-6
 
 
@@ -39,8 +41,8 @@ class AdapterConfig:
     __pydantic_config__ = _CLOSED
 
     kind: Literal["compression", "local"]
-    num_tokens: int
-    hidden_dim: int = 8192
+    num_tokens: Count
+    hidden_dim: Count = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +51,13 @@ class JointConfig:
 
     __pydantic_config__ = _CLOSED
 
-    dim: int
-    num_layers: int
-    num_heads: int
-    hidden_dim: int
-    vocab_size: int
+    dim: Count
+    num_layers: Count
+    num_heads: Count
+    hidden_dim: Count
+    vocab_size: Count
     sep_id: int
-    max_positions: int = 512
+    max_positions: Count = 512
     norm_eps: float = 1e-12
 
 
@@ -65,11 +67,11 @@ class PreprocessConfig:
 
     __pydantic_config__ = _CLOSED
 
-    image_size: int
+    image_size: Count
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     canonical_captions: bool = True  # lower case, punctuation removed, as in training
-    max_caption_pieces: int = 61  # word pieces, without [CLS] and [SEP]
+    max_caption_pieces: Count = 61  # word pieces, without [CLS] and [SEP]
 
     @property
     def max_text_tokens(self) -> int:
@@ -97,7 +99,9 @@ class EdjeConfig:
                 f"{self.preprocess.image_size} pixels are no whole number of {vision.patch_size}-pixel patches"
             )
         if vision.dim % vision.num_heads or joint.dim % joint.num_heads:
-            raise ValueError("a width must be a multiple of its number of heads")
+            raise ValueError(
+                f"widths {vision.dim} and {joint.dim} do not divide into {vision.num_heads} and {joint.num_heads} heads"
+            )
         if adapter.kind == "local" and adapter.num_tokens != self.num_patches:
             raise ValueError(f"a local adapter keeps all {self.num_patches} patch tokens, not {adapter.num_tokens}")
         if joint.max_positions < self.max_sequence:

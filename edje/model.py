@@ -61,13 +61,16 @@ def build_edje(config: EdjeConfig, device: str = "cpu") -> Edje:
 #: Parameters that are looked up or attended from, not multiplied with.
 _TABLES = ("words.weight", "positions.weight", "types.weight", "positions", "query", "probe")
 
+#: At 1, attention is nearly uniform and pairs score within 0.1 of each other; at 1.5 they spread over about 1.
+_GAIN = 1.5
+
 
 @torch.no_grad()
 def draw_weights(model: Edje, seed: int) -> None:
-    """Untrained weights, the same for the same seed, under which signals keep their size from end to end.
+    """Untrained weights, the same for the same seed, under which scores differ between pairs but mean nothing.
 
-    Every matrix is drawn with variance 1 / inputs and every bias is zero, norms start as identities, and learned
-    queries, positions and words at unit size: scores differ between pairs although they mean nothing.
+    A matrix is drawn with deviation `_GAIN` / sqrt(inputs), so that signals keep their size from end to end; tables at
+    unit size; biases are zero and norms identities.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
@@ -76,5 +79,5 @@ def draw_weights(model: Edje, seed: int) -> None:
         elif parameter.ndim == 1:
             parameter.fill_(1.0)
         else:
-            std = 1.0 if name.endswith(_TABLES) else parameter[0].numel() ** -0.5
+            std = 1.0 if name.endswith(_TABLES) else _GAIN * parameter[0].numel() ** -0.5
             parameter.normal_(0.0, std, generator=generator)
