@@ -1,0 +1,130 @@
+"""Sets up logging: one line for each event, for people or as JSON, ours and the libraries' alike.
+
+The parts of a worker log through `structlog.get_logger(__name__)` and give a line its ids as they write it
+(`log.warning("…", request_id=…, trace_id=…)`), so that a request costs nothing while nothing is said about it.
+Knows no setting by name; what must not be seen is given by value.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from workers.store_url import without_secrets
+
+Level = Literal["debug", "info", "warning", "error"]
+
+#: Libraries that tell of every connection at info; theirs matter from a warning on, or when everything is wanted.
+CHATTY = ("kafka", "redis", "asyncio", "aiohttp", "fsspec", "PIL", "urllib3")
+#: A secret shorter than this would be found all over innocent words; in an address it is hidden all the same.
+MIN_SECRET_CHARS = 4
+
+
+def configure_logging(
+    worker: str,
+    *,
+    layout: Literal["console", "json"],
+    level: Level,
+    secrets: Iterable[str] = (),
+    out: TextIO | None = None,
+) -> None:
+    """Send every log line of the process to `out` (standard error), errors that nobody catches included.
+
+    `secrets` are replaced by stars wherever they turn up, and so is any password in an address.
+    """
+    stream = out or sys.stderr
+    shared: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _naming(worker),
+        structlog.processors.format_exc_info,
+        _hiding([secret for secret in secrets if len(secret) >= MIN_SECRET_CHARS]),
+    ]
+    renderer: Processor = (
+        structlog.processors.JSONRenderer(ensure_ascii=False)
+        if layout == "json"
+        else structlog.dev.ConsoleRenderer(colors=stream.isatty())
+    )
+    structlog.configure(
+        processors=[structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            # For our lines and for the libraries': what they share is added here and not where a line is written.
+            processors=[*shared, structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+    logging.captureWarnings(True)
+    _log_uncaught()
+
+
+def _naming(worker: str) -> Processor:
+    def name(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        event["worker"] = worker
+        return event
+
+    return name
+
+
+def _hiding(secrets: Iterable[str]) -> Processor:
+    """Masks the values of a line and makes them what every renderer can write."""
+    longest_first = sorted(secrets, key=len, reverse=True)
+
+    def hidden(value: Any) -> Any:
+        match value:
+            case bool() | int() | None:
+                return value
+            case float() if math.isfinite(value):  # JSON has no other numbers
+                return value
+            case Mapping():
+                return {str(name): hidden(inner) for name, inner in value.items()}
+            case list() | tuple() | set() | frozenset():
+                return [hidden(inner) for inner in value]
+        text = value if isinstance(value, str) else str(value)
+        for secret in longest_first:
+            text = text.replace(secret, "***")
+        return without_secrets(text)
+
+    def hide(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        return {name: value if name.startswith("_") else hidden(value) for name, value in event.items()}
+
+    return hide
+
+
+def _log_uncaught() -> None:
+    """Errors that end the process or a thread become log lines too, with the traceback as one field."""
+    log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+    def process(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, traceback)
+            return
+        log.critical("the process ends by an error", exc_info=(kind, error, traceback))
+
+    def thread(hook: threading.ExceptHookArgs) -> None:
+        if hook.exc_value is not None and not issubclass(hook.exc_type, SystemExit):
+            name = hook.thread.name if hook.thread else "?"
+            error = (hook.exc_type, hook.exc_value, hook.exc_traceback)
+            log.critical("a thread ends by an error", thread=name, exc_info=error)
+
+    sys.excepthook = process
+    threading.excepthook = thread
