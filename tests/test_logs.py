@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from workers.errors import Transient
-from workers.logs import configure_logging
+from workers.logs import set_up_logs
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,9 @@ def logging_as_before():
 
 @pytest.fixture
 def lines():
-    """Configure JSON logging and return what was logged since."""
+    """Set up JSON lines and return what was logged since."""
     out = io.StringIO()
-    configure_logging("rerank", layout="json", level="info", secrets=["hush-hush", "pw"], out=out)
+    set_up_logs(log_format="json", level="info", secrets=["hush-hush", "pw"], out=out)
     return lambda: [json.loads(line) for line in out.getvalue().splitlines()]
 
 
@@ -44,7 +44,6 @@ def test_a_line_is_one_json_object_with_its_ids(lines):
         "event": "request refused",
         "level": "warning",
         "logger": "workers.test",
-        "worker": "rerank",
         "request_id": "r-1",
         "trace_id": "0af",
         "num_pairs": 3,
@@ -138,7 +137,7 @@ def test_a_warning_is_a_line(lines):
 
 def test_lines_for_people_hold_the_same_words():
     out = io.StringIO()
-    configure_logging("ingest", layout="console", level="info", out=out)
+    set_up_logs(log_format="console", level="info", out=out)
 
     structlog.get_logger("workers.test").info("image stored", image_id="img-1")
 

@@ -81,7 +81,7 @@ def test_rerank_methods_reach_their_instruments():
     metrics.count_slab_lookups(hits=3, misses=2)
     metrics.count_bad_blobs("missing", 2)
     metrics.count_blob_bytes(24_912)
-    metrics.observe_batch(num_pairs=128, seconds=0.004)
+    metrics.observe_batch(num_pairs=128, num_tokens=9_728, seconds=0.004)
     metrics.observe_queue_wait(0.001)
     metrics.observe_image("decode", 0.01)
     metrics.count_retry("store_read")
@@ -90,7 +90,8 @@ def test_rerank_methods_reach_their_instruments():
     assert (value("edje_slab_hits_total"), value("edje_slab_misses_total")) == (3, 2)
     assert value("edje_bad_blobs_total", {"reason": "missing"}) == 2
     assert value("edje_store_read_bytes_total") == 24_912
-    assert (value("edje_batch_pairs_sum"), value("edje_batch_seconds_sum")) == (128, 0.004)
+    assert (value("edje_batch_pairs_sum"), value("edje_batch_tokens_sum")) == (128, 9_728)
+    assert value("edje_batch_seconds_sum") == 0.004
     assert value("edje_queue_wait_seconds_count") == 1
     assert value("edje_image_seconds_count", {"stage": "decode"}) == 1
     assert value("edje_retries_total", {"kind": "store_read"}) == 1

@@ -28,10 +28,9 @@ CHATTY = ("kafka", "redis", "asyncio", "aiohttp", "fsspec", "PIL", "urllib3")
 MIN_SECRET_CHARS = 4
 
 
-def configure_logging(
-    worker: str,
+def set_up_logs(
     *,
-    layout: Literal["console", "json"],
+    log_format: Literal["console", "json"],
     level: Level,
     secrets: Iterable[str] = (),
     out: TextIO | None = None,
@@ -45,13 +44,12 @@ def configure_logging(
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _naming(worker),
         structlog.processors.format_exc_info,
         _hiding([secret for secret in secrets if len(secret) >= MIN_SECRET_CHARS]),
     ]
     renderer: Processor = (
         structlog.processors.JSONRenderer(ensure_ascii=False)
-        if layout == "json"
+        if log_format == "json"
         else structlog.dev.ConsoleRenderer(colors=stream.isatty())
     )
     structlog.configure(
@@ -75,14 +73,6 @@ def configure_logging(
         logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
     logging.captureWarnings(True)
     _log_uncaught()
-
-
-def _naming(worker: str) -> Processor:
-    def name(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        event["worker"] = worker
-        return event
-
-    return name
 
 
 def _hiding(secrets: Iterable[str]) -> Processor:
