@@ -7,6 +7,7 @@ from typing import Literal
 
 from edje.checkpoint import CheckpointError, read_config, read_digest
 from trt.engine import Engine, EngineMismatch, EngineUnavailable
+from trt.slab import SlotLayout
 
 Runtime = Literal["torch", "constant"]
 
@@ -39,6 +40,16 @@ def load_engine(
     raise EngineUnavailable(f"unknown engine {runtime!r}: choose torch or constant")
 
 
+def slots_in(slab_bytes: int, checkpoint: Path, storage: str) -> int:
+    """How many images of this checkpoint a slab of so many bytes holds. Raises `EngineMismatch`, `EngineUnavailable`."""
+    try:
+        config = read_config(checkpoint)
+    except CheckpointError as error:
+        raise EngineMismatch(str(error)) from error
+    layout = SlotLayout(storage, config.adapter.num_tokens, config.joint.dim)
+    return slab_bytes // (layout.token_bytes + layout.scale_bytes)
+
+
 def _load_constant(
     checkpoint: Path, storage: str, num_slots: int, max_pairs: int, max_images: int, ms_per_item: float
 ) -> Engine:
@@ -69,7 +80,6 @@ def _load_torch(
     except ImportError as error:
         raise EngineUnavailable(f"the torch engine needs torch, which cannot be imported: {error}") from error
     from edje.weights import load_checkpoint
-    from trt.slab import SlotLayout
     from trt.torch_engine import TorchEngine, fastest_dtype
     from trt.torch_slab import build_slab
 

@@ -19,7 +19,7 @@ from workers.ports import Partition
 T = TypeVar("T", Counter, Histogram)
 
 #: What was tried again.
-RetryKind = Literal["publish", "commit", "store_read", "store_write", "image_fetch"]
+RetryKind = Literal["connect", "publish", "commit", "store_read", "store_write", "image_fetch"]
 #: What a message came to; `dead_letter` also where an error reply went out with it.
 Outcome = Literal["ok", "partial", "expired", "error", "dead_letter", "skipped"]
 #: Stages of an image on its way into the store.
@@ -108,6 +108,7 @@ class Metrics:
         self.store_write_bytes = self._counter("edje_store_write_bytes", "Bytes of blobs written to the store.")
 
         self._lagging: set[Partition] = set()
+        self._num_evicted = 0
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, registry=self.registry)
@@ -138,12 +139,18 @@ class Metrics:
     def observe_queue_wait(self, seconds: float) -> None:
         self.queue_wait_seconds.observe(seconds)
 
-    def observe_batch(self, *, num_pairs: int, seconds: float) -> None:
+    def observe_batch(self, *, num_pairs: int, num_tokens: int, seconds: float) -> None:
         self.batch_pairs.observe(num_pairs)
+        self.batch_tokens.observe(num_tokens)
         self.batch_seconds.observe(seconds)
 
     def observe_image(self, stage: IngestStage, seconds: float) -> None:
         self.image_seconds[stage].observe(seconds)
+
+    def count_evictions(self, num_evicted: int) -> None:
+        """`num_evicted` is the number since the worker's start."""
+        self.slab_evictions.inc(num_evicted - self._num_evicted)
+        self._num_evicted = num_evicted
 
     def count_slab_lookups(self, *, hits: int, misses: int) -> None:
         if hits:

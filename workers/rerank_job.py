@@ -76,6 +76,10 @@ class RerankJob:
     def num_active(self) -> int:
         return len(self._active)
 
+    def num_inflight_pairs(self) -> int:
+        """Pairs of the requests in work."""
+        return self._num_inflight_pairs
+
     def accept(self, record: Record, now: float) -> None:
         reply_topic = self._limits.reply_topic
         try:
@@ -117,7 +121,7 @@ class RerankJob:
                 active.engine_s += batch.engine_s
                 self._end(ready.piece, now)
                 start = stop
-            self._metrics.observe_batch(num_pairs=start, seconds=batch.engine_s)
+            self._metrics.observe_batch(num_pairs=start, num_tokens=batch.num_tokens, seconds=batch.engine_s)
         self._expire_the_late(now)
         self._start_pieces(now)
         for piece in self._loader.turn():

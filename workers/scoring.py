@@ -29,6 +29,10 @@ class ScoredBatch:
     logits: NDArray[np.float32]
     engine_s: float
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(ready.num_pairs * ready.tokens_per_pair for ready in self.pieces)
+
 
 class BatchScorer:
     """Batches in, scored batches out, in order."""

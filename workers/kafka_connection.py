@@ -1,0 +1,26 @@
+"""What every Kafka client of ours needs to connect, from the settings. Imports no Kafka."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workers.settings import KafkaSettings
+
+
+def kafka_connection(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
+    """Keyword arguments of kafka-python's clients: brokers, TLS, SASL. Holds the password: not for logs."""
+    secret = {"sasl_plain_password": settings.kafka_sasl_password, "ssl_password": settings.kafka_ssl_password}
+    plain = {
+        "sasl_mechanism": settings.kafka_sasl_mechanism,
+        "sasl_plain_username": settings.kafka_sasl_username,
+        "ssl_cafile": settings.kafka_ssl_cafile and str(settings.kafka_ssl_cafile),
+        "ssl_certfile": settings.kafka_ssl_certfile and str(settings.kafka_ssl_certfile),
+        "ssl_keyfile": settings.kafka_ssl_keyfile and str(settings.kafka_ssl_keyfile),
+    }
+    return {
+        "bootstrap_servers": list(settings.kafka_brokers),
+        "security_protocol": settings.kafka_security_protocol,
+        "client_id": client_id,
+        **{name: value for name, value in plain.items() if value is not None},
+        **{name: value.get_secret_value() for name, value in secret.items() if value is not None},
+    }

@@ -1,0 +1,134 @@
+"""The rerank worker: `python -m workers.rerank`. Names its adapters and its engine, and nothing else."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from edje.text import Tokenizer
+from protocols.blob import BlobLayout
+from trt.engine import Engine, EngineInfo
+from trt.load import load_engine, slots_in
+from workers.admission import AdmissionLimits
+from workers.batching import MicroBatcher
+from workers.blob_fetches import BlobFetches
+from workers.errors import Misconfigured
+from workers.loading import SlabLoader
+from workers.replies import Replies
+from workers.rerank_job import RerankBounds, RerankJob
+from workers.rerank_state import ReadyPiece
+from workers.runtime import Built, Shared, run_worker
+from workers.scoring import MAX_BATCHES, BatchScorer
+from workers.settings import RerankSettings
+from workers.tracing import reply_headers
+
+
+@contextmanager
+def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
+    """The rerank job over a warm engine. Raises `Misconfigured` or `EngineError`."""
+    settings, metrics, wake = shared.settings, shared.metrics, shared.wake
+    engine = load(settings)
+    info = engine.info
+    metrics.set_engine(info)
+    layout = BlobLayout(info.model_digest, info.num_visual_tokens, info.token_dim, settings.storage)
+    fetches = BlobFetches(shared.store, shared.retry("store_read"), settings.fetch_threads, metrics.fetch_seconds)
+    scorer = BatchScorer(engine, wake, shared.clock)
+    loader = SlabLoader(
+        slab=engine.slab,
+        layout=layout,
+        num_slots=info.num_slots,
+        start_fetch=fetches.start,
+        wake=wake,
+        metrics=metrics,
+    )
+    job = RerankJob(
+        limits=limits_of(settings, shared, info),
+        bounds=RerankBounds(
+            max_inflight_pairs=settings.max_inflight_pairs,
+            max_fetches=2 * settings.fetch_threads,  # one in work and one behind it for each thread
+            max_ready_pairs=MAX_BATCHES * settings.max_batch_pairs,
+        ),
+        num_visual_tokens=info.num_visual_tokens,
+        encode=cached_encode(settings),
+        loader=loader,
+        batcher=MicroBatcher[ReadyPiece](
+            max_tokens=settings.max_batch_tokens,
+            max_pairs=settings.max_batch_pairs,
+            max_wait_s=settings.max_batch_wait_ms / 1000,
+        ),
+        scorer=scorer,
+        replies=Replies(
+            dead_letter_topic=shared.topics.dead_letter,
+            model_digest=info.model_digest,
+            engine_digest=info.engine_digest,
+            reply_headers=reply_headers,
+            max_message_bytes=settings.max_message_bytes,
+            metrics=metrics,
+        ),
+        metrics=metrics,
+        wall_clock=time.time,
+    )
+
+    def refresh_gauges() -> None:
+        metrics.inflight_pairs.set(job.num_inflight_pairs())
+        metrics.slab_slots_used.set(loader.slots_used())
+        metrics.count_evictions(loader.slots_evicted())
+
+    try:
+        yield Built(job, shared.topics.rerank_requests, settings.group_id, refresh_gauges)
+    finally:
+        fetches.close()
+        scorer.close()
+
+
+def load(settings: RerankSettings) -> Engine:
+    """The engine, warm."""
+    num_slots = slots_in(settings.slab_bytes, settings.checkpoint, settings.storage)
+    if num_slots < 2 * settings.piece_pairs:
+        raise Misconfigured(
+            f"RERANK_SLAB_BYTES={settings.slab_bytes} holds {num_slots} images; two pieces of "
+            f"RERANK_PIECE_PAIRS={settings.piece_pairs} must fit"
+        )
+    engine = load_engine(
+        settings.engine,
+        settings.checkpoint,
+        storage=settings.storage,
+        num_slots=num_slots,
+        max_pairs=settings.max_batch_pairs,
+        max_images=1,
+        num_threads=settings.num_threads,
+        device=settings.device,
+        constant_ms_per_item=settings.constant_engine_ms_per_item,
+    )
+    engine.warm_up()
+    return engine
+
+
+def limits_of(settings: RerankSettings, shared: Shared[RerankSettings], info: EngineInfo) -> AdmissionLimits:
+    return AdmissionLimits(
+        model_digest=info.model_digest,
+        max_candidates=settings.max_candidates,
+        max_text_chars=settings.max_query_chars,
+        piece_pairs=settings.piece_pairs,
+        deadline_tolerance_s=settings.deadline_tolerance_ms / 1000,
+        reply_topic=shared.topics.rerank_responses,
+        allowed_reply_topics=settings.reply_topic_patterns,
+    )
+
+
+def cached_encode(settings: RerankSettings) -> functools._lru_cache_wrapper[Sequence[int]]:
+    """Text to ids, remembered: popular queries come again and again."""
+    tokenizer = Tokenizer.load(settings.checkpoint)
+
+    @functools.lru_cache(settings.tokenizer_cache_size)
+    def encode(text: str) -> Sequence[int]:
+        return tuple(tokenizer.encode(text))
+
+    return encode
+
+
+if __name__ == "__main__":
+    sys.exit(run_worker("rerank", RerankSettings, build))

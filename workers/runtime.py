@@ -1,0 +1,224 @@
+"""What both workers are made of, put together: settings, logs, health, store, bus, delivery, loop, signals.
+
+Each worker adds its job. Here and in the two workers is where adapters are named; everything else knows ports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from types import FrameType
+from typing import Generic, TypeVar
+
+import structlog
+
+from protocols.topics import Topics
+from trt.engine import EngineError
+from workers.bus import KafkaInbox, KafkaOutbox, KafkaTransactionalOutbox
+from workers.delivery import AtLeastOnce, Delivery, ExactlyOnce
+from workers.errors import Misconfigured
+from workers.health import Health, HealthServer
+from workers.job import Job
+from workers.kafka_connection import kafka_connection
+from workers.logs import set_up_logs
+from workers.loop import Loop, Wake
+from workers.metrics import Metrics, RetryKind
+from workers.ports import Inbox, TokenStore
+from workers.read_settings import near_misses, read_settings, secrets_of
+from workers.retrying import Retry
+from workers.settings import WorkerSettings
+from workers.show_config import show_config
+from workers.store import RedisStore
+
+log = structlog.get_logger(__name__)
+
+S = TypeVar("S", bound=WorkerSettings)
+
+#: What a worker waits for before it is ready, in the words of `/readyz`.
+ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS = "engine loaded and warm", "store answers", "broker answers"
+#: How often gauges are brought up to date.
+GAUGES_S = 1.0
+#: For the last words to the broker, after the drain.
+CLOSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared(Generic[S]):
+    """What a job is built from."""
+
+    settings: S
+    topics: Topics
+    store: TokenStore
+    metrics: Metrics
+    wake: Wake
+    clock: Callable[[], float]
+
+    def retry(self, kind: RetryKind) -> Retry:
+        return Retry(on_retry=lambda: self.metrics.count_retry(kind))
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A job with its engine warm, and how its gauges are brought up to date."""
+
+    job: Job
+    input_topic: str
+    group_id: str
+    refresh_gauges: Callable[[], None]
+
+
+Build = Callable[[Shared[S]], AbstractContextManager[Built]]
+
+
+def run_worker(name: str, kind: type[S], build: Build[S]) -> int:
+    """Run a worker until SIGTERM or SIGINT; returns the process's exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m workers.{name}", description="Settings come from the environment.")
+    parser.add_argument(
+        "--show-config", nargs="?", const="table", choices=("table", "json"), help="list every setting, and end"
+    )
+    arguments = parser.parse_args()
+    try:
+        settings = read_settings(kind)
+    except Misconfigured as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    if arguments.show_config is not None:
+        show_config(settings, sys.stdout, arguments.show_config)
+        return 0
+    set_up_logs(log_format=settings.log_format, level=settings.log_level, secrets=secrets_of(settings))
+    for sentence in near_misses(kind):
+        log.warning(sentence)
+    try:
+        with ExitStack() as stack:
+            _run(name, settings, build, stack)
+    except (Misconfigured, EngineError) as error:
+        log.error("the worker cannot go on", error=str(error), kind=type(error).__name__)
+        return 1
+    except Exception:
+        log.exception("the worker ends; what was in work is left to its next owner")
+        return 1
+    return 0
+
+
+class _Signals:
+    """SIGTERM and SIGINT: before the loop runs they end the process, afterwards they drain it."""
+
+    def __init__(self, health: Health) -> None:
+        self._health = health
+        self.loop: Loop | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._health.draining()
+        if self.loop is None:
+            raise SystemExit(0)
+        self.loop.stop()
+
+
+def _run(name: str, settings: S, build: Build[S], stack: ExitStack) -> None:
+    clock, metrics, wake = time.monotonic, Metrics(), Wake()
+    health = Health(
+        waits_for=(ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS), stall_limit_s=settings.stall_limit_s
+    )
+    signals = _Signals(health)
+    server = stack.enter_context(
+        HealthServer(health, metrics.registry, clock=clock, host=settings.http_host, port=settings.http_port)
+    )
+    store = RedisStore(settings.redis_url.get_secret_value())
+    stack.callback(store.close)
+    shared = Shared(settings, Topics(settings.topic_prefix), store, metrics, wake, clock)
+
+    built = stack.enter_context(build(shared))
+    health.met(ENGINE_WARM)
+    shared.retry("connect")("store", store.ping)
+    health.met(STORE_ANSWERS)
+    inbox, delivery = shared.retry("connect")("kafka", lambda: _connect(name, shared, built, stack))
+    health.met(BROKER_ANSWERS)
+
+    loop = Loop(
+        inbox=inbox,
+        job=built.job,
+        delivery=delivery,
+        wake=wake,
+        clock=clock,
+        drain_grace_s=settings.drain_grace_s,
+        revoke_grace_s=settings.revoke_grace_s,
+        on_turn=_Housekeeping(health, server, metrics, inbox, built),
+    )
+    signals.loop = loop
+    log.info("ready", topic=built.input_topic, group=built.group_id, delivery=settings.delivery)
+    loop.run()
+
+
+def _connect(name: str, shared: Shared[S], built: Built, stack: ExitStack) -> tuple[Inbox, Delivery]:
+    """Connect to Kafka. Raises `Transient` while no broker answers; nothing is then left open."""
+    settings, wake = shared.settings, shared.wake
+    connection = kafka_connection(settings, client_id=f"edje-{name}")
+    with ExitStack() as opened:
+        inbox = KafkaInbox(
+            connection,
+            topic=built.input_topic,
+            group_id=built.group_id,
+            wake=wake,
+            read_committed=settings.delivery == "exactly_once",
+            max_poll_records=settings.max_poll_records,
+            max_message_bytes=settings.max_message_bytes,
+        )
+        opened.callback(inbox.close, CLOSE_S)
+        delivery: Delivery
+        if settings.delivery == "exactly_once":
+            transactional = KafkaTransactionalOutbox(
+                connection,
+                transactional_id=transactional_id(built.group_id),
+                membership=inbox.membership,
+                max_message_bytes=settings.max_message_bytes,
+            )
+            opened.callback(transactional.close, CLOSE_S)
+            executor = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="transaction"))
+            delivery = ExactlyOnce(transactional, executor, wake, settings.transaction_interval_ms / 1000)
+        else:
+            outbox = KafkaOutbox(connection, max_message_bytes=settings.max_message_bytes)
+            opened.callback(outbox.close, CLOSE_S)
+            delivery = AtLeastOnce(inbox, outbox, wake, settings.commit_interval_ms / 1000)
+        stack.push(opened.pop_all())
+    return inbox, delivery
+
+
+def transactional_id(group_id: str) -> str:
+    """The same for a container that restarts in its pod, so that its successor ends an open transaction at once.
+
+    In a container the process number is always 1; elsewhere it tells the workers of one host apart.
+    """
+    return f"{group_id}-{socket.gethostname()}-{os.getpid()}"
+
+
+class _Housekeeping:
+    """Tells health and metrics of every turn of the loop, the costlier things now and then."""
+
+    def __init__(self, health: Health, server: HealthServer, metrics: Metrics, inbox: Inbox, built: Built) -> None:
+        self._health, self._server, self._metrics, self._inbox, self._built = health, server, metrics, inbox, built
+        self._due = 0.0
+        self._num_turns = 0
+
+    def __call__(self, now: float) -> None:
+        self._health.turned(now)
+        self._num_turns += 1
+        if now < self._due:
+            return
+        self._due = now + GAUGES_S
+        if not self._server.is_serving():
+            raise RuntimeError("the thread that serves health and metrics has died")
+        self._metrics.loop_turns.inc(self._num_turns)
+        self._num_turns = 0
+        self._metrics.inflight_events.set(self._built.job.num_active())
+        self._metrics.set_lag(self._inbox.lag())
+        self._built.refresh_gauges()
