@@ -98,7 +98,7 @@ def encode_response(
     `order` holds the candidates' places in the request, best first; scores and logits are parallel to it, `ids` are
     those of all candidates (`RerankRequest.names()`). Unlike the model it does not check ids and digests again.
     """
-    if not math.isfinite(sum(logits) + sum(relevance_scores)):
+    if not (all(map(math.isfinite, logits)) and all(map(math.isfinite, relevance_scores))):
         raise ValueError("a score that is not finite cannot be published")
     response = {
         "schema_version": SCHEMA_VERSION,

@@ -42,7 +42,7 @@ def _given(name: str, **others: Any) -> dict[str, Any]:
     return {"required": [name], "properties": {name: {"type": "string"}, **others}}
 
 
-_NULL = {"type": "null"}
+_NULL: dict[str, Any] = {"type": "null"}
 
 
 class _Part(BaseModel):
@@ -199,6 +199,19 @@ class ErrorInfo(_Part):
 
 class RerankResponse(Event):
     """The one answer to a request; results are best first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {
+                    "properties": {"status": {"const": "error"}, "error": {"type": "object"}},
+                    "required": ["error"],
+                },
+                {"properties": {"status": {"enum": ["ok", "partial"]}, "error": _NULL}},
+                {"properties": {"status": {"const": "expired"}}},
+            ]
+        }
+    )
 
     request_id: Id
     status: Annotated[Status, Field(description="partial: some candidates are in `missing` and not in `results`")]

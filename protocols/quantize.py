@@ -6,6 +6,18 @@
                 for each 32 neighbouring values of a token, max|x| / 7
 
 A token (or group) of zeros has scale 0. Scales are stored token after token, little endian.
+
+Cost of an image of 64 x 384: value in Redis, `MEMORY USAGE` of its key with jemalloc (Redis 7.0, whose size classes
+round up) and with libc's allocator (Redis 6.2); and the error added, as the root mean square of the difference over
+that of the tokens: normal values, Student's t with 3 degrees of freedom, normal with every 128th dimension 20 times
+as large.
+
+            values   scales   jemalloc     libc     normal   heavy tail   outlying dimensions
+    fp16    49,152        0     57,480   49,496     0.0002       0.0002                0.0002
+    bf16    49,152        0     57,480   49,496     0.0017       0.0017                0.0017
+    int8    24,576      256     28,808   25,176     0.0072        0.020                 0.033
+    int4    12,288    1,536     14,472   14,168      0.097        0.140                 0.158
+
 Knows nothing of blobs and of where tokens come from.
 """
 
