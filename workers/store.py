@@ -32,7 +32,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import MasterNotFoundError, Sentinel
 
 from workers.errors import Misconfigured, Transient
 from workers.store_url import StoreUrl, without_secrets
@@ -168,6 +168,8 @@ class RedisStore:
         if any(isinstance(cause, (AuthenticationError, AuthorizationError, NoPermissionError)) for cause in causes):
             return Misconfigured(f"{sentence}; check the user, the password and its permissions in REDIS_URL")
         match error:
+            case MasterNotFoundError():  # its own text lists the clients with all their options
+                return Transient(f"{self._name}: no sentinel that answers knows a master of this service")
             case OutOfMemoryError():
                 return Transient(f"{sentence}; the store is full: raise its maxmemory or remove keys of old models")
             case ClusterDownError() | ReadOnlyError() | TryAgainError():
