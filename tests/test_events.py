@@ -93,6 +93,7 @@ def test_more_candidates_than_the_wire_allows_are_refused():
         {"deadline": datetime(2026, 11, 23)},
         {"deadline": 1_795_435_200},
         {"deadline": "1795435200"},
+        {"deadline": "tomorrow"},
     ],
 )
 def test_a_field_out_of_bounds_is_refused(change):
