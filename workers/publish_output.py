@@ -1,0 +1,113 @@
+"""What `python -m workers.publish` prints: results to standard output, remarks to standard error.
+
+Each function returns whether all went well. Ids and texts come from outside and are printed as text, never as markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from protocols.encoding import encode
+from protocols.events import RerankRequest
+from workers.client import Reply
+from workers.image_files import Refused, printable
+from workers.image_upload import Upload
+from workers.replay import Replay
+
+#: What is named one by one when something is wrong; the rest is a number.
+MAX_NAMED = 5
+
+remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_upload(done: Upload, refused: Sequence[Refused], *, wait: bool, patience_s: float) -> bool:
+    """Say how many images were published and, if that was waited for, what became of them."""
+    sentence = f"{done.published} published"
+    if wait:
+        sentence += f", {done.indexed} indexed ({done.already_stored} of them were stored already)"
+    remarks.print(sentence)
+    for code, number in sorted(done.dead.items()):
+        remarks.print(f"{number} dead letters, {code}: {printable(done.causes[code])}")
+    problems = [f"{printable(file.path)}: {file.reason}" for file in refused]
+    problems += [f"{printable(image_id)}: {reason}" for image_id, reason in done.too_large]
+    if problems:
+        remarks.print(f"{len(problems)} not published: {_some(problems)}")
+    if done.unheard:
+        names = _some([printable(name) for name in sorted(done.unheard)])
+        remarks.print(
+            f"{len(done.unheard)} images without an answer after {patience_s:g} s without news: {names}; "
+            "is the ingest worker running and ready, with this topic prefix?"
+        )
+    return not (done.dead or problems or done.unheard)
+
+
+def print_reply(reply: Reply, request: RerankRequest, *, as_json: bool) -> bool:
+    """Print the ranking; a request that was not ranked is a failure."""
+    response = reply.response
+    if as_json:
+        print(encode(response).decode())
+        return response.status in ("ok", "partial")
+    if response.error is not None:
+        remarks.print(f"{response.status}: {response.error.code}: {printable(response.error.message)}")
+        return False
+    if response.status == "expired":
+        remarks.print("expired: the deadline passed before the request was scored")
+        return False
+    table = Table("rank", "id" if request.query.text is not None else "text", "score", "logit", "before")
+    for column in (0, 2, 3, 4):
+        table.columns[column].justify = "right"
+    names = request.names() if request.query.text is not None else request.texts()
+    before = first_stage_ranks(request)
+    for rank, result in enumerate(response.results, start=1):
+        name = Text(printable(names[result.index]))
+        score, logit = f"{result.relevance_score:.4f}", f"{result.logit:+.3f}"
+        table.add_row(str(rank), name, score, logit, str(before[result.index]))
+    Console(highlight=False).print(table)
+    timings = ", ".join(f"{stage} {took:.1f}" for stage, took in response.timings_ms.items())
+    remarks.print(f"model {response.model}, engine {response.engine}, trace {reply.trace_id or 'none'}; ms: {timings}")
+    if response.missing:
+        missing = _some([printable(name) for name in response.missing])
+        remarks.print(f"{len(response.missing)} candidates have no usable tokens in the store: {missing}")
+    return True
+
+
+def first_stage_ranks(request: RerankRequest) -> list[int]:
+    """Each candidate's rank before: by first-stage score where all have one, else by its place in the request."""
+    scores = [candidate.get("score") for candidate in request.candidates]
+    order = sorted(range(len(scores)), key=lambda index: -(scores[index] or 0.0)) if None not in scores else None
+    ranks = [0] * len(scores)
+    for rank, index in enumerate(order or range(len(scores)), start=1):
+        ranks[index] = rank
+    return ranks
+
+
+def print_replay(done: Replay, *, dry_run: bool) -> bool:
+    """Say what was published again, by error code, and where to go on."""
+    columns = {
+        "would be replayed" if dry_run else "replayed": done.replayed,
+        "truncated": done.truncated,
+        "other code": done.passed_over,
+        "beyond the limit": done.beyond_limit,
+    }
+    codes = sorted(set().union(*columns.values()))
+    if codes:
+        table = Table("error code", *columns)
+        for code in codes:
+            table.add_row(Text(printable(code)), *(str(counts[code] or "") for counts in columns.values()))
+        Console(highlight=False).print(table)
+    else:
+        remarks.print("no dead letters")
+    if done.foreign:
+        remarks.print(f"{done.foreign} messages are not dead letters of this topic and were left alone")
+    if done.next_since is not None and not dry_run:
+        remarks.print(f"to go on from here: --since {done.next_since.isoformat(timespec='milliseconds')}")
+    return True
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
