@@ -86,7 +86,8 @@ class MicroBatcher(Generic[P]):
         return bucket.num_tokens >= self._max_tokens or bucket.num_pairs >= self._max_pairs
 
     def _fill(self, number: int) -> list[P]:
-        bucket, batch, num_pairs, num_tokens = self._buckets[number], [], 0, 0
+        batch: list[P] = []
+        bucket, num_pairs, num_tokens = self._buckets[number], 0, 0
         while bucket.heap:
             piece = bucket.heap[0][2]
             pairs, tokens = piece.num_pairs, piece.num_pairs * piece.tokens_per_pair

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from workers.errors import TooLarge, Transient
 from workers.job import Finished
@@ -29,6 +29,14 @@ MAX_TRANSACTION_RECORDS = 1000
 def retry_pause_s(attempt: int) -> float:
     """Exponential backoff with full jitter for the given attempt, counted from 1."""
     return random.uniform(0, min(RETRY_CAP_S, RETRY_BASE_S * 2 ** min(attempt, 10)))
+
+
+class Counts(Protocol):
+    """Whom a delivery tells what it does."""
+
+    def count_commit(self) -> None: ...
+
+    def count_retry(self, kind: Literal["publish", "commit"]) -> None: ...
 
 
 class Delivery(Protocol):
@@ -69,6 +77,7 @@ class _Committer:
     inbox: Inbox
     interval_s: float
     wake: Callable[[], None]
+    counts: Counts
     _waiting: dict[Partition, int] = field(default_factory=dict)
     _flying: dict[Partition, int] = field(default_factory=dict)
     _commit: Future[None] | None = None
@@ -82,7 +91,9 @@ class _Committer:
             commit, self._commit = self._commit, None
             try:
                 commit.result()
+                self.counts.count_commit()
             except Transient:
+                self.counts.count_retry("commit")
                 self._waiting = {**self._flying, **self._waiting}
                 self._due = now + max(self.interval_s, RETRY_BASE_S)
             self._flying = {}
@@ -117,11 +128,14 @@ class _Unacknowledged:
 class AtLeastOnce:
     """Publishes at once, commits behind the acknowledgements. After a crash a reply can come twice."""
 
-    def __init__(self, inbox: Inbox, outbox: Outbox, wake: Callable[[], None], commit_interval_s: float) -> None:
+    def __init__(
+        self, inbox: Inbox, outbox: Outbox, wake: Callable[[], None], commit_interval_s: float, counts: Counts
+    ) -> None:
         self._outbox = outbox
+        self._counts = counts
         self._wake = wake
         self._ledger: Ledger[None] = Ledger()
-        self._committer = _Committer(inbox, commit_interval_s, wake)
+        self._committer = _Committer(inbox, commit_interval_s, wake, counts)
         self._acknowledged: deque[tuple[_Unacknowledged, Outgoing, int, BaseException | None]] = deque()
         self._retries: list[tuple[float, _Unacknowledged, Outgoing, int]] = []
 
@@ -167,6 +181,7 @@ class AtLeastOnce:
             case TooLarge():
                 self._send(entry, smaller(message, error), attempt)
             case Transient():
+                self._counts.count_retry("publish")
                 self._retries.append((now + retry_pause_s(attempt), entry, message, attempt + 1))
             case _:
                 raise error
@@ -194,9 +209,15 @@ class ExactlyOnce:
     """Messages and offsets in one transaction; a finished record waits for every earlier one of its partition."""
 
     def __init__(
-        self, outbox: TransactionalOutbox, executor: Executor, wake: Callable[[], None], interval_s: float
+        self,
+        outbox: TransactionalOutbox,
+        executor: Executor,
+        wake: Callable[[], None],
+        interval_s: float,
+        counts: Counts,
     ) -> None:
         self._outbox = outbox
+        self._counts = counts
         self._executor = executor
         self._wake = wake
         self._interval_s = interval_s
@@ -232,9 +253,11 @@ class ExactlyOnce:
         except TooLarge as error:
             self._batch = _replaced(self._batch, error)
         except Transient:
+            self._counts.count_retry("publish")
             self._attempt += 1
             self._due = now + retry_pause_s(self._attempt)
         else:
+            self._counts.count_commit()
             self._batch = []
             self._attempt = 0
         self._batch = [done for done in self._batch if done.partition not in self._gone]

@@ -128,6 +128,9 @@ class Metrics:
     def count_retry(self, kind: RetryKind) -> None:
         self.retries[kind].inc()
 
+    def count_commit(self) -> None:
+        self.commits.inc()
+
     def count_reply(self, status: str, *, seconds: float | None, num_pairs: int) -> None:
         """`seconds` is None where the request never got as far as being timed."""
         self.replies[status].inc()

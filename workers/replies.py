@@ -6,6 +6,7 @@ The bridge between the wire contract and the job; decides nothing about when.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -71,9 +72,10 @@ class Replies:
         try:
             order, relevance_scores = rank(logits, scored if len(absent) else None, plan.top_n)
         except NotFinite as error:
+            self._metrics.count_event("error")
             return self._error(active.record, plan.request_id, plan.reply_topic, "score_not_finite", str(error))
         missing = list(dict.fromkeys(plan.images[plan.pair_image(pair)] for pair in absent.tolist()))
-        status = "partial" if missing else "ok"
+        status: Literal["ok", "partial"] = "partial" if missing else "ok"
         content_type = _content_type(active.record)
         value = encode_response(
             plan.request_id,
@@ -88,6 +90,7 @@ class Replies:
             timings_ms=timings_ms(active, now),
             content_type=content_type,
         )
+        self._metrics.count_event(status)
         self._metrics.count_reply(status, seconds=now - active.accepted_at, num_pairs=plan.num_pairs)
         return self._finished(active.record, plan.request_id, plan.reply_topic, value, content_type)
 
@@ -101,6 +104,7 @@ class Replies:
             engine=self._engine,
             timings_ms={"total": _ms(now - active.accepted_at)},
         )
+        self._metrics.count_event("expired")
         self._metrics.count_reply("expired", seconds=now - active.accepted_at, num_pairs=0)
         return self._finished(
             active.record, plan.request_id, plan.reply_topic, encode(response, content_type), content_type
@@ -126,6 +130,7 @@ class Replies:
             error_code=poison.code,
             message=str(poison),
         )
+        self._metrics.count_event("dead_letter")
         self._metrics.count_dead_letter(poison.code)
         return dead_letter_message(letter, self._dead_letter_topic(letter.topic), self._max_message_bytes)
 
@@ -145,9 +150,7 @@ class Replies:
         )
         return encode(response, content_type)
 
-    def _finished(
-        self, record: Record, request_id: str, topic: str, value: bytes, content_type: str
-    ) -> Finished:
+    def _finished(self, record: Record, request_id: str, topic: str, value: bytes, content_type: str) -> Finished:
         def instead() -> Outgoing:
             self._metrics.count_reply("error", seconds=None, num_pairs=0)
             message = f"the reply has {len(value)} bytes, more than the broker takes; ask for a smaller top_n"

@@ -80,7 +80,9 @@ Build = Callable[[Shared[S]], AbstractContextManager[Built]]
 
 def run_worker(name: str, kind: type[S], build: Build[S]) -> int:
     """Run a worker until SIGTERM or SIGINT; returns the process's exit status."""
-    parser = argparse.ArgumentParser(prog=f"python -m workers.{name}", description="Settings come from the environment.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m workers.{name}", description="Settings come from the environment."
+    )
     parser.add_argument(
         "--show-config", nargs="?", const="table", choices=("table", "json"), help="list every setting, and end"
     )
@@ -126,9 +128,7 @@ class _Signals:
 
 def _run(name: str, settings: S, build: Build[S], stack: ExitStack) -> None:
     clock, metrics, wake = time.monotonic, Metrics(), Wake()
-    health = Health(
-        waits_for=(ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS), stall_limit_s=settings.stall_limit_s
-    )
+    health = Health(waits_for=(ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS), stall_limit_s=settings.stall_limit_s)
     signals = _Signals(health)
     server = stack.enter_context(
         HealthServer(health, metrics.registry, clock=clock, host=settings.http_host, port=settings.http_port)
@@ -184,11 +184,13 @@ def _connect(name: str, shared: Shared[S], built: Built, stack: ExitStack) -> tu
             )
             opened.callback(transactional.close, CLOSE_S)
             executor = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="transaction"))
-            delivery = ExactlyOnce(transactional, executor, wake, settings.transaction_interval_ms / 1000)
+            delivery = ExactlyOnce(
+                transactional, executor, wake, settings.transaction_interval_ms / 1000, shared.metrics
+            )
         else:
             outbox = KafkaOutbox(connection, max_message_bytes=settings.max_message_bytes)
             opened.callback(outbox.close, CLOSE_S)
-            delivery = AtLeastOnce(inbox, outbox, wake, settings.commit_interval_ms / 1000)
+            delivery = AtLeastOnce(inbox, outbox, wake, settings.commit_interval_ms / 1000, shared.metrics)
         stack.push(opened.pop_all())
     return inbox, delivery
 
