@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import structlog
 
 from protocols.blob import BlobError, BlobLayout, BlobMissing, decode_blobs
-from protocols.keys import blob_key
+from protocols.keys import blob_keys
 from trt.engine import TokenSlab
 from workers.metrics import Metrics
 from workers.rerank_state import Fetch, Piece
@@ -76,13 +76,14 @@ class SlabLoader:
     def _fetch(self, piece: Piece, absent: list[str]) -> None:
         reserved = self._table.reserve(absent)
         slot_of = dict(zip(absent, reserved, strict=True))
-        piece.slots = [slot_of[image] if slot is None else slot
-                       for image, slot in zip(piece.images, piece.slots, strict=True)]
+        piece.slots = [
+            slot_of[image] if slot is None else slot for image, slot in zip(piece.images, piece.slots, strict=True)
+        ]
         fetch = Fetch(absent, reserved, [piece])
         piece.num_fetches += 1
         self._fetch_of.update(dict.fromkeys(absent, fetch))
         self.num_fetching += 1
-        future = self._start_fetch([blob_key(self._layout.model_digest, image) for image in absent])
+        future = self._start_fetch(blob_keys(self._layout.model_digest, absent))
         future.add_done_callback(lambda done: self._land(fetch, done))
 
     def _land(self, fetch: Fetch, done: Future[list[bytes | None]]) -> None:

@@ -1,0 +1,115 @@
+"""The ingest worker: `python -m workers.ingest`. Names its adapters and its engine, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from edje.images import ImageLimits
+from protocols.blob import BlobLayout
+from trt.engine import Engine
+from trt.load import load_engine
+from workers.address_policy import AddressPolicy
+from workers.fetch import ImageFetcher
+from workers.fetch_http import FetchLimits
+from workers.image_batcher import ImageBatcher
+from workers.ingest_job import IngestJob
+from workers.ingest_outcomes import IngestOutcomes
+from workers.ingest_stages import IngestRetries, IngestStages
+from workers.ingest_state import ImageInWork, IngestLimits
+from workers.runtime import Built, Shared, run_worker
+from workers.settings import IngestSettings
+from workers.tracing import reply_headers
+
+
+@contextmanager
+def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
+    """The ingest job over a warm engine. Raises `Misconfigured` or `EngineError`."""
+    settings, metrics = shared.settings, shared.metrics
+    fetcher = image_fetcher(settings)
+    engine = load(settings)
+    info = engine.info
+    metrics.set_engine(info)
+    layout = BlobLayout(info.model_digest, info.num_visual_tokens, info.token_dim, settings.storage)
+    stages = IngestStages(
+        engine=engine,
+        store=shared.store,
+        fetcher=fetcher,
+        layout=layout,
+        image_limits=ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
+        fetch_attempts=settings.fetch_attempts,
+        fetch_threads=settings.fetch_threads,
+        decode_threads=settings.decode_threads,
+        retries=IngestRetries(
+            fetch=shared.retry("image_fetch"),
+            store_read=shared.retry("store_read"),
+            store_write=shared.retry("store_write"),
+        ),
+        wake=shared.wake,
+        clock=shared.clock,
+    )
+    job = IngestJob(
+        stages=stages,
+        batcher=ImageBatcher[ImageInWork](
+            max_images=settings.max_batch_images, max_wait_s=settings.max_batch_wait_ms / 1000
+        ),
+        outcomes=IngestOutcomes(
+            topics=shared.topics,
+            layout=layout,
+            child_headers=reply_headers,
+            max_message_bytes=settings.max_message_bytes,
+            publish_embedding=settings.publish_embedding,
+            metrics=metrics,
+        ),
+        limits=IngestLimits(
+            max_image_bytes=settings.max_image_bytes,
+            max_inflight_images=settings.max_inflight_images,
+            max_inflight_bytes=settings.max_inflight_bytes,
+            fetch_threads=settings.fetch_threads,
+        ),
+        metrics=metrics,
+    )
+    try:
+        yield Built(job, shared.topics.images_new, settings.group_id, lambda: None)
+    finally:
+        job.close()
+
+
+def image_fetcher(settings: IngestSettings) -> ImageFetcher:
+    policy = AddressPolicy(
+        schemes=frozenset(settings.allowed_schemes),
+        hosts=settings.allowed_hosts,
+        ports=frozenset(settings.allowed_ports),
+        file_roots=settings.file_roots,
+        allow_private_addresses=settings.allow_private_addresses,
+    )
+    return ImageFetcher(
+        policy,
+        FetchLimits(
+            max_bytes=settings.max_image_bytes,
+            timeout_s=settings.fetch_timeout_s,
+            max_redirects=settings.max_redirects,
+        ),
+    )
+
+
+def load(settings: IngestSettings) -> Engine:
+    """The engine, warm; its slab is the smallest there is, because nothing is scored here."""
+    engine = load_engine(
+        settings.engine,
+        settings.checkpoint,
+        storage=settings.storage,
+        num_slots=1,
+        max_pairs=1,
+        max_images=settings.max_batch_images,
+        num_threads=settings.num_threads,
+        device=settings.device,
+        constant_ms_per_item=settings.constant_engine_ms_per_item,
+    )
+    engine.warm_up()
+    return engine
+
+
+if __name__ == "__main__":
+    sys.exit(run_worker("ingest", IngestSettings, build))
