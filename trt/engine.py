@@ -1,7 +1,8 @@
 """The contract every engine keeps: encode images, encode queries, score pairs.
 
 Knows shapes, limits and errors; knows nothing of torch, TensorRT, Kafka or Redis.
-Calls are synchronous and not thread-safe: one caller at a time, whoever owns the engine decides the thread.
+Calls are synchronous: one at a time, on a thread that the engine's owner decides. Only the slab may be filled from
+another thread meanwhile.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ class EngineInfo:
 
 
 class TokenSlab(Protocol):
-    """Fixed-size slots of stored tokens on the engine's own device."""
+    """Fixed-size slots of stored tokens on the engine's own device.
+
+    One thread fills slots while another scores; the owner sees to it that no slot is written while a pair in work
+    names it.
+    """
 
     def stage(self, slots: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[int]]:
         """Give host memory to decode blobs into.
