@@ -25,8 +25,8 @@ ONLY_IN = {
     "kafka": {"workers/bus.py"},
     "redis": {"workers/store.py"},
 }
-#: The modules that put a process together, and so alone say which adapter stands behind a port.
-ROOTS = {"workers/ingest.py", "workers/rerank.py", "workers/publish.py"}
+#: The modules that put a program together, and so alone say which adapter stands behind a port.
+ROOTS = {f"workers/{name}.py" for name in ("runtime", "ingest", "rerank", "client", "publish")}
 ADAPTERS = {"workers.bus", "workers.store"}
 HEAVY = ["kafka", "redis", "tensorrt", "pycuda", "torch"]
 
