@@ -22,7 +22,7 @@ from trt.grouping import groups_by_length
 from trt.identity import engine_digest
 from trt.torch_slab import GatherSlab
 
-#: Pairs in one forward pass on a CPU: beyond it the activations leave the caches and nothing is gained.
+#: Pairs in one forward pass on a CPU: 8 to 32 measured alike, and this bounds what the activations take.
 CPU_GROUP_PAIRS = 32
 
 
