@@ -41,7 +41,7 @@ def load_engine(
 
 
 def slots_in(slab_bytes: int, checkpoint: Path, storage: str) -> int:
-    """How many images of this checkpoint a slab of so many bytes holds. Raises `EngineMismatch`, `EngineUnavailable`."""
+    """How many images of this checkpoint so many bytes of slab hold. Raises `EngineMismatch`, `EngineUnavailable`."""
     try:
         config = read_config(checkpoint)
     except CheckpointError as error:
