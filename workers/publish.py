@@ -60,13 +60,14 @@ def publish_images(
     ] = "uri",
     prefix: Annotated[str, typer.Option(help="Put in front of every image id.")] = "",
     keep_extension: Annotated[bool, typer.Option("--keep-extension", help="Image ids keep .jpg and the like.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many, in the order of their ids.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until each image is indexed or dead.")] = False,
     timeout_s: Annotated[float, typer.Option(min=0, help="With --wait: give up after so long without news.")] = 60.0,
     max_message_bytes: MaxMessageBytes = MAX_MESSAGE_BYTES,
 ) -> None:
     """Publish image files to images.new; the image id is the path below the folder, without the extension."""
     try:
-        files = image_files(paths, id_prefix=prefix, keep_extension=keep_extension)
+        files = image_files(paths, id_prefix=prefix, keep_extension=keep_extension)[:limit]
     except AmbiguousName as error:
         misuse(f"{error}; use --keep-extension")
     if not files:
