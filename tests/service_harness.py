@@ -1,0 +1,308 @@
+"""Runs the workers as users run them: processes with their settings in the environment, a real Kafka, a real Redis.
+
+Shared by the end-to-end tests and `benchmarks/soak.py`. Knows the wire contract and the settings; looks into no worker
+but through its log, its exit status and its pages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from kafka import KafkaProducer
+from prometheus_client.parser import text_string_to_metric_families
+
+from edje.init import initialise
+from edje.variants import VARIANTS
+from protocols.blob import BlobLayout, encode_blob
+from protocols.dead_letters import DeadLetter
+from protocols.keys import blob_key
+from protocols.topics import Topics
+from server_process import WATCHDOG, free_port, tail
+from services import create_topics
+from workers.bus_reader import KafkaReader
+from workers.errors import Transient
+from workers.ports import Headers, Record
+from workers.store import RedisStore
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Of a process that starts or answers, on a machine that does much else.
+LIMIT_S = 60.0
+#: What would otherwise leak from the developer's shell into a worker.
+_PREFIXES = ("RERANK_", "INGEST_", "KAFKA_", "REDIS_")
+
+
+def eventually(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> float:
+    """Ask again until the answer is true; returns the seconds it took. The only place where a test waits."""
+    started, pause = time.monotonic(), threading.Event()
+    while not condition():
+        waited_s = time.monotonic() - started
+        assert waited_s < limit_s, f"after {waited_s:.0f} s still not: {what}"
+        pause.wait(0.02)
+    return time.monotonic() - started
+
+
+def let_pass(seconds: float) -> None:
+    """Let the outside world be as it is for a while: an outage lasts."""
+    threading.Event().wait(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An untrained model of the smallest shape, and how its tokens are stored."""
+
+    folder: Path
+    layout: BlobLayout
+
+    @classmethod
+    def make(cls, folder: Path) -> Checkpoint:
+        tiny = VARIANTS["tiny"]
+        digest = initialise(tiny, folder, seed=0)
+        return cls(folder, BlobLayout(digest, tiny.adapter.num_tokens, tiny.joint.dim, "int8"))
+
+
+class Worker:
+    """One worker process; its standard output and error are one file."""
+
+    def __init__(self, kind: str, settings: Mapping[str, str], log: Path) -> None:
+        """`settings` are whole variables: RERANK_ENGINE, REDIS_URL."""
+        self.kind = kind
+        self.log = log
+        self.port = free_port()
+        inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIXES)}
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"workers.{kind}"],
+                cwd=ROOT,
+                env={**inherited, **settings, f"{kind.upper()}_HTTP_PORT": str(self.port)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        # However this process ends, the worker goes with it.
+        self._watchdog = subprocess.Popen(
+            ["/bin/sh", "-c", WATCHDOG, "watchdog", str(self._process.pid)], stdin=subprocess.PIPE
+        )
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text of one of its pages; status 0 where nothing answers."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def wait_ready(self, limit_s: float = LIMIT_S) -> Worker:
+        def is_ready() -> bool:
+            assert self.is_running, f"{self.kind} ended before it was ready:\n{tail(self.log)}"
+            return self.get("/readyz")[0] == 200
+
+        eventually(is_ready, f"{self.kind} is ready", limit_s)
+        return self
+
+    def wait_log(self, words: str, limit_s: float = LIMIT_S) -> None:
+        eventually(lambda: words in self.log.read_text(), f"{words!r} in the log of {self.kind}", limit_s)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one series, 0 where there is none."""
+        return self.metrics().get((name, frozenset(labels.items())), 0.0)
+
+    def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(self.get("/metrics")[1])
+            for sample in family.samples
+        }
+
+    def terminate(self) -> None:
+        """Ask it to drain."""
+        self._process.terminate()
+
+    def wait(self, limit_s: float = LIMIT_S) -> int:
+        """Its exit status."""
+        status = self._process.wait(limit_s)
+        self._dismiss_watchdog()
+        return status
+
+    def stop(self) -> int:
+        """Drain and end; returns the exit status."""
+        self.terminate()
+        return self.wait()
+
+    def kill(self) -> None:
+        """End it as the kernel does when memory runs out."""
+        self._dismiss_watchdog()
+        self._process.kill()
+        self._process.wait()
+
+    def _dismiss_watchdog(self) -> None:
+        if self._watchdog.stdin is not None and not self._watchdog.stdin.closed:
+            self._watchdog.kill()
+            self._watchdog.wait()
+            self._watchdog.stdin.close()
+
+
+class Tap:
+    """Everything some topics hold, in the order it is read."""
+
+    def __init__(self, brokers: str, topics: Sequence[str], *, read_committed: bool) -> None:
+        self.records: list[Record] = []
+        connection = {"bootstrap_servers": brokers.split(",")}
+        self._reader = KafkaReader(connection, topics, start="beginning", read_committed=read_committed)
+
+    def pull(self) -> list[Record]:
+        """Read what has arrived; returns all that was ever read."""
+        try:
+            self.records.extend(self._reader.poll(0.1))
+        except Transient:  # the broker is away; so is what it holds
+            let_pass(0.1)
+        return self.records
+
+    def wait_for(self, number: int, limit_s: float = LIMIT_S) -> list[Record]:
+        """At least so many records."""
+        eventually(lambda: len(self.pull()) >= number, f"{number} messages; there are {len(self.records)}", limit_s)
+        return self.records
+
+    def wait_ids(self, wanted: Iterable[str], limit_s: float = LIMIT_S) -> dict[str, list[Record]]:
+        """All records by key, once each of the wanted keys has one."""
+        missing = set(wanted)
+
+        def has_all() -> bool:
+            missing.difference_update((record.key or b"").decode() for record in self.pull())
+            return not missing
+
+        eventually(has_all, "every message has its answer", limit_s)
+        return self.by_id()
+
+    def by_id(self) -> dict[str, list[Record]]:
+        found: dict[str, list[Record]] = {}
+        for record in self.records:
+            found.setdefault((record.key or b"").decode(), []).append(record)
+        return found
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class Service:
+    """Topics, group and folder of one deployment, its workers, and the hands of its users."""
+
+    def __init__(self, brokers: str, redis_url: str, prefix: str, checkpoint: Checkpoint, folder: Path) -> None:
+        self.brokers = brokers
+        self.redis_url = redis_url
+        self.checkpoint = checkpoint
+        self.topics = Topics(prefix)
+        self.workers: list[Worker] = []
+        self._prefix = prefix
+        self._folder = folder
+        self._taps: list[Tap] = []
+        self._producer: KafkaProducer | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def create_topics(self, num_partitions: int = 2) -> None:
+        topics = self.topics
+        inputs = (topics.images_new, topics.rerank_requests)
+        names = (*inputs, topics.images_indexed, topics.rerank_responses, *map(topics.dead_letter, inputs))
+        create_topics(self.brokers, dict.fromkeys(names, num_partitions))
+
+    def start(self, kind: str, **settings: object) -> Worker:
+        """A worker process over the constant engine unless told otherwise, not yet waited for."""
+        chosen = {
+            "topic_prefix": self._prefix,
+            "group_id": f"{self._prefix}{kind}",
+            "checkpoint": self.checkpoint.folder,
+            "engine": "constant",
+        } | ({"slab_bytes": "8MiB"} if kind == "rerank" else {})
+        variables = {f"{kind.upper()}_{name.upper()}": str(value) for name, value in (chosen | settings).items()}
+        variables |= {"KAFKA_BROKERS": self.brokers, "REDIS_URL": self.redis_url}
+        worker = Worker(kind, variables, self._folder / f"{kind}-{len(self.workers)}.log")
+        self.workers.append(worker)
+        return worker
+
+    def rerank(self, **settings: object) -> Worker:
+        return self.start("rerank", **settings).wait_ready()
+
+    def ingest(self, **settings: object) -> Worker:
+        return self.start("ingest", **settings).wait_ready()
+
+    def publish(self, topic: str, value: bytes, key: str | None = None, headers: Headers = ()) -> None:
+        """Send; `flush` makes sure."""
+        self._producer = self._producer or KafkaProducer(
+            bootstrap_servers=self.brokers.split(","), linger_ms=2, max_request_size=4 << 20, metrics_enabled=False
+        )
+        self._producer.send(topic, value, key.encode() if key is not None else None, headers=list(headers))
+
+    def flush(self) -> None:
+        if self._producer is not None:
+            self._producer.flush()
+
+    def ask(self, request_id: str, images: Sequence[str], text: str = "a dog on a beach", **fields: object) -> None:
+        """Publish a request for images, as any client would write it."""
+        candidates = [{"image_id": image} for image in images]
+        request = {"schema_version": 1, "request_id": request_id, "query": {"text": text}, "candidates": candidates}
+        self.publish(self.topics.rerank_requests, json.dumps(request | fields).encode(), request_id)
+
+    def announce(self, image_id: str, **fields: object) -> None:
+        """Publish an image event."""
+        event = {"schema_version": 1, "image_id": image_id} | fields
+        self.publish(self.topics.images_new, json.dumps(event).encode(), image_id)
+
+    def tap(self, *topics: str, read_committed: bool = True) -> Tap:
+        tap = Tap(self.brokers, topics, read_committed=read_committed)
+        self._taps.append(tap)
+        return tap
+
+    def replies(self) -> Tap:
+        return self.tap(self.topics.rerank_responses)
+
+    def dead_letters(self, topic: str) -> Tap:
+        return self.tap(self.topics.dead_letter(topic))
+
+    def store_images(self, images: Sequence[str]) -> None:
+        """Write a blob for each image, past the ingest worker."""
+        layout, random = self.checkpoint.layout, np.random.default_rng(0)
+        blobs = {
+            blob_key(layout.model_digest, image): encode_blob(
+                layout, random.normal(size=(layout.num_tokens, layout.token_dim)).astype(np.float32), bytes(32)
+            )
+            for image in images
+        }
+        self.write_blobs(blobs)
+
+    def write_blobs(self, blobs: Mapping[str, bytes]) -> None:
+        store = RedisStore(self.redis_url)
+        store.put_many(blobs)
+        store.close()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        for tap in self._taps:
+            tap.close()
+        if self._producer is not None:
+            self._producer.close(timeout=5)
+
+
+def reply_in(record: Record) -> dict:
+    return json.loads(record.value)
+
+
+def letter_in(record: Record) -> DeadLetter:
+    return DeadLetter.from_message(record.key, record.value, record.headers)
