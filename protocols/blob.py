@@ -46,10 +46,8 @@ from protocols.quantize import dequantize as _dequantize
 
 __all__ = [
     "BLOB_VERSION",
-    "HEAD_BYTES",
     "BlobCorrupt",
     "BlobError",
-    "BlobHead",
     "BlobLayout",
     "BlobMissing",
     "BlobModelMismatch",
@@ -58,15 +56,15 @@ __all__ = [
     "BlobTruncated",
     "BlobUndecodable",
     "BlobVersionMismatch",
+    "content_sha256_of",
     "decode_blobs",
     "dequantize",
     "encode_blob",
-    "read_head",
 ]
 
 BLOB_VERSION = 1
-#: The fields of `BlobHead` lie within this many first bytes of every blob.
-HEAD_BYTES = 512
+#: All that is looked at to name what is wrong: every field ahead of the scales lies within these first bytes.
+_HEAD_BYTES = 512
 _CHECKSUM_BYTES = 8
 _SHA256_BYTES = 32
 _MAX_TOKEN_DIM = 65_536
@@ -103,17 +101,6 @@ class BlobLayout:
         return _frame_of(self).num_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class BlobHead:
-    """What the first bytes of a blob say about it; not covered by a checksum."""
-
-    model_digest: str
-    num_tokens: int
-    token_dim: int
-    storage: StorageType
-    content_sha256: bytes
-
-
 class _Frame(NamedTuple):
     """The constant bytes of one layout and where its variable bytes start."""
 
@@ -121,6 +108,7 @@ class _Frame(NamedTuple):
     before_scales: bytes
     before_tokens: bytes
     body_at: int
+    sha256_at: int
     scales_at: int
     tokens_at: int
     num_bytes: int
@@ -140,11 +128,13 @@ def _frame_of(layout: BlobLayout) -> _Frame:
         packer.pack(value)
     prefix = packer.bytes() + _field_start("checksum", _CHECKSUM_BYTES)
     body_at = len(prefix) + _CHECKSUM_BYTES
+    sha256_at = body_at + len(_BEFORE_SHA256)
     before_scales = _field_start("scales", layout.scale_bytes)
     before_tokens = _field_start("tokens", layout.token_bytes)
-    scales_at = body_at + len(_BEFORE_SHA256) + _SHA256_BYTES + len(before_scales)
+    scales_at = sha256_at + _SHA256_BYTES + len(before_scales)
     tokens_at = scales_at + layout.scale_bytes + len(before_tokens)
-    return _Frame(prefix, before_scales, before_tokens, body_at, scales_at, tokens_at, tokens_at + layout.token_bytes)
+    num_bytes = tokens_at + layout.token_bytes
+    return _Frame(prefix, before_scales, before_tokens, body_at, sha256_at, scales_at, tokens_at, num_bytes)
 
 
 def _field_start(name: str, num_bytes: int) -> bytes:
@@ -189,7 +179,7 @@ def decode_blobs(
     token_rows, scale_rows = _flat(tokens_out, token_bytes), _flat(scales_out, scale_bytes)
     if rows and not 0 <= min(rows) <= max(rows) < min(len(tokens_out), len(scales_out)):
         raise IndexError(f"rows {min(rows)} to {max(rows)} of arrays with {len(tokens_out)}")
-    prefix, _, _, body_at, scales_at, tokens_at, num_bytes = _frame_of(layout)
+    prefix, _, _, body_at, _, scales_at, tokens_at, num_bytes = _frame_of(layout)
     scales_end = scales_at + scale_bytes
     checksum_at = len(prefix)
     outcomes: list[BlobError | None] = []
@@ -212,13 +202,15 @@ def decode_blobs(
     return outcomes
 
 
-def read_head(first_bytes: bytes) -> BlobHead:
-    """Read what the first `HEAD_BYTES` of a blob say; raises `BlobError`."""
-    fields = _read_fields(first_bytes[:HEAD_BYTES], ("version", "model", "shape", "storage", "checksum", "sha256"))
-    if fields["version"] != BLOB_VERSION:
-        raise BlobVersionMismatch(f"blob of version {fields['version']}; this reads version {BLOB_VERSION}")
-    num_tokens, token_dim = fields["shape"]
-    return BlobHead(fields["model"], num_tokens, token_dim, fields["storage"], fields["sha256"])
+def content_sha256_of(layout: BlobLayout, blob: bytes) -> bytes:
+    """Return the SHA-256 of the image file that a good blob was made from; raises the `BlobError` of any other."""
+    # Decoded into rows that nobody reads: a check shared as a function would cost `decode_blobs` a call for each blob.
+    tokens, scales = np.empty((1, layout.token_bytes), np.uint8), np.empty((1, layout.scale_bytes), np.uint8)
+    [error] = decode_blobs(layout, [blob], tokens, scales, [0])
+    if error is not None:
+        raise error
+    at = _frame_of(layout).sha256_at
+    return blob[at : at + _SHA256_BYTES]
 
 
 def dequantize(layout: BlobLayout, token_bytes: Bytes, scale_bytes: Bytes) -> NDArray[np.float32]:
@@ -236,24 +228,23 @@ def _flat(rows: NDArray[np.uint8], row_bytes: int) -> memoryview:
 
 def _name_the_difference(layout: BlobLayout, blob: bytes) -> BlobError:
     """Say why a blob that does not start like this layout, or is not as long, cannot be used."""
-    frame = _frame_of(layout)
     try:
-        head = read_head(blob)
+        head = _read_head(blob)
     except BlobError as error:
         return error
-    if head.model_digest != layout.model_digest:
-        return BlobModelMismatch(f"made by model {head.model_digest}; this worker runs {layout.model_digest}")
-    if (head.num_tokens, head.token_dim) != (layout.num_tokens, layout.token_dim):
-        expected = f"{layout.num_tokens} x {layout.token_dim}"
-        return BlobShapeMismatch(f"holds {head.num_tokens} x {head.token_dim} tokens; expected {expected}")
-    if head.storage != layout.storage:
-        return BlobStorageMismatch(f"stored as {head.storage}; expected {layout.storage}")
-    if len(blob) < frame.num_bytes:
-        return BlobTruncated(f"{len(blob)} bytes; expected {frame.num_bytes}")
+    if head["model"] != layout.model_digest:
+        return BlobModelMismatch(f"made by model {head['model']}; this worker runs {layout.model_digest}")
+    shape = [layout.num_tokens, layout.token_dim]
+    if head["shape"] != shape:
+        return BlobShapeMismatch(f"holds tokens of shape {head['shape']}; expected {shape}")
+    if head["storage"] != layout.storage:
+        return BlobStorageMismatch(f"stored as {head['storage']}; expected {layout.storage}")
+    if len(blob) < layout.blob_bytes:
+        return BlobTruncated(f"{len(blob)} bytes; expected {layout.blob_bytes}")
     return BlobUndecodable("right fields in another form than this version writes")
 
 
-#: What each field of the head must be for the rest of this module to trust it.
+#: The fields of the head in their order, and what each must be for the rest of this module to trust it.
 _IS_VALID: dict[str, Any] = {
     "version": lambda value: type(value) is int,
     "model": lambda value: type(value) is str,
@@ -264,20 +255,22 @@ _IS_VALID: dict[str, Any] = {
 }
 
 
-def _read_fields(first_bytes: bytes, names: Sequence[str]) -> dict[str, Any]:
-    unpacker = msgpack.Unpacker(max_buffer_size=HEAD_BYTES, max_ext_len=0, max_array_len=2, max_map_len=0)
+def _read_head(blob: bytes) -> dict[str, Any]:
+    """Read the fields ahead of the scales; raises `BlobError`."""
+    first_bytes = blob[:_HEAD_BYTES]
+    unpacker = msgpack.Unpacker(max_buffer_size=_HEAD_BYTES, max_ext_len=0, max_array_len=2, max_map_len=0)
     unpacker.feed(first_bytes)
     fields: dict[str, Any] = {}
     try:
         unpacker.read_map_header()
-        for name in names:
+        for name, is_valid in _IS_VALID.items():
             if unpacker.unpack() != name:
                 raise BlobUndecodable(f"not a token blob: no field {name} where it should be")
             fields[name] = unpacker.unpack()
-            if name == "version" and fields[name] != BLOB_VERSION and type(fields[name]) is int:
-                return fields  # another version may go on in any way
-            if not _IS_VALID[name](fields[name]):
+            if not is_valid(fields[name]):
                 raise BlobUndecodable(f"not a token blob: field {name} holds something else")
+            if name == "version" and fields[name] != BLOB_VERSION:  # before the rest: it may go on in any way
+                raise BlobVersionMismatch(f"blob of version {fields[name]}; this reads version {BLOB_VERSION}")
     except msgpack.OutOfData:
         raise BlobTruncated(f"ends after {len(first_bytes)} bytes, inside its head") from None
     except BlobError:

@@ -11,10 +11,8 @@ from hypothesis.extra import numpy as hnp
 from xxhash import xxh3_64_digest
 
 from protocols.blob import (
-    HEAD_BYTES,
     BlobCorrupt,
     BlobError,
-    BlobHead,
     BlobLayout,
     BlobMissing,
     BlobModelMismatch,
@@ -23,10 +21,10 @@ from protocols.blob import (
     BlobTruncated,
     BlobUndecodable,
     BlobVersionMismatch,
+    content_sha256_of,
     decode_blobs,
     dequantize,
     encode_blob,
-    read_head,
 )
 
 SHA256 = hashlib.sha256(b"image").digest()
@@ -203,6 +201,7 @@ def test_each_blob_lands_in_its_row_and_bad_ones_leave_theirs_alone(storage):
     [
         (layout(model_digest="m-2"), BlobModelMismatch),
         (layout(model_digest="a-longer-digest"), BlobModelMismatch),
+        (layout("fp16", 300, 384, "d" * 128), BlobModelMismatch),
         (layout(num_tokens=8), BlobShapeMismatch),
         (layout(token_dim=32), BlobShapeMismatch),
         (layout("fp16"), BlobStorageMismatch),
@@ -261,18 +260,29 @@ def test_trailing_bytes_are_undecodable():
 @given(blob=st.binary(max_size=600))
 def test_arbitrary_bytes_are_a_blob_error(blob):
     assert isinstance(error_of(layout(), blob), BlobError)
-    with pytest.raises(BlobError):
-        read_head(blob)
 
 
 @every_storage
 @pytest.mark.parametrize("model_digest", ["m", "d" * 128])
-def test_the_head_is_read_from_the_first_bytes_alone(storage, model_digest):
+def test_a_good_blob_says_which_image_it_was_made_from(storage, model_digest):
     of = layout(storage, 300, 384, model_digest)
 
-    head = read_head(blob_for(of)[:HEAD_BYTES])
+    assert content_sha256_of(of, blob_for(of)) == SHA256
 
-    assert head == BlobHead(model_digest, 300, 384, storage, SHA256)
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), BlobCorrupt),
+        (lambda blob: blob[:-1], BlobTruncated),
+        (lambda blob: blob + b"\x00", BlobUndecodable),
+        (lambda blob: blob_for(layout("fp16")), BlobStorageMismatch),
+        (lambda blob: blob_for(layout(model_digest="m-2")), BlobModelMismatch),
+    ],
+)
+def test_a_blob_that_is_not_good_does_not_say_which_image_it_was_made_from(spoil, expected):
+    with pytest.raises(expected):
+        content_sha256_of(layout(), spoil(blob_for(layout())))
 
 
 def test_every_error_has_its_own_reason():

@@ -24,8 +24,8 @@ from workers.ports import Partition, Record
 
 #: One batch on the engine and one stacked behind it, so that the engine does not wait for the loop between two.
 _MAX_BATCHES = 2
-#: Heads asked for in one look-up: at 512 bytes each, a quarter of a megabyte.
-_MAX_LOOKUPS = 512
+#: Blobs read in one look-up: they are whole, because what is broken must not count as stored. A few megabytes.
+_MAX_LOOKUPS = 64
 
 
 class IngestJob:

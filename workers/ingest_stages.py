@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tenacity import stop_after_attempt
 
 from edje.images import ImageError, ImageLimits, decode_image
-from protocols.blob import HEAD_BYTES, BlobError, BlobLayout, encode_blob, read_head
+from protocols.blob import BlobError, BlobLayout, content_sha256_of, encode_blob
 from protocols.keys import blob_key
 from trt.engine import ImageEncoder
 from workers.errors import Misconfigured, Poison, Transient
@@ -144,7 +144,7 @@ class IngestStages:
         self._start(self._decoding, lambda: Content(data, hashlib.sha256(data).digest(), 0.0), then)
 
     def look_up(self, image_ids: Sequence[str], sha256s: Sequence[bytes], then: Callable[[list[bool]], None]) -> None:
-        """Ask the store which of these images it has with this very content, in one call, until it answers."""
+        """Ask the store, until it answers, which of these images it has in a good blob of this very content."""
         self._start(self._looking_up, lambda: self._are_stored(image_ids, sha256s), then)
 
     def decode(self, data: bytes, then: Callable[[Decoded | Refusal], None]) -> None:
@@ -200,18 +200,16 @@ class IngestStages:
 
     def _are_stored(self, image_ids: Sequence[str], sha256s: Sequence[bytes]) -> list[bool]:
         keys = [blob_key(self._layout.model_digest, image_id) for image_id in image_ids]
-        heads = self._retries.store_read("blob heads", lambda: self._store.get_heads(keys, HEAD_BYTES))
-        return [self._is_same(head, sha256) for head, sha256 in zip(heads, sha256s, strict=True)]
+        blobs = self._retries.store_read("token blobs", lambda: self._store.get_many(keys))
+        return [self._is_same(blob, sha256) for blob, sha256 in zip(blobs, sha256s, strict=True)]
 
-    def _is_same(self, first_bytes: bytes | None, sha256: bytes) -> bool:
-        if first_bytes is None:
+    def _is_same(self, blob: bytes | None, sha256: bytes) -> bool:
+        if blob is None:
             return False
         try:
-            head = read_head(first_bytes)
+            return content_sha256_of(self._layout, blob) == sha256
         except BlobError:
             return False  # to be written anew
-        layout = BlobLayout(head.model_digest, head.num_tokens, head.token_dim, head.storage)
-        return layout == self._layout and head.content_sha256 == sha256
 
     def _decode(self, data: bytes) -> Decoded | Refusal:
         started = self._clock()

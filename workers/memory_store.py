@@ -25,9 +25,6 @@ class MemoryStore:
             self._answer()
             return [self._blobs.get(key) for key in keys]
 
-    def get_heads(self, keys: Sequence[str], num_bytes: int) -> list[bytes | None]:
-        return [(blob[:num_bytes] or None) if blob is not None else None for blob in self.get_many(keys)]
-
     def put_many(self, blobs: Mapping[str, bytes]) -> None:
         with self._lock:
             self._answer()

@@ -118,10 +118,6 @@ class TokenStore(Protocol):
         """One value or None per key, in order. Raises `Transient` when the store cannot be reached."""
         ...
 
-    def get_heads(self, keys: Sequence[str], num_bytes: int) -> list[bytes | None]:
-        """The first bytes of each value, None where there is none."""
-        ...
-
     def put_many(self, blobs: Mapping[str, bytes]) -> None:
         """Write all, in one round trip where the store allows it. Raises `Transient`; writing twice is harmless."""
         ...

@@ -89,15 +89,6 @@ class RedisStore:
             )
             return values
 
-    def get_heads(self, keys: Sequence[str], num_bytes: int) -> list[bytes | None]:
-        """The first bytes of each value; an empty value reads as none."""
-        if not keys:
-            return []
-        with self._translating(), self._client().pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.getrange(key, 0, num_bytes - 1)
-            return [head or None for head in pipeline.execute()]
-
     def put_many(self, blobs: Mapping[str, bytes]) -> None:
         """Write all in one round trip to each node. After `Transient` some may be written."""
         if not blobs:
