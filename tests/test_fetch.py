@@ -17,7 +17,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from fsspec.asyn import AsyncFileSystem
 
 from workers.address_policy import AddressPolicy
-from workers.errors import Poison, Transient
+from workers.errors import Misconfigured, Poison, Transient
 from workers.fetch import ImageFetcher
 from workers.fetch_http import FetchLimits
 
@@ -112,6 +112,7 @@ def fetcher() -> Iterator[Callable[..., ImageFetcher]]:
     made: list[ImageFetcher] = []
 
     def make(rules: AddressPolicy | None = None, limits: FetchLimits = LIMITS, **options: object) -> ImageFetcher:
+        options.setdefault("object_store_class", lambda scheme: lambda: Buckets({}))
         made.append(ImageFetcher(rules or policy(), limits, **options))
         return made[-1]
 
@@ -573,11 +574,11 @@ class StoreError(Exception):
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_an_object_is_read_within_its_bounds(fetcher, scheme):
     store = Buckets({"bucket/a/b c.jpg": b"image", "bucket/large": b"x" * 1001, "bucket/no": PermissionError(SECRET)})
-    asked: list[str] = []
-    one = fetcher(policy(hosts=("bucket",)), open_object_store=lambda name: asked.append(name) or store)
+    one = fetcher(
+        policy(hosts=("bucket",)), object_store_class={"s3": Buckets, "gs": Buckets, scheme: lambda: store}.get
+    )
 
     assert one.fetch(f"{scheme}://bucket/a/b c.jpg") == b"image"
-    assert asked == [scheme]
     assert poison(one, f"{scheme}://bucket/large").code == "image_too_large"
     assert poison(one, f"{scheme}://bucket/gone?versionId={SECRET}").code == "image_not_found"
     assert poison(one, f"{scheme}://bucket/no").code == "image_forbidden"
@@ -586,24 +587,26 @@ def test_an_object_is_read_within_its_bounds(fetcher, scheme):
 
 @pytest.mark.parametrize("error", [OSError(SECRET), TimeoutError(SECRET), StoreError(SECRET)])
 def test_an_object_store_that_does_not_answer_is_transient(fetcher, error):
-    one = fetcher(open_object_store=lambda name: Buckets({"bucket/a": error}))
+    one = fetcher(object_store_class=lambda name: lambda: Buckets({"bucket/a": error}))
 
     assert type(error).__name__ in transient(one, "s3://bucket/a")
 
 
 def test_a_bug_in_reading_an_object_is_not_hidden(fetcher):
-    one = fetcher(open_object_store=lambda name: Buckets({"bucket/a": ZeroDivisionError()}))
+    one = fetcher(object_store_class=lambda name: lambda: Buckets({"bucket/a": ZeroDivisionError()}))
 
     with pytest.raises(ZeroDivisionError):
         one.fetch("s3://bucket/a")
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
-def test_a_missing_package_is_named(fetcher, scheme, package):
+def test_an_allowed_scheme_whose_package_is_missing_refuses_to_start(fetcher, scheme, package):
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    error = poison(fetcher(open_object_store=missing), f"{scheme}://bucket/a")
+    with pytest.raises(Misconfigured, match=rf"{package} .* install the extra {scheme} .*edje-rerank\[{scheme}\]"):
+        fetcher(policy(schemes=frozenset({"https", scheme})), object_store_class=missing)
 
-    assert error.code == "scheme_unsupported"
-    assert f"install {package}" in str(error)
+
+def test_a_missing_package_of_a_scheme_that_is_not_allowed_is_not_missed(fetcher):
+    fetcher(policy(schemes=frozenset({"https", "file"})), object_store_class=lambda name: pytest.fail(name))

@@ -21,9 +21,10 @@ from aiohttp.abc import AbstractResolver
 from fsspec.asyn import sync
 
 from workers.address_policy import AddressPolicy
-from workers.errors import Poison, Transient
+from workers.errors import Misconfigured, Poison, Transient
 from workers.fetch_http import FetchLimits, HttpReader
 
+#: Each is read by a package of its own, which the extra of the same name installs.
 _OBJECT_STORE_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 #: Where the errors of those packages come from, besides OSError: all of them mean that the store did not answer.
 _OBJECT_STORE_ERRORS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs"})
@@ -40,12 +41,16 @@ class ImageFetcher:
         limits: FetchLimits,
         *,
         resolver: AbstractResolver | None = None,
-        open_object_store: Callable[[str], Any] = fsspec.filesystem,
+        object_store_class: Callable[[str], Callable[[], Any]] = fsspec.get_filesystem_class,
     ) -> None:
+        """Raises `Misconfigured` where the policy allows a scheme whose package is not installed."""
+        self._object_stores = {
+            scheme: _object_store(scheme, object_store_class)
+            for scheme in sorted(policy.schemes & _OBJECT_STORE_PACKAGES.keys())
+        }
         self._policy = policy
         self._limits = limits
         self._http = HttpReader(policy, limits, resolver)
-        self._open_object_store = open_object_store
         self._file_roots = tuple(os.path.realpath(root) for root in policy.file_roots)
 
     def fetch(self, uri: str) -> bytes:
@@ -106,13 +111,10 @@ class ImageFetcher:
         self._policy.check_host(bucket)
         where = f"{scheme}://{bucket}/{key.partition('?')[0]}"
         try:
-            store = self._open_object_store(scheme)
+            store = self._object_stores[scheme]()
             end = self._limits.max_bytes + 1
             # One ranged read on the store's own loop: bounded in bytes and in time.
             data: bytes = sync(store.loop, store._cat_file, rest, start=0, end=end, timeout=self._limits.timeout_s)
-        except ImportError:
-            package = _OBJECT_STORE_PACKAGES[scheme]
-            raise Poison("scheme_unsupported", f"{where}: to read {scheme} addresses, install {package}") from None
         except FileNotFoundError:
             raise Poison("image_not_found", f"{where}: no such object") from None
         except PermissionError:
@@ -127,6 +129,17 @@ class ImageFetcher:
         if len(data) > self._limits.max_bytes:
             raise Poison("image_too_large", f"{where}: more than {self._limits.max_bytes} bytes")
         return data
+
+
+def _object_store(scheme: str, class_of: Callable[[str], Callable[[], Any]]) -> Callable[[], Any]:
+    try:
+        return class_of(scheme)
+    except ImportError as error:
+        package = _OBJECT_STORE_PACKAGES[scheme]
+        raise Misconfigured(
+            f"{scheme} is among the allowed schemes, but its package {package} cannot be loaded: "
+            f"install the extra {scheme} (pip install 'edje-rerank[{scheme}]'), or take {scheme} out"
+        ) from error
 
 
 def _open_without_surprises(path: str, flags: int) -> int:
