@@ -63,11 +63,11 @@ class Admitted:
 
 
 def reply_topic_of(request: RerankRequest, limits: AdmissionLimits) -> str:
-    """Where the reply goes. Raises `Poison` for a topic that requests may not name."""
+    """Where the reply goes. Raises `Poison` for a topic that requests may not name, or that Kafka cannot have."""
     topic = request.reply_topic
     if topic is None or topic == limits.reply_topic:
         return limits.reply_topic
-    if not any(fnmatch.fnmatchcase(topic, pattern) for pattern in limits.allowed_reply_topics):
+    if topic in (".", "..") or not any(fnmatch.fnmatchcase(topic, pattern) for pattern in limits.allowed_reply_topics):
         raise Poison("reply_topic_not_allowed", f"replies may not go to the topic {topic!r}")
     return topic
 

@@ -5,6 +5,7 @@ The loop never waits for the store: it starts a fetch and is woken by its end.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -28,8 +29,10 @@ class BlobFetches:
         return self._executor.submit(self._retry, "token blobs", lambda: self._read(keys))
 
     def _read(self, keys: Sequence[str]) -> list[bytes | None]:
-        with self._seconds.time():
-            return self._store.get_many(keys)
+        started = time.perf_counter()
+        blobs = self._store.get_many(keys)
+        self._seconds.observe(time.perf_counter() - started)
+        return blobs
 
     def close(self) -> None:
         self._retry.stop()

@@ -27,6 +27,9 @@ from workers.scoring import BatchScorer
 
 log = structlog.get_logger(__name__)
 
+#: Pieces in the queue before those of closed requests are first looked for.
+MIN_SWEEP_PIECES = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class RerankBounds:
@@ -69,6 +72,8 @@ class RerankJob:
         self._deadlines = Deadlines()
         self._finished: list[Finished] = []
         self._num_inflight_pairs = 0
+        self._sweep_at = MIN_SWEEP_PIECES
+        self._made_room = False  # since pieces were last started
 
     def has_room(self) -> bool:
         return self._num_inflight_pairs < self._bounds.max_inflight_pairs
@@ -104,8 +109,15 @@ class RerankJob:
             cost = len(layout.pairs) * self._tokens_per_pair(piece)
             piece.rank = self._queue.push(piece, flow=id(active), cost=cost, priority=plan.priority)
         self._queue.end_flow(id(active))
+        self._sweep_queue()
         if not plan.pieces:
             self._answer(active, now)
+
+    def _sweep_queue(self) -> None:
+        """Forget pieces of closed requests: while the store is away none of them would ever come to its turn."""
+        if len(self._queue) >= self._sweep_at:
+            self._queue.discard(lambda piece: piece.request.is_closed)
+            self._sweep_at = max(MIN_SWEEP_PIECES, 2 * len(self._queue))
 
     def _tokens_per_pair(self, piece: Piece) -> int:
         return piece.layout.bucket + self._num_visual_tokens
@@ -118,14 +130,13 @@ class RerankJob:
                 active = ready.piece.request
                 active.logits[ready.pairs] = batch.logits[start:stop]
                 active.scored[ready.pairs] = True
-                active.engine_s += batch.engine_s
                 self._end(ready.piece, now)
                 start = stop
             self._metrics.observe_batch(num_pairs=start, num_tokens=batch.num_tokens, seconds=batch.engine_s)
         self._expire_the_late(now)
+        self._take_loaded(now)  # first, because fetches that have ended make room for others
         self._start_pieces(now)
-        for piece in self._loader.turn():
-            self._make_ready(piece, now)
+        self._take_loaded(now)  # again, because what lies in the slab is ready at once
         self._start_batches(now)
         finished, self._finished = self._finished, []
         return finished
@@ -133,6 +144,7 @@ class RerankJob:
     def _start_pieces(self, now: float) -> None:
         """Give pieces their slots and fetches, in fair order, no further ahead of the engine than is useful."""
         bounds = self._bounds
+        self._made_room = False
         num_ready = self._batcher.num_pairs
         while self._queue and self._loader.num_fetching < bounds.max_fetches and num_ready < bounds.max_ready_pairs:
             piece = self._queue.peek()
@@ -148,6 +160,10 @@ class RerankJob:
             if active.started_at == 0.0:
                 active.started_at = now
                 self._metrics.observe_queue_wait(now - active.accepted_at)
+
+    def _take_loaded(self, now: float) -> None:
+        for piece in self._loader.turn():
+            self._make_ready(piece, now)
 
     def _make_ready(self, piece: Piece, now: float) -> None:
         active = piece.request
@@ -166,6 +182,7 @@ class RerankJob:
             batch = self._batcher.take(now, more_is_coming=more_is_coming)
             if not batch:
                 return
+            self._made_room = True
             wanted = []
             for ready in batch:
                 if ready.piece.request.is_late(now) and not ready.piece.request.is_closed:
@@ -180,6 +197,7 @@ class RerankJob:
     def _end(self, piece: Piece, now: float) -> None:
         """A piece is through: free its slots, and answer the request if it was the last."""
         self._loader.release(piece)
+        self._made_room = True
         active = piece.request
         active.num_open_pieces -= 1
         if active.num_open_pieces == 0 and not active.is_closed:
@@ -211,7 +229,7 @@ class RerankJob:
         deadline = self._deadlines.next()
         if deadline is not None:
             waits.append(max(0.0, deadline - now))
-        if self._finished:
+        if self._finished or (self._made_room and self._queue):
             waits.append(0.0)
         return min(waits) if waits else None
 

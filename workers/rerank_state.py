@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +30,11 @@ class ActiveRequest:
     is_closed: bool = False  # answered or dropped: whatever of it is still on its way is ignored
     started_at: float = 0.0  # when its first piece left the queue
     fetched_at: float = 0.0  # when its last piece had its tokens
-    engine_s: float = 0.0  # spent by the engine on the batches that it shared
 
     @classmethod
     def of(cls, record: Record, plan: Admitted, now: float) -> ActiveRequest:
         return cls(
-            record=record,
+            record=replace(record, value=b""),  # nobody reads it again, and it may be a megabyte
             plan=plan,
             accepted_at=now,
             logits=np.zeros(plan.num_pairs, np.float32),
