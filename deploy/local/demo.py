@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from demo_first_stage import WordOverlap
 from demo_pictures import Pictures, pictures_in, shipped_pictures
@@ -48,8 +47,6 @@ NUM_CANDIDATES = 10
 REPLY_TIMEOUT_S = 60.0
 #: The demo's pictures need a few hundred slots of the slab; the default is made for production.
 SLAB_BYTES = 64 << 20
-
-T = TypeVar("T")
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
