@@ -38,9 +38,7 @@ def main(
             # On standard output and nothing else there, so that a script can read them.
             for name, value in exports.items():
                 print(f"export {name}={value}", flush=True)
-            errors.print(
-                "Export these lines where the workers run. Ctrl-C ends Kafka and Redis and removes their data."
-            )
+            errors.print("Export these where the workers run. Ctrl-C ends Kafka and Redis and removes their data.")
             stop.wait()
             errors.print("Stopping.")
     except ServiceError as error:
