@@ -6,6 +6,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from edje.text import Tokenizer
@@ -35,7 +36,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
     metrics.set_engine(info)
     layout = BlobLayout(info.model_digest, info.num_visual_tokens, info.token_dim, settings.storage)
     fetches = BlobFetches(shared.store, shared.retry("store_read"), settings.fetch_threads, metrics.fetch_seconds)
-    scorer = BatchScorer(engine, wake, shared.clock)
+    scorer = BatchScorer(engine, ThreadPoolExecutor(1, thread_name_prefix="engine"), wake, shared.clock)
     loader = SlabLoader(
         slab=engine.slab,
         layout=layout,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +37,14 @@ class ScoredBatch:
 class BatchScorer:
     """Batches in, scored batches out, in order."""
 
-    def __init__(self, engine: PairScorer, wake: Callable[[], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: PairScorer, executor: Executor, wake: Callable[[], None], clock: Callable[[], float]
+    ) -> None:
+        """`executor` has one thread, because the engine takes one call at a time."""
         self._engine = engine
         self._wake = wake
         self._clock = clock
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._executor = executor
         self._flying: deque[Future[ScoredBatch]] = deque()
 
     @property
