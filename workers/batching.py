@@ -75,7 +75,7 @@ class MicroBatcher(Generic[P]):
         leaving = [
             number
             for number, bucket in self._buckets.items()
-            if not more_is_coming or self._is_full(bucket) or now - bucket.oldest() >= self._max_wait_s
+            if not more_is_coming or self._is_full(bucket) or now >= bucket.oldest() + self._max_wait_s
         ]
         if not leaving:
             return []

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -20,20 +21,33 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.future import Future as KafkaFuture
+from kafka.net.compat import KafkaNetClient
 from kafka.structs import OffsetAndMetadata
 
-from workers.errors import Misconfigured, TooLarge, Transient
+from workers.errors import Misconfigured, TooLarge, Transient, WorkerError
 from workers.ports import Outgoing, Partition, Record, Revocation
 
 log = structlog.get_logger(__name__)
 
 #: Records that wait for the loop before polling pauses; two polls' worth keeps the loop fed between polls.
 MAX_WAITING_RECORDS = 256
+#: The same bound for large records: an image event may carry the whole image.
+MAX_WAITING_BYTES = 64 << 20
 #: How long a poll waits for records; also how soon the thread notices that it is to stop.
 POLL_S = 0.1
 #: While the queue is full, a poll this often keeps the membership and serves rebalances.
 FULL_POLL_S = 0.5
 COMMIT_TIMEOUT_S = 10.0
+#: A member learns of a rebalance from the answer to its heartbeat. At the client's default of 3 s a partition that
+#: changes hands waits for up to two of them; this costs two small requests a second.
+HEARTBEAT_MS = 500
+#: How often the lag is looked up: it is for people and autoscalers, and costs as much as an empty poll.
+LAG_INTERVAL_S = 1.0
+#: The broker hung up this often before a first connection was ready: it does so at once, in about two seconds in all.
+MAX_CUT_OFF = 5
+CUT_OFF = "the broker ends every connection before it is ready; is it the credentials, or the security protocol?"
+#: How long a send may wait for a topic that the producer has not met before.
+METADATA_TIMEOUT_MS = 10_000
 
 _MISCONFIGURED = (
     kafka_errors.AuthorizationError,
@@ -53,6 +67,10 @@ _REBALANCING = (
     kafka_errors.FencedInstanceIdError,
     kafka_errors.TransactionAbortedError,
     kafka_errors.TransactionAbortableError,
+    kafka_errors.ProducerFencedError,  # also what a transaction over its time limit and a restarted broker end in
+    kafka_errors.InvalidProducerEpochError,
+    kafka_errors.OutOfOrderSequenceNumberError,
+    kafka_errors.UnknownProducerIdError,
 )
 _TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
 
@@ -74,7 +92,10 @@ def translating() -> Iterator[None]:
     try:
         yield
     except kafka_errors.KafkaError as error:
-        raise translated(error) from error
+        known = translated(error)
+        if known is error:
+            raise
+        raise known from error
 
 
 def _connecting(make: Callable[[], Any]) -> Any:
@@ -84,6 +105,51 @@ def _connecting(make: Callable[[], Any]) -> Any:
     except kafka_errors.KafkaError as error:
         known = translated(error)
         raise known if known is not error else Transient(f"no Kafka broker answers: {error}") from error
+
+
+def _started(kind: Callable[..., Any], **settings: Any) -> Any:
+    """A client of this kind.
+
+    kafka-python 3.0.12 tries refused credentials again until its time is up, and a client that fails to start leaves
+    its thread and its sockets behind; both are made good here.
+    """
+    nets: list[KafkaNetClient] = []
+
+    def watched(**net_settings: Any) -> KafkaNetClient:
+        net = KafkaNetClient(**net_settings)
+        nets.append(net)
+        manager, connect = net._manager, net._manager.get_connection
+        refusals: list[BaseException] = []
+        cut_off: list[BaseException] = []
+
+        def note_refusal(error: BaseException) -> None:
+            if isinstance(error, _MISCONFIGURED):
+                refusals.append(error)
+            elif "socket disconnected" in str(error):
+                # Of a refused password kafka-python often sees only that the broker hangs up.
+                cut_off.append(error)
+                if len(cut_off) == MAX_CUT_OFF:
+                    refusals.append(kafka_errors.KafkaConfigurationError(CUT_OFF))
+
+        def connect_and_watch(*place: Any, **options: Any) -> Any:
+            if refusals:
+                raise refusals[0]
+            connection = connect(*place, **options)
+            connection.init_future.add_errback(note_refusal)
+            return connection
+
+        manager.get_connection = connect_and_watch
+        return net
+
+    try:
+        client = _connecting(lambda: kind(**settings, kafka_client=watched, metrics_enabled=False))
+    except BaseException:
+        for net in nets:
+            net.close()
+        raise
+    for net in nets:
+        del net._manager.get_connection  # later on, a broker that refuses may be one that is still starting
+    return client
 
 
 class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
@@ -121,21 +187,24 @@ class KafkaInbox:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._waiting: deque[Record] = deque()
+        self._waiting_bytes = 0
         self._revocations: list[Revocation] = []
+        self._unreleased: list[KafkaFuture] = []
+        self._beyond: dict[Partition, int] = {}  # messages that are not polled yet, as of the last look
+        self._look_due = 0.0
         self._error: BaseException | None = None
         self._closing = False
-        self._consumer = _connecting(
-            lambda: KafkaConsumer(
-                **connection,
-                group_id=group_id,
-                enable_auto_commit=False,
-                auto_offset_reset="earliest",  # a request published before the first worker is still answered
-                isolation_level="read_committed" if read_committed else "read_uncommitted",
-                partition_assignment_strategy=(CooperativeStickyAssignor,),
-                max_poll_records=max_poll_records,
-                max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
-                metrics_enabled=False,
-            )
+        self._consumer = _started(
+            KafkaConsumer,
+            **connection,
+            group_id=group_id,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",  # a request published before the first worker is still answered
+            isolation_level="read_committed" if read_committed else "read_uncommitted",
+            partition_assignment_strategy=(CooperativeStickyAssignor,),
+            max_poll_records=max_poll_records,
+            heartbeat_interval_ms=HEARTBEAT_MS,
+            max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
         )
         self._consumer.subscribe([topic], listener=_Listener(self))
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="kafka-commit")
@@ -148,10 +217,18 @@ class KafkaInbox:
         with self._lock:
             if not self._waiting:
                 return None
+            was_low = self._is_low()
             record = self._waiting.popleft()
-            if len(self._waiting) == MAX_WAITING_RECORDS // 2:
+            self._waiting_bytes -= len(record.value)
+            if self._is_low() and not was_low:
                 self._room.notify()
             return record
+
+    def _is_low(self) -> bool:
+        return len(self._waiting) <= MAX_WAITING_RECORDS // 2 and self._waiting_bytes <= MAX_WAITING_BYTES // 2
+
+    def _is_full(self) -> bool:
+        return len(self._waiting) >= MAX_WAITING_RECORDS or self._waiting_bytes >= MAX_WAITING_BYTES
 
     def revocations(self) -> list[Revocation]:
         with self._lock:
@@ -169,28 +246,27 @@ class KafkaInbox:
         return frozenset(Partition(*partition) for partition in self._consumer.assignment())
 
     def lag(self) -> Mapping[Partition, int]:
-        lags = {}
-        for partition in self._consumer.assignment():
-            high = self._consumer.highwater(partition)
-            position = self._consumer.position(partition, timeout_ms=0) if high is not None else None
-            if high is not None and position is not None:
-                lags[Partition(*partition)] = max(0, high - position)
-        return lags
+        with self._lock:
+            waiting = Counter(record.partition for record in self._waiting)
+        beyond = self._beyond
+        return {p: beyond[p] + waiting[p] for p in self.assigned() if p in beyond}
 
     def membership(self) -> Any:
         """What a transaction needs so that the broker can fence it (KIP-447); opaque."""
         return self._consumer.group_metadata()
 
     def close(self, timeout_s: float) -> None:
+        give_up_at = time.monotonic() + timeout_s
         with self._lock:
             self._closing = True
-            revocations, self._revocations = self._revocations, []
+            unreleased, self._unreleased = self._unreleased, []
             self._room.notify()
-        for revocation in revocations:
-            revocation.release()
-        self._committer.shutdown(wait=True)
+        for released in unreleased:
+            self._release(released)
+        self._committer.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout_s)
-        self._consumer.close(autocommit=False, timeout_ms=int(timeout_s * 1000))
+        self._consumer.close(autocommit=False, timeout_ms=max(0, int((give_up_at - time.monotonic()) * 1000)))
+        self._committer.shutdown(wait=True)  # with the consumer closed a commit in flight has failed
 
     def _poll_until_closed(self) -> None:
         try:
@@ -203,77 +279,117 @@ class KafkaInbox:
 
     def _wait_for_room(self) -> None:
         with self._lock:
-            if len(self._waiting) >= MAX_WAITING_RECORDS and not self._closing:
+            if self._is_full() and not self._closing:
                 self._room.wait(FULL_POLL_S)
 
     def _poll(self) -> None:
         """Poll once; while the queue is full only for the group's sake, with everything paused."""
-        full = len(self._waiting) >= MAX_WAITING_RECORDS
+        full = self._is_full()
         assigned = self._consumer.assignment()
         if full:
             self._consumer.pause(*assigned)
         elif self._consumer.paused():
             self._consumer.resume(*self._consumer.paused())
         try:
-            polled = self._consumer.poll(timeout_ms=0 if full else int(POLL_S * 1000))
-        except kafka_errors.RetriableError as error:
-            log.warning("kafka poll failed, trying again", error=f"{type(error).__name__}: {error}")
+            with translating():
+                polled = self._consumer.poll(timeout_ms=0 if full else int(POLL_S * 1000))
+                self._look_at_lag()
+        except Transient as error:
+            log.warning("kafka poll failed, trying again", error=str(error))
             with self._lock:
                 self._room.wait(POLL_S)
             return
-        except kafka_errors.KafkaError as error:
-            raise translated(error) from error
         if polled:
             with self._lock:
                 for partition, records in polled.items():
-                    self._waiting.extend(_record(Partition(*partition), record) for record in records)
+                    arrived = [_record(Partition(*partition), record) for record in records]
+                    self._waiting.extend(arrived)
+                    self._waiting_bytes += sum(len(record.value) for record in arrived)
             self._wake()
 
+    def _look_at_lag(self) -> None:
+        """On the polling thread, because only there neither call can meet a rebalance or block the loop."""
+        now = time.monotonic()
+        if now < self._look_due:
+            return
+        self._look_due = now + LAG_INTERVAL_S
+        beyond = {}
+        for partition in self._consumer.assignment():
+            end = self._consumer.highwater(partition)
+            position = self._consumer.position(partition, timeout_ms=0) if end is not None else None
+            if position is not None:
+                beyond[Partition(*partition)] = max(0, end - position)
+        self._beyond = beyond
+
     async def note_revocation(self, revoked: set[TopicPartition], *, lost: bool) -> None:
-        """Runs on Kafka's IO thread, inside a poll: returns when the loop has released the partitions."""
+        """Runs on Kafka's IO thread, inside a poll: returns when the loop has released the partitions.
+
+        Also where they are lost: were they assigned again before the loop has dropped its messages, it would take
+        the repeated ones for those.
+        """
         partitions = frozenset(Partition(*partition) for partition in revoked)
         released = KafkaFuture()
-
-        def release() -> None:
-            if not released.is_done:
-                released.success(None)
-                with contextlib.suppress(RuntimeError):  # closed meanwhile: nobody waits any more
-                    # A future set from another thread does not wake Kafka's IO loop; an empty commit does.
-                    self._consumer.commit_async({}, callback=lambda *_: None)
-
         with self._lock:
             self._waiting = deque(record for record in self._waiting if record.partition not in partitions)
+            self._waiting_bytes = sum(len(record.value) for record in self._waiting)
             if self._closing:
                 return
-            self._revocations.append(Revocation(partitions, lost, release))
+            self._unreleased.append(released)
+            self._revocations.append(Revocation(partitions, lost, lambda: self._release(released)))
         self._wake()
-        if not lost:
-            await released
+        await released
+
+    def _release(self, released: KafkaFuture) -> None:
+        with self._lock:
+            if released in self._unreleased:
+                self._unreleased.remove(released)
+        if not released.is_done:
+            released.success(None)
+            # A future set from another thread does not wake Kafka's IO loop; a commit of nothing does.
+            with contextlib.suppress(RuntimeError, kafka_errors.KafkaError):  # closed meanwhile: nobody waits any more
+                self._consumer.commit({}, timeout_ms=0)
 
 
 class KafkaOutbox:
-    """An idempotent producer; implements `workers.ports.Outbox`."""
+    """A producer that waits for all replicas; implements `workers.ports.Outbox`."""
 
     def __init__(self, connection: Mapping[str, Any], *, max_message_bytes: int, linger_ms: int = 0) -> None:
-        self._producer = _connecting(
-            lambda: KafkaProducer(
-                **connection, max_request_size=max_message_bytes, linger_ms=linger_ms, metrics_enabled=False
-            )
+        self._producer = _started(
+            KafkaProducer,
+            **connection,
+            acks="all",
+            # An idempotent producer of kafka-python 3.0 is beyond repair once the broker has refused one message
+            # for its size, and fails every other message with it. A repeated message is allowed here.
+            enable_idempotence=False,
+            max_request_size=max_message_bytes,
+            max_block_ms=METADATA_TIMEOUT_MS,
+            linger_ms=linger_ms,
         )
+        self._known_topics: set[str] = set()
+        self._introducer = ThreadPoolExecutor(1, thread_name_prefix="kafka-new-topic")
 
     def send(self, message: Outgoing) -> Future[None]:
         sent: Future[None] = Future()
-        try:
-            pending = _send(self._producer, message)
-        except kafka_errors.KafkaError as error:
-            sent.set_exception(translated(error))
+        if message.topic in self._known_topics:
+            self._send(message, sent)
         else:
-            pending.add_callback(lambda _: sent.set_result(None))
-            pending.add_errback(lambda error: sent.set_exception(translated(error)))
+            # The first message to a topic blocks until its partitions are known: not on the loop's thread.
+            self._introducer.submit(self._send, message, sent)
         return sent
 
+    def _send(self, message: Outgoing, sent: Future[None]) -> None:
+        try:
+            pending = _send(self._producer, message)
+        except Exception as error:  # into the future, whatever it is: nobody looks at the introducing thread
+            sent.set_exception(translated(error))
+        else:
+            self._known_topics.add(message.topic)
+            pending.add_callback(lambda _: sent.set_result(None))
+            pending.add_errback(lambda error: sent.set_exception(translated(error)))
+
     def close(self, timeout_s: float) -> None:
-        self._producer.close(timeout=timeout_s)
+        self._introducer.shutdown(wait=False, cancel_futures=True)
+        _close(self._producer, timeout_s)
 
 
 class KafkaTransactionalOutbox:
@@ -289,55 +405,103 @@ class KafkaTransactionalOutbox:
     ) -> None:
         """`membership` gives the consumer's group membership at the moment of each transaction."""
         self._membership = membership
-        self._make = lambda: KafkaProducer(
-            **connection, transactional_id=transactional_id, max_request_size=max_message_bytes, metrics_enabled=False
-        )
-        self._producer: Any = None
-        self._open()
+        self._settings = {
+            **connection,
+            "transactional_id": transactional_id,
+            "max_request_size": max_message_bytes,
+        }
+        self._producer: Any = self._opened()
 
-    def _open(self) -> None:
-        self._producer = _connecting(self._make)
-        with translating():
-            self._producer.init_transactions()
+    def _opened(self) -> Any:
+        producer = _started(KafkaProducer, **self._settings)
+        try:
+            with translating():
+                producer.init_transactions()
+        except BaseException:
+            _close(producer, 0)
+            raise
+        return producer
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
+        # Before the first message: with a later membership, offsets of partitions that have moved meanwhile would pass.
+        membership = self._membership()
+        if membership.generation_id < 0:
+            # The broker takes the offsets of a transaction that names no generation from anybody.
+            raise Transient("this worker is not a member of its group now")
+        with translating():
+            with self._transaction() as producer:
+                refused = _flush(producer, messages)
+                if not refused:
+                    producer.send_offsets_to_transaction(_kafka_offsets(offsets), membership)
+                    producer.commit_transaction()
+                    return
+                self._give_up()
+            raise self._too_large(messages, refused)
+
+    def _too_large(self, messages: Sequence[Outgoing], refused: Sequence[int]) -> WorkerError:
+        """Find which of them it was: one refused message fails all that are sent with it with its own error."""
+        for number in sorted(refused, key=lambda number: len(messages[number].value), reverse=True):
+            with self._transaction() as producer:
+                is_refused = bool(_flush(producer, [messages[number]]))
+                self._give_up()
+            if is_refused:
+                return TooLarge(f"the broker refuses a message of {len(messages[number].value)} bytes", number)
+        return Transient("the broker refused a message for its size, and then did not")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        """Begin one, and abort it where the block fails."""
         if self._producer is None:
-            self._open()
+            self._producer = self._opened()
         try:
             self._producer.begin_transaction()
-            pending = []
-            for number, message in enumerate(messages):
-                try:
-                    pending.append(_send(self._producer, message))
-                except _TOO_LARGE as error:
-                    raise TooLarge(str(error), number) from error
-            self._producer.flush()
-            for number, future in enumerate(pending):
-                if isinstance(future.exception, _TOO_LARGE):
-                    raise TooLarge(str(future.exception), number)
-            self._producer.send_offsets_to_transaction(_kafka_offsets(offsets), self._membership())
-            self._producer.commit_transaction()
+            yield self._producer
         except BaseException as error:
             self._give_up()
-            if isinstance(error, (kafka_errors.ProducerFencedError, kafka_errors.InvalidProducerEpochError)):
-                # The broker aborted the transaction (its time limit, or a broker that was away); a new epoch is clean.
-                raise Transient(f"{type(error).__name__}: {error}") from error
-            if isinstance(error, kafka_errors.KafkaError):
-                raise translated(error) from error
+            if type(error) is kafka_errors.KafkaError:
+                # All that kafka-python says of a producer in a state it cannot leave; the next one starts anew.
+                raise Transient(str(error)) from error
             raise
 
     def _give_up(self) -> None:
-        """Abort; a producer that cannot even do that is replaced at the next attempt, whose start aborts for it."""
+        """Abort, and start a new producer at the next attempt.
+
+        kafka-python goes on counting from the numbers of refused messages, which the broker has not seen; and where
+        the abort fails, the start of the new producer aborts for it.
+        """
+        producer, self._producer = self._producer, None
         try:
-            self._producer.abort_transaction()
+            producer.abort_transaction()
         except kafka_errors.KafkaError as error:
-            log.warning("transaction could not be aborted, starting a new producer", error=str(error))
-            producer, self._producer = self._producer, None
-            producer.close(timeout=0)
+            log.warning("transaction could not be aborted by its producer", error=str(error))
+        _close(producer, 0)
 
     def close(self, timeout_s: float) -> None:
         if self._producer is not None:
-            self._producer.close(timeout=timeout_s)
+            _close(self._producer, timeout_s)
+
+
+def _flush(producer: Any, messages: Sequence[Outgoing]) -> list[int]:
+    """Send and wait; returns the numbers of those that failed with a refusal for size. Raises for any other."""
+    futures = []
+    for number, message in enumerate(messages):
+        try:
+            futures.append(_send(producer, message))
+        except _TOO_LARGE as error:
+            raise TooLarge(str(error), number) from error
+    producer.flush()
+    refused = [number for number, future in enumerate(futures) if isinstance(future.exception, _TOO_LARGE)]
+    for future in futures:
+        if future.exception is not None and not refused:
+            raise future.exception  # not every lost message fails the transaction that it is lost from
+    return refused
+
+
+def _close(producer: Any, timeout_s: float) -> None:
+    try:
+        producer.close(timeout=timeout_s)
+    except kafka_errors.KafkaTimeoutError:
+        producer._sender.force_close()  # `close` gives up when it cannot flush in time, and leaves its thread behind
 
 
 def _send(producer: KafkaProducer, message: Outgoing) -> Any:
@@ -357,4 +521,3 @@ def _record(partition: Partition, record: Any) -> Record:
         headers=tuple(record.headers or ()),
         timestamp_ms=record.timestamp,
     )
-
