@@ -20,16 +20,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture
-def make_service(checkpoint: Checkpoint, unique_prefix: str, tmp_path: Path) -> Iterator[Callable[[str, str], Service]]:
+def make_service(checkpoint: Checkpoint, unique_prefix: str, tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """A service on the given brokers and Redis, with topics of its own."""
     made: list[Service] = []
 
-    def make(brokers: str, redis_url: str, num_partitions: int = 2) -> Service:
+    def make(brokers: str, redis_url: str, **topic_settings: object) -> Service:
         service = Service(
             brokers, redis_url, f"{unique_prefix}{len(made)}.", checkpoint, tmp_path / f"logs-{len(made)}"
         )
         made.append(service)
-        service.create_topics(num_partitions)
+        service.create_topics(**topic_settings)
         return service
 
     yield make
@@ -40,6 +40,6 @@ def make_service(checkpoint: Checkpoint, unique_prefix: str, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def service(make_service: Callable[[str, str], Service], kafka_brokers: str, redis_url: str) -> Service:
+def service(make_service: Callable[..., Service], kafka_brokers: str, redis_url: str) -> Service:
     """A service on the servers that all tests share."""
     return make_service(kafka_brokers, redis_url)

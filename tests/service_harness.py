@@ -6,6 +6,7 @@ but through its log, its exit status and its pages.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,9 +18,10 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from kafka import KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 
 from edje.init import initialise
@@ -29,7 +31,6 @@ from protocols.dead_letters import DeadLetter
 from protocols.keys import blob_key
 from protocols.topics import Topics
 from server_process import WATCHDOG, free_port, tail
-from services import create_topics
 from workers.bus_reader import KafkaReader
 from workers.errors import Transient
 from workers.ports import Headers, Record
@@ -214,13 +215,18 @@ class Service:
         self._folder = folder
         self._taps: list[Tap] = []
         self._producer: KafkaProducer | None = None
+        self._sent: list[Any] = []
         folder.mkdir(parents=True, exist_ok=True)
 
-    def create_topics(self, num_partitions: int = 2) -> None:
+    def create_topics(self, num_partitions: int = 2, **configs: object) -> None:
+        """`configs` are the broker's own settings of a topic, with _ for a dot: max_message_bytes."""
         topics = self.topics
         inputs = (topics.images_new, topics.rerank_requests)
         names = (*inputs, topics.images_indexed, topics.rerank_responses, *map(topics.dead_letter, inputs))
-        create_topics(self.brokers, dict.fromkeys(names, num_partitions))
+        config = {name.replace("_", "."): str(value) for name, value in configs.items()}
+        with contextlib.closing(KafkaAdminClient(bootstrap_servers=self.brokers.split(","))) as admin:
+            each = {"num_partitions": num_partitions, "configs": config}
+            admin.create_topics(dict.fromkeys(names, each), wait_for_metadata=True)
 
     def start(self, kind: str, **settings: object) -> Worker:
         """A worker process over the constant engine unless told otherwise, not yet waited for."""
@@ -245,13 +251,16 @@ class Service:
     def publish(self, topic: str, value: bytes, key: str | None = None, headers: Headers = ()) -> None:
         """Send; `flush` makes sure."""
         self._producer = self._producer or KafkaProducer(
-            bootstrap_servers=self.brokers.split(","), linger_ms=2, max_request_size=4 << 20, metrics_enabled=False
+            bootstrap_servers=self.brokers.split(","), linger_ms=2, max_request_size=32 << 20, metrics_enabled=False
         )
-        self._producer.send(topic, value, key.encode() if key is not None else None, headers=list(headers))
+        sent = self._producer.send(topic, value, key.encode() if key is not None else None, headers=list(headers))
+        self._sent.append(sent)
 
     def flush(self) -> None:
-        if self._producer is not None:
-            self._producer.flush()
+        """Wait until the broker has everything that was published."""
+        sent, self._sent = self._sent, []
+        for future in sent:
+            future.get(timeout=LIMIT_S)
 
     def ask(self, request_id: str, images: Sequence[str], text: str = "a dog on a beach", **fields: object) -> None:
         """Publish a request for images, as any client would write it."""
