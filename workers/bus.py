@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any
 
 import kafka.errors as kafka_errors
@@ -41,6 +41,9 @@ COMMIT_TIMEOUT_S = 10.0
 #: A member learns of a rebalance from the answer to its heartbeat. At the client's default of 3 s a partition that
 #: changes hands waits for up to two of them; this costs two small requests a second.
 HEARTBEAT_MS = 500
+#: A killed member's partitions stand still for so long, and readers of its open transaction wait. The client's own
+#: defaults (45 s and 60 s) are for consumers that may pause; this one answers from its IO thread, twice a second.
+SESSION_TIMEOUT_MS = 10_000
 #: How often the lag is looked up: it is for people and autoscalers, and costs as much as an empty poll.
 LAG_INTERVAL_S = 1.0
 #: The broker hung up this often before a first connection was ready: it does so at once, in about two seconds in all.
@@ -181,6 +184,7 @@ class KafkaInbox:
         read_committed: bool,
         max_poll_records: int,
         max_message_bytes: int,
+        session_timeout_ms: int = SESSION_TIMEOUT_MS,
     ) -> None:
         """`connection` is what every client of this broker needs (`workers.kafka_connection`)."""
         self._wake = wake
@@ -204,6 +208,7 @@ class KafkaInbox:
             partition_assignment_strategy=(CooperativeStickyAssignor,),
             max_poll_records=max_poll_records,
             heartbeat_interval_ms=HEARTBEAT_MS,
+            session_timeout_ms=session_timeout_ms,
             max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
         )
         self._consumer.subscribe([topic], listener=_Listener(self))
@@ -402,6 +407,7 @@ class KafkaTransactionalOutbox:
         transactional_id: str,
         membership: Callable[[], Any],
         max_message_bytes: int,
+        transaction_timeout_ms: int = SESSION_TIMEOUT_MS,
     ) -> None:
         """`membership` gives the consumer's group membership at the moment of each transaction."""
         self._membership = membership
@@ -409,8 +415,10 @@ class KafkaTransactionalOutbox:
             **connection,
             "transactional_id": transactional_id,
             "max_request_size": max_message_bytes,
+            "transaction_timeout_ms": transaction_timeout_ms,
         }
         self._producer: Any = self._opened()
+        self._outcome: Future[None] = Future()
 
     def _opened(self) -> Any:
         producer = _started(KafkaProducer, **self._settings)
@@ -423,6 +431,23 @@ class KafkaTransactionalOutbox:
         return producer
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
+        # kafka-python waits for an absent broker without limit: on a thread that `close` can leave behind.
+        outcome = self._outcome = Future[None]()
+        threading.Thread(
+            target=self._settle, args=(outcome, messages, offsets), name="kafka-transaction", daemon=True
+        ).start()
+        outcome.result()
+
+    def _settle(self, outcome: Future[None], messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
+        with contextlib.suppress(InvalidStateError):  # closed meanwhile
+            try:
+                self._publish(messages, offsets)
+            except BaseException as error:
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(None)
+
+    def _publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
         # Before the first message: with a later membership, offsets of partitions that have moved meanwhile would pass.
         membership = self._membership()
         if membership.generation_id < 0:
@@ -433,7 +458,7 @@ class KafkaTransactionalOutbox:
                 refused = _flush(producer, messages)
                 if not refused:
                     producer.send_offsets_to_transaction(_kafka_offsets(offsets), membership)
-                    producer.commit_transaction()
+                    _commit(producer)
                     return
                 self._give_up()
             raise self._too_large(messages, refused)
@@ -477,8 +502,22 @@ class KafkaTransactionalOutbox:
         _close(producer, 0)
 
     def close(self, timeout_s: float) -> None:
-        if self._producer is not None:
-            _close(self._producer, timeout_s)
+        producer = self._producer
+        if producer is not None:
+            _close(producer, timeout_s)
+        if not self._outcome.done():
+            with contextlib.suppress(InvalidStateError):  # it was done just now
+                self._outcome.set_exception(Transient("the worker ends while a transaction is open"))
+
+
+def _commit(producer: Any) -> None:
+    try:
+        producer.commit_transaction()
+    except kafka_errors.KafkaError as error:
+        if isinstance(error, _REBALANCING):
+            raise
+        # Trying again could publish twice. A restart reads from the offsets whether it was committed.
+        raise RuntimeError(f"whether a transaction was committed is not known: {error}") from error
 
 
 def _flush(producer: Any, messages: Sequence[Outgoing]) -> list[int]:

@@ -172,6 +172,7 @@ def _connect(name: str, shared: Shared[S], built: Built, stack: ExitStack) -> tu
             read_committed=settings.delivery == "exactly_once",
             max_poll_records=settings.max_poll_records,
             max_message_bytes=settings.max_message_bytes,
+            session_timeout_ms=settings.session_timeout_ms,
         )
         opened.callback(inbox.close, CLOSE_S)
         delivery: Delivery
@@ -181,6 +182,7 @@ def _connect(name: str, shared: Shared[S], built: Built, stack: ExitStack) -> tu
                 transactional_id=transactional_id(built.group_id),
                 membership=inbox.membership,
                 max_message_bytes=settings.max_message_bytes,
+                transaction_timeout_ms=settings.session_timeout_ms,
             )
             opened.callback(transactional.close, CLOSE_S)
             executor = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="transaction"))

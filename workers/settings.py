@@ -110,6 +110,12 @@ class WorkerSettings(KafkaSettings):
     storage: Literal["fp16", "bf16", "int8", "int4"] = Field("int8", description="How tokens are stored.")
     commit_interval_ms: PositiveFloat = Field(100.0, description="Offsets are committed this often.")
     transaction_interval_ms: PositiveFloat = Field(50.0, description="A transaction this often, with exactly_once.")
+    session_timeout_ms: int = Field(
+        10_000,
+        ge=1_500,
+        description="A worker not heard of for so long is taken for dead: its partitions go to others, its open "
+        "transaction is aborted.",
+    )
     drain_grace_s: NonNegativeFloat = Field(20.0, description="After SIGTERM, for what is in work.")
     revoke_grace_s: NonNegativeFloat = Field(5.0, description="Before a partition is given back, for its messages.")
     max_poll_records: PositiveInt = Field(500, description="Records of one poll.")
