@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from service_harness import Checkpoint, Service
 
 from server_process import tail
-from service_harness import Checkpoint, Service
 
 
 @pytest.fixture(scope="session")

@@ -235,6 +235,7 @@ class Service:
             "group_id": f"{self._prefix}{kind}",
             "checkpoint": self.checkpoint.folder,
             "engine": "constant",
+            "session_timeout_ms": 6_000,  # the least that a broker takes unless told otherwise
         } | ({"slab_bytes": "8MiB"} if kind == "rerank" else {})
         variables = {f"{kind.upper()}_{name.upper()}": str(value) for name, value in (chosen | settings).items()}
         variables |= {"KAFKA_BROKERS": self.brokers, "REDIS_URL": self.redis_url}

@@ -8,11 +8,11 @@ import shutil
 import subprocess
 
 import pytest
-from jgo.maven import MavenContext
-
 from conftest import missing
-from server_process import package_folder
+from jgo.maven import MavenContext
 from service_harness import LIMIT_S, Service
+
+from server_process import package_folder
 from services import kafka_class_path
 
 pytest_plugins = ["service_fixtures"]
