@@ -43,7 +43,7 @@ class ActiveRequest:
         )
 
     def is_late(self, now: float) -> bool:
-        return self.plan.deadline is not None and now > self.plan.deadline
+        return self.plan.deadline is not None and now >= self.plan.deadline
 
 
 class Deadlines:
@@ -61,9 +61,9 @@ class Deadlines:
             self._sweep_at = max(1024, 2 * len(self._heap))
 
     def passed(self, now: float) -> list[ActiveRequest]:
-        """Remove and return the open requests whose deadline lies before now."""
+        """Remove and return the open requests whose deadline is now or lies before."""
         late = []
-        while self._heap and self._heap[0][0] < now:
+        while self._heap and self._heap[0][0] <= now:
             request = heapq.heappop(self._heap)[2]
             if not request.is_closed:
                 late.append(request)

@@ -1,0 +1,112 @@
+"""Micro-batches as the engine sees them, and what comes back."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import numpy as np
+import pytest
+from rerank_harness import PARTITION, Engine, HandExecutor, encode_text, image_request, logit_of, request
+
+from trt.engine import EngineBroken, LimitExceeded
+from workers.admission import AdmissionLimits, PieceLayout, admit
+from workers.ports import Record
+from workers.rerank_state import ActiveRequest, Piece, ReadyPiece
+from workers.scoring import MAX_BATCHES, BatchScorer, batch_arrays
+
+LIMITS = AdmissionLimits("m1", 1000, 100, 100, 0.0, "replies", ())
+
+
+def active(sent: dict) -> ActiveRequest:
+    from protocols.events import RerankRequest
+
+    plan = admit(RerankRequest.model_validate(sent), LIMITS, encode_text, now=0.0, wall_now=0.0)
+    return ActiveRequest.of(Record(PARTITION, 0, None, b"", (), 0), plan, 0.0)
+
+
+def ready(owner: ActiveRequest, pairs: list[int], slots: list[int]) -> ReadyPiece:
+    return ReadyPiece(Piece(owner, PieceLayout(pairs, 8)), pairs, slots, len(pairs), 10)
+
+
+def scorer_of(engine: Engine, clock=lambda: 0.0) -> tuple[BatchScorer, HandExecutor, list[None]]:
+    executor, woken = HandExecutor(), []
+    return BatchScorer(engine, executor, lambda: woken.append(None), clock), executor, woken
+
+
+def test_a_text_is_given_to_the_engine_once_however_many_pieces_ask_for_it():
+    first, second = active(request("abcd")), active(request("xy", text="a cat"))
+
+    texts, queries, slots = batch_arrays(
+        [ready(first, [0, 1], [5, 6]), ready(second, [0, 1], [7, 8]), ready(first, [3], [9])]
+    )
+
+    assert texts == [encode_text("a dog"), encode_text("a cat")]
+    assert queries.tolist() == [0, 0, 1, 1, 0]
+    assert slots.tolist() == [5, 6, 7, 8, 9]
+    assert queries.dtype == slots.dtype == np.int32
+
+
+def test_only_the_texts_of_the_pairs_in_the_batch_are_given_to_the_engine():
+    owner = active(image_request("a", ["one", "two", "three", "four"]))
+
+    texts, queries, slots = batch_arrays([ready(owner, [3, 1], [5, 5]), ready(owner, [2], [5])])
+
+    assert texts == [encode_text("four"), encode_text("two"), encode_text("three")]
+    assert queries.tolist() == [0, 1, 2]
+    assert slots.tolist() == [5, 5, 5]
+
+
+def test_logits_come_back_in_the_order_of_the_pieces():
+    engine = Engine(num_slots=10, max_pairs=8)
+    engine.slab.tokens.view(np.float16)[:] = np.arange(10)[:, None]
+    times = iter([1.0, 1.25])
+    scorer, executor, woken = scorer_of(engine, lambda: next(times))
+    pieces = [ready(active(request("ab")), [0, 1], [4, 2]), ready(active(request("a", text="cat")), [0], [9])]
+    scorer.submit(pieces)
+
+    assert scorer.turn() == []
+    executor.run_next()
+
+    (batch,) = scorer.turn()
+    dog, cat = encode_text("a dog"), encode_text("cat")
+    assert batch.logits.tolist() == [logit_of(dog, 4), logit_of(dog, 2), logit_of(cat, 9)]
+    assert (batch.pieces, batch.num_tokens, batch.engine_s) == (pieces, 30, 0.25)
+    assert len(woken) == 1
+    assert scorer.turn() == []
+
+
+def test_no_more_batches_are_taken_than_keep_the_engine_busy():
+    scorer, executor, _ = scorer_of(Engine(num_slots=10, max_pairs=8))
+    for number in range(MAX_BATCHES):
+        assert scorer.has_room()
+        scorer.submit([ready(active(request("a")), [0], [number])])
+
+    assert not scorer.has_room()
+    assert scorer.num_flying == MAX_BATCHES
+    executor.run_next()
+    scorer.turn()
+    assert scorer.has_room()
+
+
+@pytest.mark.parametrize("error", [EngineBroken("out of memory"), LimitExceeded("too many"), ValueError("a bug")])
+def test_what_the_engine_raises_is_raised_by_the_turn(error):
+    engine = Engine(num_slots=10, max_pairs=8)
+    engine.error = error
+    scorer, executor, woken = scorer_of(engine)
+    scorer.submit([ready(active(request("a")), [0], [0])])
+    executor.run_next()
+
+    assert len(woken) == 1
+    with pytest.raises(type(error)):
+        scorer.turn()
+
+
+def test_batches_run_on_a_thread_of_their_own_and_wake_the_loop():
+    woken = Event()
+    scorer = BatchScorer(Engine(10, 8), ThreadPoolExecutor(1), woken.set, lambda: 0.0)
+    scorer.submit([ready(active(request("a")), [0], [0])])
+
+    assert woken.wait(20)
+    scorer.close()
+    assert len(scorer.turn()) == 1
