@@ -305,7 +305,8 @@ def test_a_query_as_json_is_the_response_and_nothing_else(service):
 
 
 @pytest.mark.services
-def test_an_error_reply_is_a_sentence_and_exit_status_1(service):
+@pytest.mark.parametrize("more", [[], ["--reply-topic", "refused"]], ids=["usual topic", "refused reply topic"])
+def test_an_error_reply_is_a_sentence_and_exit_status_1(service, more):
     def answer(record):
         request_id = event_of(RerankRequest, record).request_id
         error = {"code": "too_many_candidates", "message": "2 candidates; at most 1"}
@@ -313,7 +314,7 @@ def test_an_error_reply_is_a_sentence_and_exit_status_1(service):
         yield Outgoing(service.topics.rerank_responses, record.key, encode(response))
 
     with service.answering(service.topics.rerank_requests, answer):
-        done = service.query("a dog", "--candidates", "a,b")
+        done = service.query("a dog", "--candidates", "a,b", *more)
 
     assert done.returncode == 1
     assert done.stderr == "error: too_many_candidates: 2 candidates; at most 1\n"

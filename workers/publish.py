@@ -136,7 +136,8 @@ def query(
         )
     except ValueError as error:
         misuse(str(error))
-    answers = [reply_topic or topics.rerank_responses]
+    # A reply topic that the worker does not allow is told on the usual one.
+    answers = list(dict.fromkeys([topics.rerank_responses, reply_topic or topics.rerank_responses]))
     with (
         failing_with_a_sentence(),
         connect(connection(brokers), topics, read=answers, max_message_bytes=max_message_bytes) as client,

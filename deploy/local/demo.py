@@ -17,8 +17,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -79,8 +79,8 @@ def run() -> None:
             checkpoint = untrained_checkpoint()
             brokers, redis_url = addresses.result()
         kafka = connection(brokers)
-        stack.enter_context(fresh_topics(kafka, topics))
         workers = workers_of(checkpoint, pictures, brokers, redis_url, prefix, logs)
+        stack.enter_context(fresh_topics(kafka, topics, [f"{prefix}{worker.name}" for worker in workers]))
         with step(f"Workers that Procfile names: {', '.join(worker.name for worker in workers)}"):
             stack.callback(stop_all, workers)
             start_all(workers)
@@ -112,6 +112,8 @@ def run() -> None:
         credits=pictures.credits,
     )
     console.print(f"\nDone in {took_s:.0f} s. The same with the pictures: {REPORT}")
+    if os.environ.get("REDIS_URL"):
+        console.print(f"The pictures' tokens are still in your Redis, under vt:{first.model}:*")
     console.print("With your own: IMAGES=folder KAFKA_BROKERS=host:9092 REDIS_URL=redis://host:6379/0 make demo")
 
 
@@ -168,17 +170,20 @@ def workers_of(
 
 def start_all(workers: Sequence[Worker]) -> None:
     """Start all at once, because most of the time goes into imports."""
-    in_parallel(lambda worker: worker.start(), workers)
+    with ThreadPoolExecutor(len(workers)) as pool:
+        try:
+            for started in as_completed([pool.submit(worker.start) for worker in workers]):
+                started.result()
+        except BaseException:
+            for worker in workers:
+                worker.give_up()
+            raise
 
 
 def stop_all(workers: Sequence[Worker]) -> None:
-    in_parallel(lambda worker: worker.stop(), workers)
-
-
-def in_parallel(act: Callable[[Worker], None], workers: Sequence[Worker]) -> None:
     with ThreadPoolExecutor(len(workers)) as pool:
-        for acted in [pool.submit(act, worker) for worker in workers]:
-            acted.result()
+        for stopped in [pool.submit(worker.stop) for worker in workers]:
+            stopped.result()
 
 
 @contextmanager

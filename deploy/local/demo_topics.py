@@ -1,9 +1,9 @@
-"""Topics for the length of the demo: made before it, removed after it, so that a borrowed Kafka is left as it was."""
+"""Topics and groups for the length of the demo: removed after it, so that a borrowed Kafka is left as it was."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kafka import KafkaAdminClient
@@ -17,8 +17,11 @@ PARTITIONS = 2
 
 
 @contextlib.contextmanager
-def fresh_topics(connection: Mapping[str, Any], topics: Topics) -> Iterator[None]:
-    """Make the topics of a prefix that nobody else uses; `connection` is what every client of this broker needs."""
+def fresh_topics(connection: Mapping[str, Any], topics: Topics, groups: Sequence[str]) -> Iterator[None]:
+    """Make the topics of a prefix that nobody else uses; remove them, and the groups of the workers, at the end.
+
+    `connection` is what every client of this broker needs.
+    """
     names = topic_names(topics)
     try:
         admin = KafkaAdminClient(**connection)
@@ -32,7 +35,9 @@ def fresh_topics(connection: Mapping[str, Any], topics: Topics) -> Iterator[None
         try:
             yield
         finally:
-            with contextlib.suppress(KafkaError):  # it has gone, and its topics with it, or somebody else removes them
+            # A failure leaves nothing but empty names behind, and must not hide why the demo ended.
+            with contextlib.suppress(KafkaError):
                 admin.delete_topics(names)
+                admin.delete_groups(list(groups))
     finally:
         admin.close()

@@ -55,6 +55,11 @@ class Worker(Server):
         except (URLError, OSError):
             return False
 
+    def give_up(self) -> None:
+        """Ask the process to end while another thread waits for its start, which then fails."""
+        if self._process is not None:
+            self._process.terminate()
+
     def problem(self) -> str | None:
         """What is wrong if the process is no longer there: how it ended, and the end of its log."""
         status = self._process.poll() if self._process is not None else None
