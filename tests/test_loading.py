@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from rerank_harness import LAYOUT, Rig, blob_of, expected, image_request, request, said
 from structlog.testing import capture_logs
 
 from protocols.blob import BlobLayout
+from rerank_harness import LAYOUT, Rig, blob_of, expected, image_request, request, said
 
 
 def test_two_requests_that_miss_the_same_image_share_one_fetch():

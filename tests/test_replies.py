@@ -8,6 +8,10 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from protocols.dead_letters import DeadLetter
+from protocols.encoding import CONTENT_TYPE_HEADER, JSON, MSGPACK, encode
+from protocols.events import RerankResponse
 from rerank_harness import (
     LAYOUT,
     MSGPACK_HEADER,
@@ -23,10 +27,6 @@ from rerank_harness import (
     said,
 )
 from strategies import rerank_requests
-
-from protocols.dead_letters import DeadLetter
-from protocols.encoding import CONTENT_TYPE_HEADER, JSON, MSGPACK, encode
-from protocols.events import RerankResponse
 from workers.delivery import AtLeastOnce
 from workers.loop import Loop, Wake
 from workers.memory_bus import MemoryBroker, MemoryInbox, MemoryOutbox

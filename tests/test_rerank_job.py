@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rerank_harness import NAN_IMAGE, PARTITION, START, TOPICS, WALL_START, Rig, expected, image_request, request, said
 
+from rerank_harness import NAN_IMAGE, PARTITION, START, TOPICS, WALL_START, Rig, expected, image_request, request, said
 from trt.engine import EngineBroken
 from workers.errors import Misconfigured
 from workers.ports import Partition
@@ -240,6 +240,20 @@ def test_what_is_late_before_the_engine_is_not_scored():
     assert rig.is_idle()
 
 
+def test_what_expires_while_it_waits_for_a_fuller_batch_is_not_scored_and_makes_room_at_once():
+    rig = rig_with_images(num_slots=4)
+    rig.send(request(["i0", "i1", "i2", "i3"], request_id="late", deadline=at(0.001)))
+    rig.turn()
+    rig.send(request(["i4", "i5", "i6", "i7"]))  # for which no slot is left
+    rig.fetches.land()
+    rig.run()
+
+    assert {reply.request_id: reply.status for reply in rig.replies()} == {"late": "expired", "r1": "ok"}
+    assert rig.engine.calls == [4]
+    assert rig.now < START + 0.003
+    assert rig.is_idle()
+
+
 def test_what_expires_while_it_is_scored_is_answered_once():
     rig = rig_with_images()
     rig.send(request(["i1", "i2"], deadline=at(1)))
@@ -258,6 +272,8 @@ def test_what_expires_while_it_is_scored_is_answered_once():
 def test_requests_that_expire_while_the_store_is_away_do_not_pile_up():
     rig = Rig(piece_pairs=1, max_fetches=1)
     rig.store.away = True
+    rig.send(request(["a"], request_id="patient"))
+    rig.turn()
     for number in range(4000):
         rig.send(request(["a", "b"], request_id=str(number), deadline=at(number + 0.5)))
         rig.now += 1

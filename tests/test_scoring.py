@@ -7,8 +7,8 @@ from threading import Event
 
 import numpy as np
 import pytest
-from rerank_harness import PARTITION, Engine, HandExecutor, encode_text, image_request, logit_of, request
 
+from rerank_harness import PARTITION, Engine, HandExecutor, encode_text, image_request, logit_of, request
 from trt.engine import EngineBroken, LimitExceeded
 from workers.admission import AdmissionLimits, PieceLayout, admit
 from workers.ports import Record
