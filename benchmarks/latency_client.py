@@ -12,9 +12,9 @@ import threading
 import time
 
 import numpy as np
-from harness import CANDIDATES, NUM_PARTITIONS, request_json
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
+from harness import CANDIDATES, NUM_PARTITIONS, request_json
 from protocols.topics import Topics
 
 WARM_UP_SHARE = 0.2

@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from harness import CANDIDATES, Bench, RerankTopics, bench, rerank_worker
 
+from harness import CANDIDATES, Bench, RerankTopics, bench, rerank_worker
 from protocols.blob import decode_blobs
 from workers.store import RedisStore
 

@@ -46,9 +46,9 @@ class JointEncoder(nn.Module):
     def __init__(self, config: JointConfig) -> None:
         super().__init__()
         self.sep_id = config.sep_id
-        self.words = nn.Embedding(config.vocab_size, config.dim)
-        self.positions = nn.Embedding(config.max_positions, config.dim)
-        self.types = nn.Embedding(2, config.dim)
+        self.words = _table(config.vocab_size, config.dim)
+        self.positions = _table(config.max_positions, config.dim)
+        self.types = _table(2, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.layers = nn.ModuleList(JointBlock(config) for _ in range(config.num_layers))
         self.pooler = nn.Linear(config.dim, config.dim)
@@ -105,3 +105,9 @@ def joint_flops(config: JointConfig, num_text: int, num_visual: int, *, cls_only
     keys_and_values = 2 * 2 * d * d * sequence
     for_cls = 2 * (2 * d * d + 2 * d * f) + 4 * d * sequence
     return (config.num_layers - 1) * layer + keys_and_values + for_cls
+
+
+def _table(num_rows: int, dim: int) -> nn.Embedding:
+    """An embedding with its memory and no values yet: torch's own initialisation, which is thrown away here, imports
+    its compiler when the module is built on the meta device, and that takes seconds."""
+    return nn.Embedding(num_rows, dim, _weight=torch.empty(num_rows, dim))

@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from demo_first_stage import WordOverlap
 from demo_pictures import DETAILS, PHOTOGRAPHS, caption_of, pictures_in, shipped_pictures
 from demo_report import Ranked, Ranking, write_report
 from demo_workers import Worker, parse_procfile
-from PIL import Image
-
 from server_process import ServiceError
 
 ROOT = Path(__file__).parent.parent

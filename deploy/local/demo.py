@@ -22,15 +22,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from demo_first_stage import WordOverlap
 from demo_pictures import Pictures, pictures_in, shipped_pictures
 from demo_report import Ranked, Ranking, write_report
 from demo_topics import fresh_topics
 from demo_workers import Worker, parse_procfile
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from edje.checkpoint import read_config
 from protocols.events import Candidate, Query, RerankRequest
 from protocols.topics import Topics

@@ -8,10 +8,10 @@ from typing import Any
 
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
-from up import topic_names
 
 from protocols.topics import Topics
 from server_process import ServiceError
+from up import topic_names
 
 PARTITIONS = 2
 
