@@ -29,16 +29,25 @@ def eventually(condition: Callable[[], object], limit_s: float = LIMIT_S) -> flo
 
 
 def take(inbox, number: int, limit_s: float = LIMIT_S) -> list[Record]:
-    """The next records, as many as asked for."""
+    """The next records, as many as asked for; gives back at once what is revoked meanwhile."""
     records: list[Record] = []
 
     def has_all() -> bool:
+        for revocation in inbox.revocations():
+            revocation.release()
         while len(records) < number and (record := inbox.take()) is not None:
             records.append(record)
         return len(records) == number
 
     eventually(has_all, limit_s)
     return records
+
+
+def take_until(inbox, wanted: set[bytes]) -> None:
+    """Take until all of these have come; others may come too, and any of them twice."""
+    missing = set(wanted)
+    while missing:
+        missing.discard(take(inbox, 1)[0].value)
 
 
 def values(records) -> list[bytes]:

@@ -6,6 +6,11 @@ import threading
 import time
 
 import pytest
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from kafka.admin import MemberToRemove
+from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
+
+import workers.bus
 from bus_harness import (
     LIMIT_S,
     MAX_MESSAGE_BYTES,
@@ -17,11 +22,6 @@ from bus_harness import (
     take,
     values,
 )
-from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
-from kafka.admin import MemberToRemove
-from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
-
-import workers.bus
 from workers.errors import TooLarge, Transient
 from workers.ports import Outgoing, Partition
 

@@ -45,7 +45,7 @@ HEARTBEAT_MS = 500
 #: defaults (45 s and 60 s) are for consumers that may pause; this one answers from its IO thread, twice a second.
 SESSION_TIMEOUT_MS = 10_000
 #: How often the lag is looked up: it is for people and autoscalers, and costs as much as an empty poll.
-LAG_INTERVAL_S = 1.0
+LOOK_INTERVAL_S = 1.0
 #: The broker hung up this often before a first connection was ready: it does so at once, in about two seconds in all.
 MAX_CUT_OFF = 5
 CUT_OFF = "the broker ends every connection before it is ready; is it the credentials, or the security protocol?"
@@ -187,6 +187,7 @@ class KafkaInbox:
         session_timeout_ms: int = SESSION_TIMEOUT_MS,
     ) -> None:
         """`connection` is what every client of this broker needs (`workers.kafka_connection`)."""
+        self._topic = topic
         self._wake = wake
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
@@ -298,7 +299,7 @@ class KafkaInbox:
         try:
             with translating():
                 polled = self._consumer.poll(timeout_ms=0 if full else int(POLL_S * 1000))
-                self._look_at_lag()
+                self._look_around()
         except Transient as error:
             log.warning("kafka poll failed, trying again", error=str(error))
             with self._lock:
@@ -312,12 +313,17 @@ class KafkaInbox:
                     self._waiting_bytes += sum(len(record.value) for record in arrived)
             self._wake()
 
-    def _look_at_lag(self) -> None:
-        """On the polling thread, because only there neither call can meet a rebalance or block the loop."""
+    def _look_around(self) -> None:
+        """On the polling thread, because only there none of the calls can meet a rebalance or block the loop."""
         now = time.monotonic()
         if now < self._look_due:
             return
-        self._look_due = now + LAG_INTERVAL_S
+        self._look_due = now + LOOK_INTERVAL_S
+        cluster = self._consumer._cluster
+        if cluster.partitions_for_topic(self._topic) is None:
+            # kafka-python 3.0.12 forgets that it has to ask for a topic's partitions if it is subscribed to while an
+            # earlier question is on its way; it would ask again after five minutes, and have nothing assigned till then.
+            cluster.request_update()
         beyond = {}
         for partition in self._consumer.assignment():
             end = self._consumer.highwater(partition)
