@@ -55,6 +55,11 @@ class Admitted:
     deadline: float | None  # in the loop's clock
     reply_topic: str
 
+    @property
+    def num_candidates(self) -> int:
+        """What the request counts for among those in work: equal candidates are one pair and take memory all the same."""
+        return len(self.candidate_ids)
+
     def pair_text(self, pair: int) -> int:
         return pair if len(self.texts) > 1 else 0
 

@@ -77,6 +77,9 @@ class Metrics:
 
         # rerank
         self.replies = ByLabel(self._counter("edje_replies", "Replies made, by status.", "status"))
+        self.replies_replaced = self._counter(
+            "edje_replies_replaced", "Replies that the broker refused and an error reply took the place of."
+        )
         self.pairs = self._counter("edje_pairs", "Pairs in replies that went out with a ranking.")
         self.inflight_pairs = self._gauge("edje_inflight_pairs", "Pairs of requests in work.")
         self.reply_seconds = self._histogram(

@@ -152,7 +152,7 @@ class Replies:
 
     def _finished(self, record: Record, request_id: str, topic: str, value: bytes, content_type: str) -> Finished:
         def instead() -> Outgoing:
-            self._metrics.count_reply("error", seconds=None, num_pairs=0)
+            self._metrics.replies_replaced.inc()
             message = f"the reply has {len(value)} bytes, more than the broker takes; ask for a smaller top_n"
             smaller = self._error_value(request_id, "reply_too_large", message, content_type)
             return self._outgoing(record, request_id, topic, smaller, content_type)

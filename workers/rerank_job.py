@@ -82,7 +82,7 @@ class RerankJob:
         return len(self._active)
 
     def num_inflight_pairs(self) -> int:
-        """Pairs of the requests in work."""
+        """Pairs of the requests in work, one for each candidate."""
         return self._num_inflight_pairs
 
     def accept(self, record: Record, now: float) -> None:
@@ -97,7 +97,7 @@ class RerankJob:
             return
         active = ActiveRequest.of(record, plan, now)
         self._active[record.partition, record.offset] = active
-        self._num_inflight_pairs += plan.num_pairs
+        self._num_inflight_pairs += plan.num_candidates
         if active.is_late(now):
             self._expire(active, now)
             return
@@ -218,7 +218,7 @@ class RerankJob:
     def _close(self, active: ActiveRequest) -> None:
         active.is_closed = True
         del self._active[active.record.partition, active.record.offset]
-        self._num_inflight_pairs -= active.plan.num_pairs
+        self._num_inflight_pairs -= active.plan.num_candidates
 
     def wants_turn_in_s(self, now: float) -> float | None:
         waits = []

@@ -148,7 +148,7 @@ class RerankSettings(WorkerSettings):
     max_batch_tokens: PositiveInt = Field(65_536, description="Text and visual tokens of one micro-batch.")
     max_batch_pairs: PositiveInt = Field(512, description="Pairs of one micro-batch.")
     max_batch_wait_ms: NonNegativeFloat = Field(2.0, description="Longest wait of a pair for a fuller batch.")
-    piece_pairs: PositiveInt = Field(128, description="Pairs of the pieces a big request is cut into.")
+    piece_pairs: PositiveInt = Field(128, le=1024, description="Pairs of the pieces a big request is cut into.")
     slab_bytes: PositiveBytes = Field(ByteSize(1024 * MIB), description="Memory of the token slab on the device.")
     fetch_threads: PositiveInt = Field(2, le=64, description="Threads that read the store, a connection each.")
     deadline_tolerance_ms: NonNegativeFloat = Field(0.0, description="How far the producers' clocks may be off.")
