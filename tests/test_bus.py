@@ -363,6 +363,17 @@ def test_a_new_owner_waits_for_the_open_transaction_of_the_last_one(kafka):
 
 
 @pytest.mark.services
+def test_a_join_that_outlasts_its_poll_is_not_forgotten(kafka, monkeypatch):
+    monkeypatch.setattr(workers.bus, "POLL_S", 0.001)
+    for number in range(5):
+        topic = kafka.topic(f"in{number}")
+        inbox = kafka.inbox(topic, group=f"group{number}")
+
+        eventually(inbox.assigned, limit_s=10.0)
+        inbox.close(5.0)
+
+
+@pytest.mark.services
 def test_an_error_on_the_polling_thread_is_raised_to_the_taker(kafka, monkeypatch):
     inbox = kafka.inbox(kafka.topic("in"))
 

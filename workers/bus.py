@@ -22,7 +22,7 @@ from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.future import Future as KafkaFuture
 from kafka.net.compat import KafkaNetClient
-from kafka.structs import OffsetAndMetadata
+from kafka.structs import MemberState, OffsetAndMetadata
 
 from workers.errors import Misconfigured, TooLarge, Transient, WorkerError
 from workers.ports import Outgoing, Partition, Record, Revocation
@@ -299,6 +299,7 @@ class KafkaInbox:
         try:
             with translating():
                 polled = self._consumer.poll(timeout_ms=0 if full else int(POLL_S * 1000))
+                self._join_on()
                 self._look_around()
         except Transient as error:
             log.warning("kafka poll failed, trying again", error=str(error))
@@ -313,6 +314,15 @@ class KafkaInbox:
                     self._waiting_bytes += sum(len(record.value) for record in arrived)
             self._wake()
 
+    def _join_on(self) -> None:
+        """Let the next poll go on with a join that this one has not seen the end of.
+
+        kafka-python 3.0.12 forgets one that it began because the topic's partitions had changed (at a first start they
+        appear after the first join): the member then has nothing assigned and sends no heartbeats, for ever.
+        """
+        if self._consumer.group_metadata().state is MemberState.REBALANCING:
+            self._consumer._coordinator.request_rejoin()
+
     def _look_around(self) -> None:
         """On the polling thread, because only there none of the calls can meet a rebalance or block the loop."""
         now = time.monotonic()
@@ -322,7 +332,7 @@ class KafkaInbox:
         cluster = self._consumer._cluster
         if cluster.partitions_for_topic(self._topic) is None:
             # kafka-python 3.0.12 forgets that it has to ask for a topic's partitions if it is subscribed to while an
-            # earlier question is on its way; it would ask again after five minutes, and have nothing assigned till then.
+            # earlier question is on its way, asks again after five minutes only, and has nothing assigned till then.
             cluster.request_update()
         beyond = {}
         for partition in self._consumer.assignment():
