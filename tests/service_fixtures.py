@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from service_harness import Checkpoint, Service
 
 from server_process import tail
+from service_harness import Checkpoint, Service
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture
-def make_service(checkpoint: Checkpoint, unique_prefix: str, tmp_path: Path) -> Iterator[Callable[..., Service]]:
+def make_service(
+    checkpoint: Checkpoint,
+    unique_prefix: str,
+    tmp_path: Path,
+    private_kafka: object,  # asked for so that the clients are closed before their servers
+    private_redis: object,
+) -> Iterator[Callable[..., Service]]:
     """A service on the given brokers and Redis, with topics of its own."""
     made: list[Service] = []
 

@@ -39,6 +39,8 @@ from workers.store import RedisStore
 ROOT = Path(__file__).resolve().parent.parent
 #: Of a process that starts or answers, on a machine that does much else.
 LIMIT_S = 60.0
+#: One black point, in base64.
+SMALL_GIF = "R0lGODdhAQABAIAAAAAAAAAAACwAAAAAAQABAAACAkQBADs="
 #: What would otherwise leak from the developer's shell into a worker.
 _PREFIXES = ("RERANK_", "INGEST_", "KAFKA_", "REDIS_")
 

@@ -6,6 +6,7 @@ import json
 
 import msgpack
 import pytest
+
 from service_harness import Service, letter_in, reply_in
 
 pytest_plugins = ["service_fixtures"]

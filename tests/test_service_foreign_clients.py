@@ -8,11 +8,11 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import missing
 from jgo.maven import MavenContext
-from service_harness import LIMIT_S, Service
 
+from conftest import missing
 from server_process import package_folder
+from service_harness import LIMIT_S, Service
 from services import kafka_class_path
 
 pytest_plugins = ["service_fixtures"]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from service_harness import Service, reply_in
 
 from protocols.events import ImageIndexed, RerankResponse
 from protocols.keys import blob_key
+from service_harness import Service, reply_in
 from workers.store import RedisStore
 
 pytest_plugins = ["service_fixtures"]
