@@ -10,8 +10,10 @@ from collections.abc import Callable
 from kafka import KafkaAdminClient
 
 from services import create_topics
-from workers.bus import KafkaInbox, KafkaOutbox, KafkaTransactionalOutbox
-from workers.memory_bus import MemoryBroker, MemoryInbox, MemoryOutbox, MemoryTransactionalOutbox
+from workers.bus.inbox import KafkaInbox
+from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox, MemoryTransactionalOutbox
+from workers.bus.outbox import KafkaOutbox
+from workers.bus.transactions import KafkaTransactionalOutbox
 from workers.ports import Outgoing, Record
 
 LIMIT_S = 30.0

@@ -21,18 +21,18 @@ from protocols.keys import blob_key
 from protocols.topics import Topics
 from trt.engine import EngineInfo, QueryStates, check_pairs, check_texts
 from trt.slab import HostSlab, SlotLayout
-from workers.admission import AdmissionLimits
-from workers.batching import MicroBatcher
 from workers.job import Finished
-from workers.loading import SlabLoader
 from workers.memory_store import MemoryStore
 from workers.metrics import Metrics
 from workers.ports import Headers, Outgoing, Partition, Record
-from workers.ranking import relevance
-from workers.replies import Replies
-from workers.rerank_job import RerankBounds, RerankJob
-from workers.rerank_state import ReadyPiece
-from workers.scoring import BatchScorer
+from workers.rerank.admission import AdmissionLimits
+from workers.rerank.batching import MicroBatcher
+from workers.rerank.job import RerankBounds, RerankJob
+from workers.rerank.loading import SlabLoader
+from workers.rerank.ranking import relevance
+from workers.rerank.replies import Replies
+from workers.rerank.scoring import BatchScorer
+from workers.rerank.state import ReadyPiece
 from workers.tracing import reply_headers
 
 TOPICS = Topics("")

@@ -31,7 +31,7 @@ from protocols.dead_letters import DeadLetter
 from protocols.keys import blob_key
 from protocols.topics import Topics
 from server_process import WATCHDOG, free_port, tail
-from workers.bus_reader import KafkaReader
+from workers.bus.reader import KafkaReader
 from workers.errors import Transient
 from workers.ports import Headers, Record
 from workers.store import RedisStore

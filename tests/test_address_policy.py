@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.address_policy import AddressPolicy
 from workers.errors import Misconfigured, Poison
+from workers.ingest.address_policy import AddressPolicy
 
 
 def policy(**changes: object) -> AddressPolicy:

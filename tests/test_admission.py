@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.events import Query, RerankRequest
-from workers.admission import AdmissionLimits, admit, reply_topic_of
-from workers.batching import bucket_of
 from workers.errors import Poison
+from workers.rerank.admission import AdmissionLimits, admit, reply_topic_of
+from workers.rerank.batching import bucket_of
 
 LIMITS = AdmissionLimits(
     model_digest="ab" * 32,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.batching import BUCKET_TOKENS, MicroBatcher, bucket_of
-from workers.fairness import Rank
+from workers.rerank.batching import BUCKET_TOKENS, MicroBatcher, bucket_of
+from workers.rerank.fairness import Rank
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import threading
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
-from workers.blob_fetches import BlobFetches
 from workers.errors import Misconfigured, Transient
 from workers.memory_store import MemoryStore
+from workers.rerank.blob_fetches import BlobFetches
 from workers.retrying import Retry, Stopped
 
 GIVE_UP_S = 20.0

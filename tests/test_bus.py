@@ -10,7 +10,7 @@ from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka.admin import MemberToRemove
 from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
 
-import workers.bus
+import workers.bus.inbox
 from bus_harness import (
     LIMIT_S,
     MAX_MESSAGE_BYTES,
@@ -253,7 +253,7 @@ def test_a_member_that_was_thrown_out_says_so_and_comes_back(kafka):
 
 @pytest.mark.services
 def test_a_full_queue_stops_the_polling_and_an_emptied_one_resumes_it(kafka, monkeypatch):
-    monkeypatch.setattr(workers.bus, "MAX_WAITING_RECORDS", 8)
+    monkeypatch.setattr(workers.bus.inbox, "MAX_WAITING_RECORDS", 8)
     topic = kafka.topic("in")
     send_all(kafka.outbox(), messages(topic, 200))
     inbox = kafka.inbox(topic, max_poll_records=4)
@@ -269,7 +269,7 @@ def test_a_full_queue_stops_the_polling_and_an_emptied_one_resumes_it(kafka, mon
 
 @pytest.mark.services
 def test_large_records_fill_the_queue_by_their_bytes(kafka, monkeypatch):
-    monkeypatch.setattr(workers.bus, "MAX_WAITING_BYTES", 3 * len(BIG))
+    monkeypatch.setattr(workers.bus.inbox, "MAX_WAITING_BYTES", 3 * len(BIG))
     topic = kafka.topic("in")
     send_all(kafka.outbox(), [Outgoing(topic, None, BIG)] * 20)
     inbox = kafka.inbox(topic, max_poll_records=1)
@@ -364,7 +364,7 @@ def test_a_new_owner_waits_for_the_open_transaction_of_the_last_one(kafka):
 
 @pytest.mark.services
 def test_a_join_that_outlasts_its_poll_is_not_forgotten(kafka, monkeypatch):
-    monkeypatch.setattr(workers.bus, "POLL_S", 0.001)
+    monkeypatch.setattr(workers.bus.inbox, "POLL_S", 0.001)
     for number in range(5):
         topic = kafka.topic(f"in{number}")
         inbox = kafka.inbox(topic, group=f"group{number}")

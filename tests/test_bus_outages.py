@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-import workers.bus
+import workers.bus.inbox
+import workers.bus.outbox
 from bus_harness import LIMIT_S, KafkaBus, eventually, messages, send_all, take, take_until, values
 from server_process import free_port
 from services import KafkaServer
-from workers.bus import KafkaInbox, KafkaOutbox
+from workers.bus.inbox import KafkaInbox
+from workers.bus.outbox import KafkaOutbox
 from workers.errors import Misconfigured, Transient
 from workers.ports import Outgoing, Partition
 
@@ -115,7 +117,7 @@ def test_a_start_without_a_broker_is_transient():
 
 
 def test_a_topic_that_is_not_there_holds_up_no_other(kafka, monkeypatch):
-    monkeypatch.setattr(workers.bus, "METADATA_TIMEOUT_MS", 1_500)
+    monkeypatch.setattr(workers.bus.outbox, "METADATA_TIMEOUT_MS", 1_500)
     topic = kafka.topic("out")
     outbox = kafka.outbox()
     send_all(outbox, messages(topic, 1))
@@ -129,7 +131,7 @@ def test_a_topic_that_is_not_there_holds_up_no_other(kafka, monkeypatch):
 
 
 def test_a_frozen_broker_delays_everything_and_loses_nothing(server, kafka, monkeypatch):
-    monkeypatch.setattr(workers.bus, "COMMIT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(workers.bus.inbox, "COMMIT_TIMEOUT_S", 0.5)
     topic = kafka.topic("in")
     outbox, inbox = kafka.outbox(), kafka.inbox(topic)
     send_all(outbox, messages(topic, 3))

@@ -16,11 +16,11 @@ from protocols.encoding import CONTENT_TYPE_HEADER, MSGPACK, encode
 from protocols.events import ErrorInfo, ImageIndexed, ImageNew, Query, RerankRequest, RerankResponse
 from protocols.topics import Topics
 from services import create_topics
-from workers.bus import KafkaOutbox
-from workers.bus_reader import KafkaReader
+from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
+from workers.bus.outbox import KafkaOutbox
+from workers.bus.reader import KafkaReader
 from workers.client import Client, NoAnswer, answer_topics, connect
 from workers.errors import Transient
-from workers.memory_bus import MemoryBroker, MemoryInbox, MemoryOutbox
 from workers.ports import Outgoing
 from workers.tracing import trace_id_of
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryTransactionalOutbox
 from workers.delivery import RETRY_CAP_S, AtLeastOnce, ExactlyOnce, retry_pause_s
 from workers.errors import Misconfigured, TooLarge, Transient
 from workers.job import Finished
-from workers.memory_bus import MemoryBroker, MemoryInbox, MemoryTransactionalOutbox
 from workers.ports import Outgoing, Partition, Record
 
 A, B = Partition("in", 0), Partition("in", 1)

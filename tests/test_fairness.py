@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.fairness import FairQueue
+from workers.rerank.fairness import FairQueue
 
 FLOWS = st.lists(
     st.tuples(st.integers(1, 8), st.integers(0, 2), st.integers(1, 50)), min_size=1, max_size=8

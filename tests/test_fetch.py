@@ -16,10 +16,10 @@ import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 from fsspec.asyn import AsyncFileSystem
 
-from workers.address_policy import AddressPolicy
 from workers.errors import Misconfigured, Poison, Transient
-from workers.fetch import ImageFetcher
-from workers.fetch_http import FetchLimits
+from workers.ingest.address_policy import AddressPolicy
+from workers.ingest.fetch import ImageFetcher
+from workers.ingest.fetch_http import FetchLimits
 
 LIMITS = FetchLimits(max_bytes=1000, max_redirects=3, timeout_s=5.0)
 SECRET = "sesame"  # in every query and password below; must be in no message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.image_batcher import ImageBatcher
+from workers.ingest.image_batcher import ImageBatcher
 
 
 def test_a_full_batch_leaves_at_once():

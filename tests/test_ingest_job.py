@@ -23,11 +23,11 @@ from protocols.keys import blob_key
 from protocols.topics import Topics
 from trt.engine import EngineBroken, EngineInfo
 from workers.errors import Misconfigured, Poison, Transient
-from workers.image_batcher import ImageBatcher
-from workers.ingest_job import IngestJob
-from workers.ingest_outcomes import IngestOutcomes
-from workers.ingest_stages import IngestRetries, IngestStages
-from workers.ingest_state import IngestLimits
+from workers.ingest.image_batcher import ImageBatcher
+from workers.ingest.job import IngestJob
+from workers.ingest.outcomes import IngestOutcomes
+from workers.ingest.stages import IngestRetries, IngestStages
+from workers.ingest.state import IngestLimits
 from workers.job import Finished
 from workers.memory_store import MemoryStore
 from workers.metrics import Metrics

@@ -7,10 +7,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
 from workers.delivery import AtLeastOnce
 from workers.job import Finished
 from workers.loop import MAX_RECORDS_PER_TURN, MAX_WAIT_S, Loop, Wake
-from workers.memory_bus import MemoryBroker, MemoryInbox, MemoryOutbox
 from workers.ports import Outgoing, Partition, Record
 
 P0, P1 = Partition("in", 0), Partition("in", 1)

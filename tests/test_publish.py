@@ -18,14 +18,14 @@ from protocols.encoding import content_type_of, decode, encode
 from protocols.events import ImageIndexed, ImageNew, RerankRequest, RerankResponse, Result
 from protocols.topics import Topics
 from services import create_topics
-from workers.bus import KafkaOutbox
-from workers.bus_reader import KafkaReader
-from workers.image_files import AmbiguousName, Refused, image_events, image_files, printable
-from workers.memory_bus import MemoryBroker, MemoryOutbox
+from workers.bus.memory import MemoryBroker, MemoryOutbox
+from workers.bus.outbox import KafkaOutbox
+from workers.bus.reader import KafkaReader
 from workers.ports import Outgoing, Partition, Record
-from workers.publish_output import first_stage_ranks
-from workers.query_input import candidates_of, request_of
-from workers.replay import replay
+from workers.publish.image_files import AmbiguousName, Refused, image_events, image_files, printable
+from workers.publish.output import first_stage_ranks
+from workers.publish.query_input import candidates_of, request_of
+from workers.publish.replay import replay
 
 ROOT = Path(__file__).parent.parent
 DIGESTS = {"model": "m-1", "engine": "e-1"}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from workers.ranking import NotFinite, rank, relevance
+from workers.rerank.ranking import NotFinite, rank, relevance
 
 LOGITS = arrays(np.float32, st.integers(0, 50), elements=st.floats(-200, 200, width=32))
 

@@ -27,9 +27,9 @@ from rerank_harness import (
     said,
 )
 from strategies import rerank_requests
+from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
 from workers.delivery import AtLeastOnce
 from workers.loop import Loop, Wake
-from workers.memory_bus import MemoryBroker, MemoryInbox, MemoryOutbox
 from workers.ports import Outgoing
 from workers.tracing import TRACEPARENT, TRACESTATE, trace_id_of
 

@@ -10,10 +10,10 @@ import pytest
 
 from rerank_harness import PARTITION, Engine, HandExecutor, encode_text, image_request, logit_of, request
 from trt.engine import EngineBroken, LimitExceeded
-from workers.admission import AdmissionLimits, PieceLayout, admit
 from workers.ports import Record
-from workers.rerank_state import ActiveRequest, Piece, ReadyPiece
-from workers.scoring import MAX_BATCHES, BatchScorer, batch_arrays
+from workers.rerank.admission import AdmissionLimits, PieceLayout, admit
+from workers.rerank.scoring import MAX_BATCHES, BatchScorer, batch_arrays
+from workers.rerank.state import ActiveRequest, Piece, ReadyPiece
 
 LIMITS = AdmissionLimits("m1", 1000, 100, 100, 0.0, "replies", ())
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from service_harness import Service, reply_in
+from service_harness import Service, eventually, reply_in
 
 pytest_plugins = ["service_fixtures"]
 pytestmark = pytest.mark.services
@@ -61,14 +61,11 @@ def test_workers_that_join_and_leave_in_mid_stream_lose_nothing_and_answer_once(
     replies.wait_for(20)
 
     second = service.rerank(**settings)
-    num_answered = len(replies.pull())
-    replies.wait_for(num_answered + 100)
-    share = second.metric("edje_events_total", outcome="ok")
+    eventually(lambda: second.metric("edje_events_total", outcome="ok") >= 50, "the second worker has its share")
     assert second.stop() == 0
     answered = replies.wait_ids(ids)
 
     num_repeated = sum(len(records) - 1 for records in answered.values())
-    print(f"{delivery}: the second worker had answered {share:.0f} when it was told to leave; {num_repeated} repeated")
+    print(f"{delivery}: {num_repeated} of {len(ids)} repeated")
     assert {reply_in(record)["status"] for records in answered.values() for record in records} == {"ok"}
     assert num_repeated == 0
-    assert share > 0

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from workers.slots import SlotTable
+from workers.rerank.slots import SlotTable
 
 NUM_SLOTS = 4
 KEYS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=3, unique=True)

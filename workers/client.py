@@ -20,8 +20,8 @@ from protocols.dead_letters import DeadLetter
 from protocols.encoding import CONTENT_TYPE_HEADER, JSON, MSGPACK, content_type_of, decode, encode
 from protocols.events import Event, ImageIndexed, ImageNew, RerankRequest, RerankResponse
 from protocols.topics import Topics
-from workers.bus import KafkaOutbox
-from workers.bus_reader import KafkaReader
+from workers.bus.outbox import KafkaOutbox
+from workers.bus.reader import KafkaReader
 from workers.errors import WorkerError
 from workers.ports import Headers, Outbox, Outgoing, Record
 from workers.tracing import reply_headers, trace_id_of

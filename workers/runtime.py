@@ -22,12 +22,14 @@ import structlog
 
 from protocols.topics import Topics
 from trt.engine import EngineError
-from workers.bus import KafkaInbox, KafkaOutbox, KafkaTransactionalOutbox
+from workers.bus.connection import kafka_connection
+from workers.bus.inbox import KafkaInbox
+from workers.bus.outbox import KafkaOutbox
+from workers.bus.transactions import KafkaTransactionalOutbox
 from workers.delivery import AtLeastOnce, Delivery, ExactlyOnce
 from workers.errors import Misconfigured
 from workers.health import Health, HealthServer
 from workers.job import Job
-from workers.kafka_connection import kafka_connection
 from workers.logs import set_up_logs
 from workers.loop import Loop, Wake
 from workers.metrics import Metrics, RetryKind
@@ -184,8 +186,8 @@ def _connect(name: str, shared: Shared[S], built: Built, stack: ExitStack) -> tu
                 max_message_bytes=settings.max_message_bytes,
                 transaction_timeout_ms=settings.session_timeout_ms,
             )
-            opened.callback(transactional.close, CLOSE_S)
             executor = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="transaction"))
+            opened.callback(transactional.close, CLOSE_S)  # first, because it ends a transaction that waits
             delivery = ExactlyOnce(
                 transactional, executor, wake, settings.transaction_interval_ms / 1000, shared.metrics
             )

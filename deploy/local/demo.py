@@ -38,7 +38,7 @@ from server_process import ServiceError, tail
 from services import Services
 from workers.client import Client, Reply, connect
 from workers.errors import WorkerError
-from workers.publish import connection
+from workers.publish.__main__ import connection
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "demo" / "report.html"

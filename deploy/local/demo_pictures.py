@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from server_process import ServiceError, package_folder
-from workers.image_files import ImageFile, image_files, printable
+from workers.publish.image_files import ImageFile, image_files, printable
 
 #: Of a folder of one's own; enough to see it work, few enough to wait for.
 MAX_PICTURES = 500

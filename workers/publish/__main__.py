@@ -20,18 +20,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from protocols.events import ImageNew
 from protocols.topics import Topics
-from workers.bus import KafkaOutbox
-from workers.bus_reader import KafkaReader, Start
+from workers.bus.connection import kafka_connection
+from workers.bus.outbox import KafkaOutbox
+from workers.bus.reader import KafkaReader, Start
 from workers.client import CLOSE_TIMEOUT_S, MAX_MESSAGE_BYTES, connect
 from workers.errors import Misconfigured, WorkerError
-from workers.image_files import AmbiguousName, Refused, image_events, image_files, printable
-from workers.image_upload import Upload, upload
-from workers.kafka_connection import kafka_connection
 from workers.logs import set_up_logs
-from workers.publish_output import print_replay, print_reply, print_upload, remarks
-from workers.query_input import candidates_of, request_of
+from workers.publish.image_files import AmbiguousName, Refused, image_events, image_files, printable
+from workers.publish.image_upload import Upload, upload
+from workers.publish.output import print_replay, print_reply, print_upload, remarks
+from workers.publish.query_input import candidates_of, request_of
+from workers.publish.replay import replay
 from workers.read_settings import near_misses, read_settings, secrets_of
-from workers.replay import replay
 from workers.settings import KafkaSettings
 
 app = typer.Typer(

@@ -20,9 +20,9 @@ import fsspec
 from aiohttp.abc import AbstractResolver
 from fsspec.asyn import sync
 
-from workers.address_policy import AddressPolicy
 from workers.errors import Misconfigured, Poison, Transient
-from workers.fetch_http import FetchLimits, HttpReader
+from workers.ingest.address_policy import AddressPolicy
+from workers.ingest.fetch_http import FetchLimits, HttpReader
 
 #: Each is read by a package of its own, which the extra of the same name installs.
 _OBJECT_STORE_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from protocols.events import RerankRequest
-from workers.batching import bucket_of
 from workers.errors import Poison
+from workers.rerank.batching import bucket_of
 
 #: Text to ids, [CLS] and [SEP] included, cut to what the engine takes.
 Encode = Callable[[str], Sequence[int]]
@@ -57,7 +57,7 @@ class Admitted:
 
     @property
     def num_candidates(self) -> int:
-        """What the request counts for among those in work: equal candidates are one pair and take memory all the same."""
+        """What the request counts for among those in work: equal candidates are one pair, and still take memory."""
         return len(self.candidate_ids)
 
     def pair_text(self, pair: int) -> int:

@@ -19,8 +19,8 @@ from aiohttp.abc import AbstractResolver
 from fsspec.asyn import get_loop
 from yarl import URL
 
-from workers.address_policy import AddressPolicy
 from workers.errors import Poison, Transient
+from workers.ingest.address_policy import AddressPolicy
 
 _HEADERS = {
     "Accept": "image/*",

@@ -14,10 +14,10 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.image_batcher import ImageBatcher
-from workers.ingest_outcomes import IngestOutcomes
-from workers.ingest_stages import Content, Decoded, Encoded, IngestStages, Refusal, Written
-from workers.ingest_state import ImageInWork, IngestLimits
+from workers.ingest.image_batcher import ImageBatcher
+from workers.ingest.outcomes import IngestOutcomes
+from workers.ingest.stages import Content, Decoded, Encoded, IngestStages, Refusal, Written
+from workers.ingest.state import ImageInWork, IngestLimits
 from workers.job import Finished
 from workers.metrics import IngestStage, Metrics
 from workers.ports import Partition, Record

@@ -10,14 +10,14 @@ from edje.images import ImageLimits
 from protocols.blob import BlobLayout
 from trt.engine import Engine
 from trt.load import load_engine
-from workers.address_policy import AddressPolicy
-from workers.fetch import ImageFetcher
-from workers.fetch_http import FetchLimits
-from workers.image_batcher import ImageBatcher
-from workers.ingest_job import IngestJob
-from workers.ingest_outcomes import IngestOutcomes
-from workers.ingest_stages import IngestRetries, IngestStages
-from workers.ingest_state import ImageInWork, IngestLimits
+from workers.ingest.address_policy import AddressPolicy
+from workers.ingest.fetch import ImageFetcher
+from workers.ingest.fetch_http import FetchLimits
+from workers.ingest.image_batcher import ImageBatcher
+from workers.ingest.job import IngestJob
+from workers.ingest.outcomes import IngestOutcomes
+from workers.ingest.stages import IngestRetries, IngestStages
+from workers.ingest.state import ImageInWork, IngestLimits
 from workers.runtime import Built, Shared, run_worker
 from workers.settings import IngestSettings
 from workers.tracing import reply_headers

@@ -24,12 +24,13 @@ from protocols.encoding import (
 )
 from protocols.events import ErrorInfo, RerankRequest, RerankResponse
 from protocols.fields import MAX_ERROR_MESSAGE_CHARS
+from workers.dead_letters import dead_letter_message
 from workers.errors import Poison
 from workers.job import Finished
 from workers.metrics import Metrics
 from workers.ports import Headers, Outgoing, Record
-from workers.ranking import NotFinite, rank
-from workers.rerank_state import ActiveRequest
+from workers.rerank.ranking import NotFinite, rank
+from workers.rerank.state import ActiveRequest
 
 #: Decimals of a relevance score on the wire: finer than any engine's rounding, and a third of the bytes.
 SCORE_DECIMALS = 7
@@ -163,16 +164,6 @@ class Replies:
     def _outgoing(self, record: Record, request_id: str, topic: str, value: bytes, content_type: str) -> Outgoing:
         headers = ((CONTENT_TYPE_HEADER, content_type.encode()), *self._reply_headers(record.headers))
         return Outgoing(topic, request_id.encode("utf-8", "replace"), value, headers)
-
-
-def dead_letter_message(letter: DeadLetter, topic: str, max_message_bytes: int) -> Outgoing:
-    """The message to publish for a dead letter; one too large for the broker loses its end."""
-
-    def shortened() -> Outgoing:
-        short = letter.shortened(max_message_bytes)
-        return Outgoing(topic, short.key, short.value, short.to_headers())
-
-    return Outgoing(topic, letter.key, letter.value, letter.to_headers(), if_too_large=shortened)
 
 
 def timings_ms(active: ActiveRequest, now: float) -> dict[str, float]:

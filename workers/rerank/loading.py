@@ -17,8 +17,8 @@ from protocols.blob import BlobError, BlobLayout, BlobMissing, decode_blobs
 from protocols.keys import blob_keys
 from trt.engine import TokenSlab
 from workers.metrics import Metrics
-from workers.rerank_state import Fetch, Piece
-from workers.slots import SlotTable
+from workers.rerank.slots import SlotTable
+from workers.rerank.state import Fetch, Piece
 
 log = structlog.get_logger(__name__)
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt.engine import PairScorer
-from workers.rerank_state import ReadyPiece
+from workers.rerank.state import ReadyPiece
 
 #: One batch on the engine and one behind it, so that the engine does not wait for the loop between two.
 MAX_BATCHES = 2

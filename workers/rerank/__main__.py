@@ -13,16 +13,16 @@ from edje.text import Tokenizer
 from protocols.blob import BlobLayout
 from trt.engine import Engine, EngineInfo
 from trt.load import load_engine, slots_in
-from workers.admission import AdmissionLimits
-from workers.batching import MicroBatcher
-from workers.blob_fetches import BlobFetches
 from workers.errors import Misconfigured
-from workers.loading import SlabLoader
-from workers.replies import Replies
-from workers.rerank_job import RerankBounds, RerankJob
-from workers.rerank_state import ReadyPiece
+from workers.rerank.admission import AdmissionLimits
+from workers.rerank.batching import MicroBatcher
+from workers.rerank.blob_fetches import BlobFetches
+from workers.rerank.job import RerankBounds, RerankJob
+from workers.rerank.loading import SlabLoader
+from workers.rerank.replies import Replies
+from workers.rerank.scoring import MAX_BATCHES, BatchScorer
+from workers.rerank.state import ReadyPiece
 from workers.runtime import Built, Shared, run_worker
-from workers.scoring import MAX_BATCHES, BatchScorer
 from workers.settings import RerankSettings
 from workers.tracing import reply_headers
 

@@ -10,7 +10,7 @@ import heapq
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from workers.fairness import Rank
+from workers.rerank.fairness import Rank
 
 #: Text lengths are rounded up to a multiple of this: at 18 + 64 tokens a bucket pads by less than 5 % on average.
 BUCKET_TOKENS = 8

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.admission import Admitted, PieceLayout
-from workers.fairness import Rank
 from workers.ports import Record
+from workers.rerank.admission import Admitted, PieceLayout
+from workers.rerank.fairness import Rank
 
 
 @dataclass(slots=True, eq=False)

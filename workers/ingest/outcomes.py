@@ -16,11 +16,11 @@ from protocols.dead_letters import DeadLetter
 from protocols.encoding import CONTENT_TYPE_HEADER, JSON, EventError, content_type_of, decode, encode
 from protocols.events import ImageIndexed, ImageNew
 from protocols.topics import Topics
-from workers.ingest_stages import Refusal
+from workers.dead_letters import dead_letter_message
+from workers.ingest.stages import Refusal
 from workers.job import Finished
 from workers.metrics import Metrics
 from workers.ports import Headers, Outgoing, Record
-from workers.replies import dead_letter_message
 
 log = structlog.get_logger(__name__)
 

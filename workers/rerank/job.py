@@ -13,17 +13,17 @@ from dataclasses import dataclass
 
 import structlog
 
-from workers.admission import AdmissionLimits, Encode, admit, reply_topic_of
-from workers.batching import MicroBatcher
 from workers.errors import Poison
-from workers.fairness import FairQueue
 from workers.job import Finished
-from workers.loading import SlabLoader
 from workers.metrics import Metrics
 from workers.ports import Partition, Record
-from workers.replies import Replies
-from workers.rerank_state import ActiveRequest, Deadlines, Piece, ReadyPiece
-from workers.scoring import BatchScorer
+from workers.rerank.admission import AdmissionLimits, Encode, admit, reply_topic_of
+from workers.rerank.batching import MicroBatcher
+from workers.rerank.fairness import FairQueue
+from workers.rerank.loading import SlabLoader
+from workers.rerank.replies import Replies
+from workers.rerank.scoring import BatchScorer
+from workers.rerank.state import ActiveRequest, Deadlines, Piece, ReadyPiece
 
 log = structlog.get_logger(__name__)
 

@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 class Fetcher(Protocol):
-    """Reads the bytes behind an address (`workers.fetch.ImageFetcher`)."""
+    """Reads the bytes behind an address (`workers.ingest.fetch.ImageFetcher`)."""
 
     def fetch(self, uri: str) -> bytes:
         """Raises `Poison` or `Transient`."""

@@ -14,9 +14,9 @@ from rich.text import Text
 from protocols.encoding import encode
 from protocols.events import RerankRequest
 from workers.client import Reply
-from workers.image_files import Refused, printable
-from workers.image_upload import Upload
-from workers.replay import Replay
+from workers.publish.image_files import Refused, printable
+from workers.publish.image_upload import Upload
+from workers.publish.replay import Replay
 
 #: What is named one by one when something is wrong; the rest is a number.
 MAX_NAMED = 5

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from kafka import KafkaConsumer, TopicPartition
 
-from workers.bus import _connecting, _record, translating
+from workers.bus.clients import started, to_record
+from workers.bus.errors import translating
 from workers.ports import Partition, Record
 
 Start = Literal["end", "beginning"] | datetime
@@ -41,17 +42,15 @@ class KafkaReader:
         that is not older. `read_committed` sees nothing of a transaction that is open or was aborted.
         """
         self._topics = tuple(topics)
-        self._consumer = _connecting(
-            lambda: KafkaConsumer(
-                **connection,
-                group_id=None,
-                enable_auto_commit=False,
-                auto_offset_reset="earliest",  # what retention has removed meanwhile is skipped
-                isolation_level="read_committed" if read_committed else "read_uncommitted",
-                allow_auto_create_topics=False,  # asking for a name must not make a topic of it
-                max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
-                metrics_enabled=False,
-            )
+        self._consumer = started(
+            KafkaConsumer,
+            **connection,
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",  # what retention has removed meanwhile is skipped
+            isolation_level="read_committed" if read_committed else "read_uncommitted",
+            allow_auto_create_topics=False,  # asking for a name must not make a topic of it
+            max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
         )
         try:
             with translating():
@@ -74,7 +73,7 @@ class KafkaReader:
             with translating():
                 polled = self._consumer.poll(timeout_ms=int(min(left_s, DISCOVERY_S) * 1000))
             records = [
-                _record(Partition(*partition), record) for partition, found in polled.items() for record in found
+                to_record(Partition(*partition), record) for partition, found in polled.items() for record in found
             ]
             if records or time.monotonic() >= give_up_at:
                 return records

@@ -1,0 +1,99 @@
+"""Starts Kafka's clients, ends producers, and turns records and offsets into its types and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import kafka.errors as kafka_errors
+from kafka import KafkaProducer, TopicPartition
+from kafka.net.compat import KafkaNetClient
+from kafka.structs import OffsetAndMetadata
+
+from workers.bus.errors import MISCONFIGURED, translated
+from workers.errors import Transient
+from workers.ports import Outgoing, Partition, Record
+
+#: The broker hung up this often before a first connection was ready: it does so at once, in about two seconds in all.
+MAX_CUT_OFF = 5
+CUT_OFF = "the broker ends every connection before it is ready; is it the credentials, or the security protocol?"
+
+
+def connecting(make: Callable[[], Any]) -> Any:
+    """Make a client, or raise what starting without a broker means."""
+    try:
+        return make()
+    except kafka_errors.KafkaError as error:
+        known = translated(error)
+        raise known if known is not error else Transient(f"no Kafka broker answers: {error}") from error
+
+
+def started(kind: Callable[..., Any], **settings: Any) -> Any:
+    """A client of this kind.
+
+    kafka-python 3.0.12 tries refused credentials again until its time is up, and a client that fails to start leaves
+    its thread and its sockets behind; both are made good here.
+    """
+    nets: list[KafkaNetClient] = []
+
+    def watched(**net_settings: Any) -> KafkaNetClient:
+        net = KafkaNetClient(**net_settings)
+        nets.append(net)
+        manager, connect = net._manager, net._manager.get_connection
+        refusals: list[BaseException] = []
+        cut_off: list[BaseException] = []
+
+        def note_refusal(error: BaseException) -> None:
+            if isinstance(error, MISCONFIGURED):
+                refusals.append(error)
+            elif "socket disconnected" in str(error):
+                # Of a refused password kafka-python often sees only that the broker hangs up.
+                cut_off.append(error)
+                if len(cut_off) == MAX_CUT_OFF:
+                    refusals.append(kafka_errors.KafkaConfigurationError(CUT_OFF))
+
+        def connect_and_watch(*place: Any, **options: Any) -> Any:
+            if refusals:
+                raise refusals[0]
+            connection = connect(*place, **options)
+            connection.init_future.add_errback(note_refusal)
+            return connection
+
+        manager.get_connection = connect_and_watch
+        return net
+
+    try:
+        client = connecting(lambda: kind(**settings, kafka_client=watched, metrics_enabled=False))
+    except BaseException:
+        for net in nets:
+            net.close()
+        raise
+    for net in nets:
+        del net._manager.get_connection  # later on, a broker that refuses may be one that is still starting
+    return client
+
+
+def close_producer(producer: Any, timeout_s: float) -> None:
+    try:
+        producer.close(timeout=timeout_s)
+    except kafka_errors.KafkaTimeoutError:
+        producer._sender.force_close()  # `close` gives up when it cannot flush in time, and leaves its thread behind
+
+
+def send_to(producer: KafkaProducer, message: Outgoing) -> Any:
+    return producer.send(message.topic, value=message.value, key=message.key, headers=list(message.headers))
+
+
+def kafka_offsets(offsets: Mapping[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
+    return {TopicPartition(*partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
+
+
+def to_record(partition: Partition, record: Any) -> Record:
+    return Record(
+        partition=partition,
+        offset=record.offset,
+        key=record.key,
+        value=record.value if record.value is not None else b"",
+        headers=tuple(record.headers or ()),
+        timestamp_ms=record.timestamp,
+    )

@@ -1,0 +1,1 @@
+"""The ingest worker: images in, token blobs out. `python -m workers.ingest`."""

@@ -1,0 +1,1 @@
+"""The rerank worker: requests in, rankings out. `python -m workers.rerank`."""
