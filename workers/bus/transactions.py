@@ -40,6 +40,9 @@ class KafkaTransactionalOutbox:
             "transactional_id": transactional_id,
             "max_request_size": max_message_bytes,
             "transaction_timeout_ms": transaction_timeout_ms,
+            # By then the broker has aborted the transaction: what is still being sent, after an outage, is for nothing.
+            "delivery_timeout_ms": transaction_timeout_ms,
+            "request_timeout_ms": transaction_timeout_ms,
         }
         self._producer: Any = self._opened()
         self._outcome: Future[None] = Future()
