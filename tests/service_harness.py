@@ -120,8 +120,12 @@ class Worker:
         eventually(is_ready, f"{self.kind} is ready", limit_s)
         return self
 
-    def wait_log(self, words: str, limit_s: float = LIMIT_S) -> None:
-        eventually(lambda: words in self.log.read_text(), f"{words!r} in the log of {self.kind}", limit_s)
+    def has_ended(self, reason: str) -> bool:
+        """Whether it has given up for this reason, which its log has to name."""
+        if self.is_running:
+            return False
+        assert reason in self.log.read_text(), f"{self.kind} ended for another reason than {reason!r}"
+        return True
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of one series, 0 where there is none."""
