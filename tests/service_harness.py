@@ -171,7 +171,7 @@ class Tap:
 
     def __init__(self, brokers: str, topics: Sequence[str], *, read_committed: bool) -> None:
         self.records: list[Record] = []
-        connection = {"bootstrap_servers": brokers.split(",")}
+        connection = {"bootstrap_servers": brokers.split(","), "reconnect_backoff_max_ms": 1_000}
         self._reader = KafkaReader(connection, topics, start="beginning", read_committed=read_committed)
 
     def pull(self) -> list[Record]:
@@ -258,7 +258,11 @@ class Service:
     def publish(self, topic: str, value: bytes, key: str | None = None, headers: Headers = ()) -> None:
         """Send; `flush` makes sure."""
         self._producer = self._producer or KafkaProducer(
-            bootstrap_servers=self.brokers.split(","), linger_ms=2, max_request_size=32 << 20, metrics_enabled=False
+            bootstrap_servers=self.brokers.split(","),
+            reconnect_backoff_max_ms=1_000,
+            linger_ms=2,
+            max_request_size=32 << 20,
+            metrics_enabled=False,
         )
         sent = self._producer.send(topic, value, key.encode() if key is not None else None, headers=list(headers))
         self._sent.append(sent)

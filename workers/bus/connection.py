@@ -6,6 +6,9 @@ from typing import Any
 
 from workers.settings import KafkaSettings
 
+#: A broker that was away for long is found again this soon; the client's own 30 s would be added to every outage.
+RECONNECT_MAX_MS = 2_000
+
 
 def kafka_connection(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
     """Keyword arguments of kafka-python's clients: brokers, TLS, SASL. Holds the password: not for logs."""
@@ -21,6 +24,7 @@ def kafka_connection(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
         "bootstrap_servers": list(settings.kafka_brokers),
         "security_protocol": settings.kafka_security_protocol,
         "client_id": client_id,
+        "reconnect_backoff_max_ms": RECONNECT_MAX_MS,
         **{name: value for name, value in plain.items() if value is not None},
         **{name: value.get_secret_value() for name, value in secret.items() if value is not None},
     }
