@@ -205,7 +205,9 @@ class Tap:
         return found
 
     def close(self) -> None:
+        """What was read stays; the client goes, with all that it holds."""
         self._reader.close()
+        del self._reader
 
 
 class Service:
@@ -318,6 +320,8 @@ class Service:
             tap.close()
         if self._producer is not None:
             self._producer.close(timeout=5)
+        self._producer = None
+        self._sent.clear()
 
 
 def reply_in(record: Record) -> dict:
