@@ -68,6 +68,10 @@ class MemoryBus:
         self.broker.max_message_bytes = max_message_bytes
         return self.prefix + name
 
+    def refused_topic(self) -> str:
+        self.broker.refused_topics = {"closed"}
+        return "closed"
+
     def inbox(self, topic: str, *, group: str = "group", **_) -> MemoryInbox:
         return MemoryInbox(self.broker, topic=topic, group_id=group)
 
@@ -100,6 +104,9 @@ class KafkaBus:
                     {self.prefix + name: {"num_partitions": partitions, "configs": configs}}, wait_for_metadata=True
                 )
         return self.prefix + name
+
+    def refused_topic(self) -> str:
+        return "__consumer_offsets"  # where only the broker itself writes
 
     def inbox(self, topic: str, *, group: str = "group", read_committed: bool = True, max_poll_records: int = 100):
         return self._closing(

@@ -173,6 +173,7 @@ class Rig:
             batcher=MicroBatcher[ReadyPiece](max_tokens=10_000, max_pairs=max_batch_pairs, max_wait_s=0.002),
             scorer=BatchScorer(self.engine, self.executor, lambda: None, lambda: self.now),
             replies=Replies(
+                reply_topic=TOPICS.rerank_responses,
                 dead_letter_topic=TOPICS.dead_letter,
                 model_digest=layout.model_digest,
                 engine_digest="e1",

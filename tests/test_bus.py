@@ -11,6 +11,7 @@ from kafka.admin import MemberToRemove
 from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
 
 import workers.bus.inbox
+import workers.bus.topics
 from bus_harness import (
     LIMIT_S,
     MAX_MESSAGE_BYTES,
@@ -22,7 +23,7 @@ from bus_harness import (
     take,
     values,
 )
-from workers.errors import TooLarge, Transient
+from workers.errors import TooLarge, TopicRefused, Transient
 from workers.ports import Outgoing, Partition
 
 BIG = b"x" * 100_000
@@ -161,6 +162,39 @@ def test_a_message_refused_in_a_transaction_is_named_and_nothing_is_published(bu
     assert refused.value.message_number == 2
     assert values(take(bus.inbox(replies, group="readers"), 1)) == [b"9"]
     assert values(take(bus.inbox(topic), 3)) == [b"1", b"2", b"3"]
+
+
+def test_a_refused_topic_refuses_its_messages_and_no_others(bus, monkeypatch):
+    monkeypatch.setattr(workers.bus.topics, "APPEARANCE_S", 0.5)
+    topic, replies = bus.topic("in"), bus.topic("out")
+    send_all(bus.outbox(), messages(topic, 1))
+    inbox = bus.inbox(topic)
+    take(inbox, 1)
+    outbox, transactions = bus.outbox(), bus.transactional_outbox(inbox)
+    refused = Outgoing(bus.refused_topic(), b"key", b"")
+
+    futures = [outbox.send(message) for message in (*messages(replies, 1), refused, *messages(replies, 1, start=1))]
+    outcomes = [type(future.exception(LIMIT_S)) for future in futures]
+    with pytest.raises(TopicRefused) as named:
+        transactions.publish([*messages(replies, 1, start=7), refused, refused], {Partition(topic, 0): 1})
+    transactions.publish(messages(replies, 1, start=2), {Partition(topic, 0): 1})
+
+    assert outcomes == [type(None), TopicRefused, type(None)]
+    assert named.value.message_number in (1, 2)
+    assert sorted(values(take(bus.inbox(replies, group="readers"), 3))) == [b"0", b"1", b"2"]
+
+
+def test_messages_that_only_together_are_too_large_are_all_published(bus):
+    topic, tight = bus.topic("in"), bus.topic("tight", max_message_bytes=4_000)
+    inbox = bus.inbox(topic)
+    eventually(inbox.assigned)
+    sent = [Outgoing(tight, b"key", b"%d" % number + b"x" * 1_500) for number in range(8)]
+
+    send_all(bus.outbox(), sent)
+    bus.transactional_outbox(inbox).publish(sent, {Partition(topic, 0): 0})
+
+    read = values(take(bus.inbox(tight, group="readers"), 16))
+    assert sorted(read) == sorted([message.value for message in sent] * 2)
 
 
 @pytest.mark.services

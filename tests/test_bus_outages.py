@@ -1,4 +1,4 @@
-"""What the bus does while a real Kafka is frozen, killed, short of a topic, or refuses the credentials."""
+"""What the bus does while a real Kafka is frozen, killed, or refuses the credentials."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import psutil
 import pytest
 
 import workers.bus.inbox
-import workers.bus.outbox
 from bus_harness import LIMIT_S, KafkaBus, eventually, messages, send_all, take, take_until, values
 from server_process import free_port
 from services import KafkaServer
 from workers.bus.inbox import KafkaInbox
 from workers.bus.outbox import KafkaOutbox
 from workers.errors import Misconfigured, Transient
-from workers.ports import Outgoing, Partition
+from workers.ports import Partition
 
 pytestmark = [
     pytest.mark.services,
@@ -114,20 +113,6 @@ def test_a_start_without_a_broker_is_transient():
         inbox_with(connection)
     with pytest.raises(Transient):
         KafkaOutbox(connection, max_message_bytes=1000)
-
-
-def test_a_topic_that_is_not_there_holds_up_no_other(kafka, monkeypatch):
-    monkeypatch.setattr(workers.bus.outbox, "METADATA_TIMEOUT_MS", 1_500)
-    topic = kafka.topic("out")
-    outbox = kafka.outbox()
-    send_all(outbox, messages(topic, 1))
-
-    started = time.monotonic()
-    unknown = outbox.send(Outgoing(kafka.prefix + "nowhere", None, b""))
-    send_all(outbox, messages(topic, 1, start=1))
-
-    assert time.monotonic() - started < 1.0
-    assert isinstance(unknown.exception(LIMIT_S), Transient)
 
 
 def test_a_frozen_broker_delays_everything_and_loses_nothing(server, kafka, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryTransactionalOutbox
 from workers.delivery import RETRY_CAP_S, AtLeastOnce, ExactlyOnce, retry_pause_s
-from workers.errors import Misconfigured, TooLarge, Transient
+from workers.errors import Misconfigured, TooLarge, TopicRefused, Transient
 from workers.job import Finished
 from workers.ports import Outgoing, Partition, Record
 
@@ -28,7 +28,7 @@ def reply(value: bytes = b"reply", fallback: bytes | None = b"too large") -> Out
     message = Outgoing("out", b"k", value)
     if fallback is None:
         return message
-    return replace(message, if_too_large=lambda: Outgoing("out", b"k", fallback))
+    return replace(message, if_refused=lambda refused: Outgoing("out", b"k", fallback))
 
 
 class Counted(Counter):
@@ -164,11 +164,12 @@ def test_a_transient_failure_is_sent_again_after_a_pause():
     assert bench.counts == {"retry publish": 1, "commit": 1}
 
 
-def test_a_message_that_is_too_large_is_replaced_by_its_smaller_form():
+@pytest.mark.parametrize("refused", [TooLarge("no"), TopicRefused("no")])
+def test_a_message_that_is_refused_is_replaced(refused):
     bench = AtLeastOnceBench()
     bench.delivery.begin(record(0))
     bench.finish(0, reply())
-    bench.outbox.settle(0, TooLarge("no"))
+    bench.outbox.settle(0, refused)
 
     bench.turn()
     bench.outbox.settle(1)
@@ -179,16 +180,21 @@ def test_a_message_that_is_too_large_is_replaced_by_its_smaller_form():
 
 
 @pytest.mark.parametrize(
-    ("error", "fallback"),
-    [(TooLarge("no"), None), (Misconfigured("not allowed"), b"small"), (ZeroDivisionError(), b"small")],
+    ("error", "fallback", "ends_in"),
+    [
+        (TooLarge("no"), None, Misconfigured),
+        (TopicRefused("no"), None, Misconfigured),
+        (Misconfigured("not allowed"), b"small", Misconfigured),
+        (ZeroDivisionError(), b"small", ZeroDivisionError),
+    ],
 )
-def test_what_has_no_remedy_ends_the_worker(error, fallback):
+def test_what_has_no_remedy_ends_the_worker(error, fallback, ends_in):
     bench = AtLeastOnceBench()
     bench.delivery.begin(record(0))
     bench.finish(0, reply(fallback=fallback))
     bench.outbox.settle(0, error)
 
-    with pytest.raises(type(error)):
+    with pytest.raises(ends_in):
         bench.turn()
 
 
@@ -283,8 +289,10 @@ class ExactlyOnceBench:
             self.delivery.begin(record(offset, partition))
 
     def finish(self, offset: int, *values: bytes, partition: Partition = A) -> None:
-        finished = Finished(record(offset, partition), tuple(reply(value) for value in values))
-        self.delivery.finish(finished, 0.0)
+        self.finish_with(offset, *(reply(value) for value in values), partition=partition)
+
+    def finish_with(self, offset: int, *messages: Outgoing, partition: Partition = A) -> None:
+        self.delivery.finish(Finished(record(offset, partition), messages), 0.0)
 
     def transact(self, now: float = 0.0) -> None:
         self.delivery.turn(now)
@@ -376,6 +384,33 @@ def test_the_message_that_is_too_large_is_replaced_and_no_other(large):
 
     assert bench.published == sorted(b"too large" if n == large else b"%d" % n for n in range(4))
     assert bench.committed == {A: 3}
+
+
+def test_what_takes_the_place_of_a_refused_message_is_published_without_another_interval():
+    bench = ExactlyOnceBench(interval_s=1.0)
+    bench.broker.refused_topics = {"closed", "gone"}
+    bench.begin(0, 1)
+    last = Outgoing("out", b"k", b"instead")
+    second = Outgoing("gone", b"k", b"", if_refused=lambda refused: last)
+    bench.finish_with(0, Outgoing("closed", b"k", b"", if_refused=lambda refused: second))
+    bench.finish(1, b"1")
+
+    for _ in range(3):
+        bench.transact(5.0)
+
+    assert bench.published == [b"1", b"instead"]
+    assert bench.committed == {A: 2}
+    assert bench.counts == {"commit": 1}
+
+
+def test_a_refused_message_that_nothing_replaces_ends_the_worker_with_a_sentence():
+    bench = ExactlyOnceBench()
+    bench.broker.refused_topics = {"closed"}
+    bench.begin(0)
+    bench.finish_with(0, Outgoing("closed", b"k", b"", if_refused=lambda refused: None))
+
+    with pytest.raises(Misconfigured, match=r"topic closed .* create the topic"):
+        bench.transact()
 
 
 def test_an_error_without_remedy_ends_the_worker():

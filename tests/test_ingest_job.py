@@ -22,7 +22,7 @@ from protocols.events import ImageIndexed, ImageNew
 from protocols.keys import blob_key
 from protocols.topics import Topics
 from trt.engine import EngineBroken, EngineInfo
-from workers.errors import Misconfigured, Poison, Transient
+from workers.errors import Misconfigured, Poison, TooLarge, TopicRefused, Transient
 from workers.ingest.image_batcher import ImageBatcher
 from workers.ingest.job import IngestJob
 from workers.ingest.outcomes import IngestOutcomes
@@ -463,9 +463,13 @@ def test_a_dead_letter_too_large_for_the_broker_can_be_shortened(make):
     bench.turn()
 
     (message,) = bench.finished[0].messages
-    short = message.if_too_large()
+    short = message.instead(TooLarge("no"))
     assert len(short.value) < 2_000
     assert DeadLetter.from_message(short.key, short.value, short.headers).truncated
+    with pytest.raises(Misconfigured, match=f"{message.topic}.*still.*max.message.bytes"):
+        short.instead(TooLarge("still"))
+    with pytest.raises(Misconfigured, match=f"{message.topic}.*gone.*create the topic"):
+        message.instead(TopicRefused("gone"))
 
 
 def test_an_address_that_may_not_be_read_is_not_tried_again(make):

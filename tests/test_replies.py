@@ -29,6 +29,7 @@ from rerank_harness import (
 from strategies import rerank_requests
 from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
 from workers.delivery import AtLeastOnce
+from workers.errors import Misconfigured, TooLarge, TopicRefused
 from workers.loop import Loop, Wake
 from workers.ports import Outgoing
 from workers.tracing import TRACEPARENT, TRACESTATE, trace_id_of
@@ -226,11 +227,66 @@ def test_a_reply_too_large_for_the_broker_becomes_an_error_reply_to_the_same_top
     rig.run()
 
     (message,) = rig.messages("mine.a")
-    instead = message.if_too_large()
+    instead = message.instead(TooLarge("no"))
     reply = response_of(instead)
     assert (instead.topic, instead.key, trace_id_of(instead.headers)) == ("mine.a", b"r1", "a" * 32)
     assert (reply.status, reply.error.code) == ("error", "reply_too_large")
     assert "top_n" in reply.error.message
+
+
+def test_a_reply_whose_topic_is_refused_becomes_an_error_reply_where_replies_go_by_default():
+    rig = Rig()
+    rig.put({"i1": 1})
+    rig.send({**FIELDS, "reply_topic": "mine.a"}, ((TRACEPARENT, PARENT),))
+    rig.run()
+
+    (message,) = rig.messages("mine.a")
+    instead = message.instead(TopicRefused("the topic mine.a does not exist"))
+    reply = response_of(instead)
+    assert (instead.topic, instead.key) == (TOPICS.rerank_responses, b"r1")
+    assert (header(instead, CONTENT_TYPE_HEADER), trace_id_of(instead.headers)) == (JSON, "a" * 32)
+    assert (reply.request_id, reply.status, reply.error.code) == ("r1", "error", "reply_topic_refused")
+    assert reply.error.message == "the topic mine.a does not exist"
+    with pytest.raises(Misconfigured, match=TOPICS.rerank_responses):
+        instead.instead(TopicRefused("nor does this one"))
+
+
+@pytest.mark.parametrize("refused", [TooLarge("even this"), TopicRefused("gone")])
+@pytest.mark.parametrize("fields", [{}, {"model": "m2"}, {"deadline": "2001-01-01T00:00:00Z"}])
+def test_a_reply_that_is_refused_again_and_again_ends_where_replies_go_by_default_and_counts_once(refused, fields):
+    rig = Rig()
+    rig.put({"i1": 1})
+    rig.send({**FIELDS, "reply_topic": "mine.a", **fields})
+    rig.run()
+
+    (message,) = rig.messages("mine.a")
+    while message.topic == "mine.a":
+        message = message.instead(refused)
+
+    assert response_of(message).error.code == "reply_topic_refused"
+    assert rig.metric("edje_replies_replaced_total") == 1
+
+
+def test_a_reply_refused_where_replies_go_by_default_ends_the_worker():
+    rig = Rig()
+    rig.put({"i1": 1})
+    rig.send(FIELDS)
+    rig.run()
+
+    (message,) = rig.messages(TOPICS.rerank_responses)
+    with pytest.raises(Misconfigured, match="create the topic"):
+        message.instead(TopicRefused("gone"))
+    assert rig.metric("edje_replies_replaced_total") == 0
+
+
+def test_a_dead_letter_whose_topic_is_refused_ends_the_worker():
+    rig = Rig()
+    rig.send(b"x")
+    rig.turn()
+
+    (message,) = rig.dead_letters()
+    with pytest.raises(Misconfigured, match=message.topic):
+        message.instead(TopicRefused("gone"))
 
 
 def test_a_dead_letter_too_large_for_the_broker_loses_its_end():
@@ -239,7 +295,7 @@ def test_a_dead_letter_too_large_for_the_broker_loses_its_end():
     rig.turn()
 
     (message,) = rig.dead_letters()
-    short = message.if_too_large()
+    short = message.instead(TooLarge("no"))
     letter = DeadLetter.from_message(short.key, short.value, short.headers)
     assert letter.truncated
     assert letter.value == b"x" * len(letter.value)
@@ -254,7 +310,7 @@ def test_an_error_message_of_any_length_fits_its_field():
 
 
 def test_from_the_broker_and_back_everything_is_answered_and_committed():
-    broker = MemoryBroker(max_message_bytes=1500)
+    broker = MemoryBroker(max_message_bytes=1500, refused_topics={"mine.closed"})
     rig = Rig()
     rig.put({f"i{number}": number for number in range(40)})
     wake = Wake()
@@ -269,7 +325,8 @@ def test_from_the_broker_and_back_everything_is_answered_and_committed():
         revoke_grace_s=1.0,
     )
     large = request([f"i{number}" for number in range(40)], request_id="large")
-    for sent in (FIELDS, large, {"request_id": "bad"}):
+    closed = {**FIELDS, "request_id": "closed", "reply_topic": "mine.closed"}
+    for sent in (FIELDS, large, closed, {"request_id": "bad"}):
         broker.append(Outgoing(PARTITION.topic, b"k", json.dumps(sent).encode()))
 
     loop.turn()
@@ -285,7 +342,8 @@ def test_from_the_broker_and_back_everything_is_answered_and_committed():
     assert {reply.request_id: reply.error.code if reply.error else reply.status for reply in replies} == {
         "r1": "ok",
         "large": "reply_too_large",
+        "closed": "reply_topic_refused",
         "bad": "invalid_event",
     }
     assert len(broker.log(TOPICS.dead_letter(PARTITION.topic))) == 1
-    assert broker.committed == {("g", PARTITION): 3}
+    assert broker.committed == {("g", PARTITION): 4}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
 
-from workers.errors import TooLarge, Transient
+from workers.errors import Refused, Transient
 from workers.job import Finished
 from workers.ledger import Done, Ledger, commit_offsets
 from workers.ports import Inbox, Outbox, Outgoing, Partition, Record, TransactionalOutbox
@@ -61,13 +61,6 @@ class Delivery(Protocol):
         ...
 
     def drop(self, partitions: Collection[Partition]) -> None: ...
-
-
-def smaller(message: Outgoing, error: TooLarge) -> Outgoing:
-    """The message to publish instead of one that the broker refused for its size; raises if there is none."""
-    if message.if_too_large is None:
-        raise error
-    return message.if_too_large()
 
 
 @dataclass(slots=True)
@@ -178,8 +171,8 @@ class AtLeastOnce:
                 entry.remaining -= 1
                 if entry.remaining == 0:
                     self._ledger.finish(entry.record.partition, entry.record.offset, None)
-            case TooLarge():
-                self._send(entry, smaller(message, error), attempt)
+            case Refused():
+                self._send(entry, message.instead(error), attempt=1)
             case Transient():
                 self._counts.count_retry("publish")
                 self._retries.append((now + retry_pause_s(attempt), entry, message, attempt + 1))
@@ -250,8 +243,9 @@ class ExactlyOnce:
     def _land(self, flying: Future[None], now: float) -> None:
         try:
             flying.result()
-        except TooLarge as error:
+        except Refused as error:
             self._batch = _replaced(self._batch, error)
+            self._due = now  # the others of the batch have waited long enough
         except Transient:
             self._counts.count_retry("publish")
             self._attempt += 1
@@ -287,14 +281,14 @@ class ExactlyOnce:
             self._batch = [done for done in self._batch if done.partition not in partitions]
 
 
-def _replaced(batch: Sequence[Done[tuple[Outgoing, ...]]], error: TooLarge) -> list[Done[tuple[Outgoing, ...]]]:
-    """The batch with the refused message (by its number over the whole batch) replaced by its smaller form."""
+def _replaced(batch: Sequence[Done[tuple[Outgoing, ...]]], error: Refused) -> list[Done[tuple[Outgoing, ...]]]:
+    """The batch with another message in place of the refused one (by its number over the whole batch)."""
     replaced, number = [], 0
     for done in batch:
         messages = list(done.payload)
         if number <= error.message_number < number + len(messages):
             place = error.message_number - number
-            messages[place] = smaller(messages[place], error)
+            messages[place] = messages[place].instead(error)
         number += len(done.payload)
         replaced.append(Done(done.partition, done.offset, tuple(messages)))
     return replaced

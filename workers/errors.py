@@ -3,7 +3,9 @@
     WorkerError
       Transient      the world was not ready: the same message again, later
       Poison         this message can never succeed: dead letter, and on with the work
-        TooLarge     the broker will not take a message of this size
+        Refused      the broker will never take this message; another may be published in its place
+          TooLarge      because of its size
+          TopicRefused  because its topic does not exist, or is not this worker's to write to
       Misconfigured  no message can succeed until somebody changes a setting: end the process with the sentence
 
 Anything else is a bug or broken hardware and ends the process with its traceback.
@@ -32,12 +34,26 @@ class Poison(WorkerError):
         self.code = code
 
 
-class TooLarge(Poison):
-    """The broker refuses a message of this size; `message_number` says which of those given together."""
+class Refused(Poison):
+    """The broker refuses a message for good; `message_number` says which of those given together."""
+
+    def __init__(self, code: str, message: str, message_number: int = 0) -> None:
+        super().__init__(code, message)
+        self.message_number = message_number
+
+
+class TooLarge(Refused):
+    """The broker refuses a message of this size."""
 
     def __init__(self, message: str, message_number: int = 0) -> None:
-        super().__init__("too_large", message)
-        self.message_number = message_number
+        super().__init__("too_large", message, message_number)
+
+
+class TopicRefused(Refused):
+    """The topic of a message does not exist, or does not take this message, or none of this worker's."""
+
+    def __init__(self, message: str, message_number: int = 0) -> None:
+        super().__init__("topic_refused", message, message_number)
 
 
 class Misconfigured(WorkerError):

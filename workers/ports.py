@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from workers.errors import Misconfigured, Refused, TooLarge
+
 Headers = tuple[tuple[str, bytes], ...]
 
 
@@ -36,14 +38,26 @@ class Record:
 class Outgoing:
     """One message to publish.
 
-    `if_too_large` makes the message that is published instead where the broker refuses this one for its size.
+    `if_refused` makes the message that is published instead where the broker refuses this one, or None.
     """
 
     topic: str
     key: bytes | None
     value: bytes
     headers: Headers = ()
-    if_too_large: Callable[[], Outgoing] | None = None
+    if_refused: Callable[[Refused], Outgoing | None] | None = None
+
+    def instead(self, refused: Refused) -> Outgoing:
+        """The message to publish in place of this one. Raises `Misconfigured` where there is none."""
+        message = self.if_refused(refused) if self.if_refused is not None else None
+        if message is None:
+            remedy = (
+                "raise the topic's max.message.bytes"
+                if isinstance(refused, TooLarge)
+                else "create the topic, or let this worker describe it and write to it"
+            )
+            raise Misconfigured(f"what goes to the topic {self.topic} cannot be published: {refused}; {remedy}")
+        return message
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +105,7 @@ class Outbox(Protocol):
     """The publishing side of the bus."""
 
     def send(self, message: Outgoing) -> Future[None]:
-        """Publish; the future is done when the broker has it, or fails with `TooLarge` or `Transient`."""
+        """Publish; the future is done when the broker has it, or fails with `Refused` or `Transient`."""
         ...
 
     def close(self, timeout_s: float) -> None: ...
@@ -103,7 +117,7 @@ class TransactionalOutbox(Protocol):
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
         """All or nothing; blocks until the broker has decided.
 
-        Raises, with nothing published: `TooLarge` (its `message_number` says which message) or `Transient` (try again;
+        Raises, with nothing published: `Refused` (its `message_number` says which message) or `Transient` (try again;
         also when a rebalance is under way, which a revocation then explains).
         """
         ...

@@ -1,4 +1,4 @@
-"""Kafka's errors by remedy."""
+"""Kafka's errors by remedy: what a worker can do about each, and what each says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import kafka.errors as kafka_errors
 
-from workers.errors import Misconfigured, TooLarge, Transient
+from workers.errors import Misconfigured, Refused, TooLarge, TopicRefused, Transient
+from workers.ports import Outgoing
 
 MISCONFIGURED = (
     kafka_errors.AuthorizationError,
@@ -33,17 +34,34 @@ REBALANCING = (
     kafka_errors.UnknownProducerIdError,
 )
 TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
+#: What the broker says of a message that its topic will never take, while it may take the next one of another topic.
+TOPIC_REFUSED = (
+    kafka_errors.TopicAuthorizationFailedError,
+    kafka_errors.InvalidTopicError,
+    kafka_errors.InvalidRecordError,
+    kafka_errors.InvalidTimestampError,
+    kafka_errors.PolicyViolationError,
+)
 
 
 def translated(error: BaseException) -> BaseException:
     """The worker's error for a Kafka error; an error with no remedy comes back as it is."""
-    if isinstance(error, TOO_LARGE):
-        return TooLarge(str(error))
     if isinstance(error, MISCONFIGURED):
-        return Misconfigured(f"Kafka refuses this worker: {type(error).__name__}: {error}")
+        return Misconfigured(f"Kafka refuses this worker: {error}")  # Kafka's errors begin with their names
     if isinstance(error, (kafka_errors.RetriableError, *REBALANCING)):
-        return Transient(f"{type(error).__name__}: {error}")
+        return Transient(str(error))
     return error
+
+
+def refusal(error: BaseException | None, message: Outgoing, message_number: int = 0) -> Refused | None:
+    """The refusal of one message, if that is what publishing it ended in."""
+    if isinstance(error, TOO_LARGE):
+        size = len(message.value) + len(message.key or b"")
+        return TooLarge(f"a message of {size} bytes is too large for the topic {message.topic}", message_number)
+    if isinstance(error, TOPIC_REFUSED):
+        reason = type(error).message  # the error itself may quote what is not for the sender of a request
+        return TopicRefused(f"the topic {message.topic} does not take the message: {reason}", message_number)
+    return None
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from kafka.structs import MemberState
 
 from workers.bus.clients import kafka_offsets, started, to_record
 from workers.bus.errors import translating
+from workers.bus.records import read_forgivingly
 from workers.errors import Transient
 from workers.ports import Partition, Record, Revocation
 
@@ -106,6 +107,7 @@ class KafkaInbox:
             session_timeout_ms=session_timeout_ms,
             max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
         )
+        read_forgivingly(self._consumer)
         self._consumer.subscribe([topic], listener=_Listener(self))
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="kafka-commit")
         self._thread = threading.Thread(target=self._poll_until_closed, name="kafka-poll", daemon=True)

@@ -1,4 +1,4 @@
-"""The in-memory twin of `bus.py`: a broker, an inbox and outboxes that keep the same promises without a network.
+"""The in-memory twin of Kafka: a broker, an inbox and outboxes that keep the same promises without a network.
 
 For unit tests and for trying a job without a broker. One process, no threads; a message is there as soon as it is sent.
 """
@@ -10,16 +10,20 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 
-from workers.errors import TooLarge, Transient
+from workers.errors import Refused, TooLarge, TopicRefused, Transient
 from workers.ports import Outgoing, Partition, Record, Revocation
 
 
 class MemoryBroker:
     """Topics as lists of records, and the offsets that groups have committed."""
 
-    def __init__(self, *, num_partitions: int = 1, max_message_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self, *, num_partitions: int = 1, max_message_bytes: int = 1 << 20, refused_topics: Collection[str] = ()
+    ) -> None:
+        """`refused_topics` do not exist, or may not be written to."""
         self.num_partitions = num_partitions
         self.max_message_bytes = max_message_bytes
+        self.refused_topics = frozenset(refused_topics)
         #: While True every send, publish and commit fails with `Transient`.
         self.away = False
         self.committed: dict[tuple[str, Partition], int] = {}
@@ -40,6 +44,8 @@ class MemoryBroker:
         """Raise what a broker would for this message."""
         if self.away:
             raise Transient("the broker is away")
+        if message.topic in self.refused_topics:
+            raise TopicRefused(f"the broker takes no message for the topic {message.topic}")
         size = len(message.value) + len(message.key or b"")
         if size > self.max_message_bytes:
             raise TooLarge(f"{size} bytes; the broker takes {self.max_message_bytes}")
@@ -134,7 +140,7 @@ class MemoryOutbox:
         sent: Future[None] = Future()
         try:
             self._broker.check(message)
-        except (TooLarge, Transient) as error:
+        except (Refused, Transient) as error:
             sent.set_exception(error)
         else:
             self._broker.append(message)
@@ -156,8 +162,9 @@ class MemoryTransactionalOutbox:
         for number, message in enumerate(messages):
             try:
                 self._broker.check(message)
-            except TooLarge as error:
-                raise TooLarge(str(error), number) from error
+            except Refused as error:
+                error.message_number = number
+                raise
         if self._broker.away:
             raise Transient("the broker is away")
         for message in messages:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from kafka import KafkaProducer
 
 from workers.bus.clients import close_producer, send_to, started
-from workers.bus.errors import translated
+from workers.bus.errors import refusal, translated
+from workers.bus.topics import TopicLookup, is_known
+from workers.errors import TopicRefused, Transient
 from workers.ports import Outgoing
 
-#: How long a send may wait for a topic that the producer has not met before.
-METADATA_TIMEOUT_MS = 10_000
+#: How long a send may wait for room in the producer's buffer.
+MAX_BLOCK_MS = 10_000
+
+_Pending = tuple[Outgoing, "Future[None]"]
 
 
 class KafkaOutbox:
@@ -28,31 +33,74 @@ class KafkaOutbox:
             # for its size, and fails every other message with it. A repeated message is allowed here.
             enable_idempotence=False,
             max_request_size=max_message_bytes,
-            max_block_ms=METADATA_TIMEOUT_MS,
+            max_block_ms=MAX_BLOCK_MS,
             linger_ms=linger_ms,
         )
-        self._known_topics: set[str] = set()
-        self._introducer = ThreadPoolExecutor(1, thread_name_prefix="kafka-new-topic")
+        self._lookup = TopicLookup()
+        self._changed = threading.Condition()
+        #: By topic, until it is known whether there is such a topic.
+        self._strangers: dict[str, list[tuple[Outgoing, Future[None]]]] = {}
+        self._closing = False
+        self._introducer = threading.Thread(target=self._introduce, name="kafka-new-topic", daemon=True)
+        self._introducer.start()
 
     def send(self, message: Outgoing) -> Future[None]:
         sent: Future[None] = Future()
-        if message.topic in self._known_topics:
-            self._send(message, sent)
-        else:
-            # The first message to a topic blocks until its partitions are known: not on the loop's thread.
-            self._introducer.submit(self._send, message, sent)
+        refused = self._lookup.refusal(message.topic)
+        with self._changed:
+            if refused is not None:
+                sent.set_exception(refused)
+            elif message.topic in self._strangers or not is_known(self._producer, message.topic):
+                # Handing a message over blocks until its topic is known: not on the loop's thread.
+                self._strangers.setdefault(message.topic, []).append((message, sent))
+                self._changed.notify()
+            else:
+                self._send(message, sent)
         return sent
 
     def _send(self, message: Outgoing, sent: Future[None]) -> None:
         try:
             pending = send_to(self._producer, message)
-        except Exception as error:  # into the future, whatever it is: nobody looks at the introducing thread
-            sent.set_exception(translated(error))
+        except Exception as error:  # into the future, whatever it is: the introducing thread has nobody to tell
+            self._fail(message, sent, error)
         else:
-            self._known_topics.add(message.topic)
             pending.add_callback(lambda _: sent.set_result(None))
-            pending.add_errback(lambda error: sent.set_exception(translated(error)))
+            pending.add_errback(lambda error: self._fail(message, sent, error))
+
+    def _fail(self, message: Outgoing, sent: Future[None], error: BaseException) -> None:
+        refused = refusal(error, message)
+        if isinstance(refused, TopicRefused):
+            self._lookup.note(message.topic, refused)
+        sent.set_exception(refused or translated(error))
+
+    def _introduce(self) -> None:
+        """Ask about topics as long as there are any to ask about, and send or fail what waits for the answer."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._strangers or self._closing)
+                if self._closing:
+                    return
+                topics = list(self._strangers)
+            decided: Mapping[str, BaseException | None]
+            try:
+                decided = self._lookup.ask(self._producer, topics)
+            except Exception as error:
+                decided = dict.fromkeys(topics, error)
+            with self._changed:  # until all are sent, so that no later message overtakes them
+                for topic, decision in decided.items():
+                    for message, sent in self._strangers.pop(topic):
+                        if decision is None:
+                            self._send(message, sent)
+                        else:
+                            sent.set_exception(decision)
 
     def close(self, timeout_s: float) -> None:
-        self._introducer.shutdown(wait=False, cancel_futures=True)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         close_producer(self._producer, timeout_s)
+        self._introducer.join(timeout_s)
+        for waiting in self._strangers.values():
+            for _, sent in waiting:
+                sent.set_exception(Transient("closed before it was known whether the topic exists"))
+        self._strangers.clear()

@@ -15,6 +15,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from workers.bus.clients import started, to_record
 from workers.bus.errors import translating
+from workers.bus.records import read_forgivingly
 from workers.ports import Partition, Record
 
 Start = Literal["end", "beginning"] | datetime
@@ -52,6 +53,7 @@ class KafkaReader:
             allow_auto_create_topics=False,  # asking for a name must not make a topic of it
             max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
         )
+        read_forgivingly(self._consumer)
         try:
             with translating():
                 found = self._partitions()

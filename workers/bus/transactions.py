@@ -13,9 +13,10 @@ import structlog
 from kafka import KafkaProducer
 
 from workers.bus.clients import close_producer, kafka_offsets, send_to, started
-from workers.bus.errors import REBALANCING, TOO_LARGE, translating
+from workers.bus.errors import REBALANCING, refusal, translating
 from workers.bus.inbox import SESSION_TIMEOUT_MS
-from workers.errors import TooLarge, Transient, WorkerError
+from workers.bus.topics import TopicLookup, is_known
+from workers.errors import Refused, TopicRefused, Transient
 from workers.ports import Outgoing, Partition
 
 log = structlog.get_logger(__name__)
@@ -45,6 +46,7 @@ class KafkaTransactionalOutbox:
             "request_timeout_ms": transaction_timeout_ms,
         }
         self._producer: Any = self._opened()
+        self._lookup = TopicLookup()
         self._outcome: Future[None] = Future()
 
     def _opened(self) -> Any:
@@ -81,24 +83,51 @@ class KafkaTransactionalOutbox:
             # The broker takes the offsets of a transaction that names no generation from anybody.
             raise Transient("this worker is not a member of its group now")
         with translating():
+            self._meet({message.topic: number for number, message in enumerate(messages)})
             with self._transaction() as producer:
-                refused = _flush(producer, messages)
-                if not refused:
+                refusals = _flush(producer, messages)
+                if not refusals:
                     producer.send_offsets_to_transaction(kafka_offsets(offsets), membership)
                     _commit(producer)
                     return
                 self._give_up()
-            raise self._too_large(messages, refused)
+            refused = self._culprit(messages, refusals)
+        if isinstance(refused, TopicRefused):
+            self._lookup.note(messages[refused.message_number].topic, refused)
+        raise refused
 
-    def _too_large(self, messages: Sequence[Outgoing], refused: Sequence[int]) -> WorkerError:
+    def _meet(self, topics: Mapping[str, int]) -> None:
+        """Have the producer know these topics, each with the number of a message to it.
+
+        Outside of a transaction, whose time would run meanwhile. Raises `TopicRefused`, or `Transient` if no broker
+        says whether there are such topics.
+        """
+        while True:
+            for topic, number in topics.items():
+                refused = self._lookup.refusal(topic, number)
+                if refused is not None:
+                    raise refused
+            producer = self._producer = self._producer or self._opened()
+            strangers = [topic for topic in topics if not is_known(producer, topic)]
+            if not strangers:
+                return
+            for decision in self._lookup.ask(producer, strangers).values():
+                if isinstance(decision, Transient):
+                    raise decision
+
+    def _culprit(self, messages: Sequence[Outgoing], refusals: Sequence[Refused]) -> Refused:
         """Find which of them it was: one refused message fails all that are sent with it with its own error."""
-        for number in sorted(refused, key=lambda number: len(messages[number].value), reverse=True):
+        for suspect in _suspects(messages, refusals):
+            number = suspect.message_number
+            self._meet({messages[number].topic: number})
             with self._transaction() as producer:
-                is_refused = bool(_flush(producer, [messages[number]]))
+                alone = _flush(producer, [messages[number]])
                 self._give_up()
-            if is_refused:
-                return TooLarge(f"the broker refuses a message of {len(messages[number].value)} bytes", number)
-        return Transient("the broker refused a message for its size, and then did not")
+            if alone:
+                refused = alone[0]
+                refused.message_number = number
+                return refused
+        raise Transient("the broker refused a message, and then did not")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
@@ -147,17 +176,34 @@ def _commit(producer: Any) -> None:
         raise RuntimeError(f"whether a transaction was committed is not known: {error}") from error
 
 
-def _flush(producer: Any, messages: Sequence[Outgoing]) -> list[int]:
-    """Send and wait; returns the numbers of those that failed with a refusal for size. Raises for any other."""
-    futures = []
+def _flush(producer: Any, messages: Sequence[Outgoing]) -> list[Refused]:
+    """Send and wait; returns the refusals of those that failed with one. Raises for any other failure."""
+    futures: list[Any] = []
+    stopped: BaseException | None = None
     for number, message in enumerate(messages):
         try:
             futures.append(send_to(producer, message))
-        except TOO_LARGE as error:
-            raise TooLarge(str(error), number) from error
-    producer.flush()
-    refused = [number for number, future in enumerate(futures) if isinstance(future.exception, TOO_LARGE)]
+        except kafka_errors.KafkaError as error:
+            refused = refusal(error, message, number)
+            if refused is not None:
+                raise refused from error
+            stopped = error  # by the failure of one that was sent before, as a rule; its future tells more
+            break
     for future in futures:
-        if future.exception is not None and not refused:
-            raise future.exception  # not every lost message fails the transaction that it is lost from
-    return refused
+        # Not `flush`, which takes it for a bug that a batch too large for its topic has been split and goes on in two.
+        with contextlib.suppress(kafka_errors.KafkaError):
+            future.get()
+    ended = [(future.exception, number) for number, future in enumerate(futures) if future.exception is not None]
+    refusals = [refused for error, number in ended if (refused := refusal(error, messages[number], number))]
+    cause = ended[0][0] if ended else stopped
+    if cause is not None and not refusals:
+        raise cause  # not every lost message fails the transaction that it is lost from
+    return refusals
+
+
+def _suspects(messages: Sequence[Outgoing], refusals: Sequence[Refused]) -> list[Refused]:
+    """Whom to try alone: of each topic the largest refused message, because there size and topic tell all."""
+    largest: dict[str, Refused] = {}
+    for refused in sorted(refusals, key=lambda refused: len(messages[refused.message_number].value), reverse=True):
+        largest.setdefault(messages[refused.message_number].topic, refused)
+    return list(largest.values())

@@ -62,6 +62,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         ),
         scorer=scorer,
         replies=Replies(
+            reply_topic=shared.topics.rerank_responses,
             dead_letter_topic=shared.topics.dead_letter,
             model_digest=info.model_digest,
             engine_digest=info.engine_digest,

@@ -6,6 +6,7 @@ The bridge between the wire contract and the job; decides nothing about when.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from protocols.encoding import (
 from protocols.events import ErrorInfo, RerankRequest, RerankResponse
 from protocols.fields import MAX_ERROR_MESSAGE_CHARS
 from workers.dead_letters import dead_letter_message
-from workers.errors import Poison
+from workers.errors import Poison, Refused, TooLarge
 from workers.job import Finished
 from workers.metrics import Metrics
 from workers.ports import Headers, Outgoing, Record
@@ -42,6 +43,7 @@ class Replies:
     def __init__(
         self,
         *,
+        reply_topic: str,
         dead_letter_topic: Callable[[str], str],
         model_digest: str,
         engine_digest: str,
@@ -49,6 +51,8 @@ class Replies:
         max_message_bytes: int,
         metrics: Metrics,
     ) -> None:
+        """`reply_topic` is where replies go by default, and where the sender learns that they cannot go elsewhere."""
+        self._reply_topic = reply_topic
         self._dead_letter_topic = dead_letter_topic
         self._model = model_digest
         self._engine = engine_digest
@@ -136,12 +140,11 @@ class Replies:
         return dead_letter_message(letter, self._dead_letter_topic(letter.topic), self._max_message_bytes)
 
     def _error(self, record: Record, request_id: str, topic: str, code: str, message: str) -> Finished:
-        content_type = _content_type(record)
-        value = self._error_value(request_id, code, message, content_type)
         self._metrics.count_reply("error", seconds=None, num_pairs=0)
-        return Finished(record, (self._outgoing(record, request_id, topic, value, content_type),))
+        return Finished(record, (self._counted(self._error_reply(record, request_id, topic, code, message)),))
 
-    def _error_value(self, request_id: str, code: str, message: str, content_type: str) -> bytes:
+    def _error_reply(self, record: Record, request_id: str, topic: str, code: str, message: str) -> Outgoing:
+        content_type = _content_type(record)
         response = RerankResponse(
             request_id=request_id,
             status="error",
@@ -149,17 +152,38 @@ class Replies:
             engine=self._engine,
             error=ErrorInfo(code=code, message=message[:MAX_ERROR_MESSAGE_CHARS]),
         )
-        return encode(response, content_type)
+
+        def redirected(refused: Refused) -> Outgoing | None:
+            return self._redirected(record, request_id, topic, refused)
+
+        reply = self._outgoing(record, request_id, topic, encode(response, content_type), content_type)
+        return replace(reply, if_refused=redirected)
+
+    def _redirected(self, record: Record, request_id: str, topic: str, refused: Refused) -> Outgoing | None:
+        """What tells the sender, where replies go by default, that the topic of its choice takes no reply."""
+        if topic == self._reply_topic:
+            return None
+        return self._error_reply(record, request_id, self._reply_topic, "reply_topic_refused", str(refused))
 
     def _finished(self, record: Record, request_id: str, topic: str, value: bytes, content_type: str) -> Finished:
-        def instead() -> Outgoing:
-            self._metrics.replies_replaced.inc()
+        def instead(refused: Refused) -> Outgoing | None:
+            if not isinstance(refused, TooLarge):
+                return self._redirected(record, request_id, topic, refused)
             message = f"the reply has {len(value)} bytes, more than the broker takes; ask for a smaller top_n"
-            smaller = self._error_value(request_id, "reply_too_large", message, content_type)
-            return self._outgoing(record, request_id, topic, smaller, content_type)
+            return self._error_reply(record, request_id, topic, "reply_too_large", message)
 
         reply = self._outgoing(record, request_id, topic, value, content_type)
-        return Finished(record, (Outgoing(reply.topic, reply.key, reply.value, reply.headers, if_too_large=instead),))
+        return Finished(record, (self._counted(replace(reply, if_refused=instead)),))
+
+    def _counted(self, reply: Outgoing) -> Outgoing:
+        """This reply, which is counted once if another takes its place, and maybe yet another takes that one's."""
+
+        def instead(refused: Refused) -> Outgoing:
+            replacement = reply.instead(refused)
+            self._metrics.replies_replaced.inc()
+            return replacement
+
+        return replace(reply, if_refused=instead)
 
     def _outgoing(self, record: Record, request_id: str, topic: str, value: bytes, content_type: str) -> Outgoing:
         headers = ((CONTENT_TYPE_HEADER, content_type.encode()), *self._reply_headers(record.headers))
