@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kafka import TopicPartition
 from kafka.record import MemoryRecords, MemoryRecordsBuilder
 
+import workers.bus.records
 from workers.bus.clients import to_record
 from workers.bus.records import _PartitionRecords
 from workers.errors import Misconfigured
@@ -62,6 +63,25 @@ def test_what_comes_before_a_corrupt_batch_is_read_and_the_batch_is_named():
     with pytest.raises(Misconfigured, match=r"no record of in-3 from offset 9 on can be read.*corrupt"):
         records.take()
     assert not records
+
+
+@pytest.mark.parametrize("compression", [1, 3], ids=["gzip", "lz4"])
+def test_a_batch_that_is_too_large_once_unpacked_comes_as_an_empty_record_that_says_so(monkeypatch, compression):
+    monkeypatch.setattr(workers.bus.records, "MAX_UNPACKED_BYTES", 100_000)
+    bomb = MemoryRecordsBuilder(2, compression, 1 << 20)
+    for value in (b"v", b"x" * 200_000, b"v"):
+        bomb.append(1, b"k", value, [])
+    bomb.close()
+    records = _PartitionRecords(0, PARTITION, MemoryRecords(bytes(bomb.buffer() + batch([], first_offset=3))))
+
+    empty, after = (to_record(Partition(*PARTITION), record) for record in records.take())
+
+    assert len(bomb.buffer()) < 2_000
+    assert (empty.offset, empty.key, empty.value) == (2, None, b"")
+    assert empty.headers == (
+        ("unreadable", b"a batch of 3 records from offset 0 on has more than 100000 bytes once unpacked"),
+    )
+    assert (after.offset, after.value) == (3, b"v0")
 
 
 def test_a_batch_in_an_unknown_compression_is_named():

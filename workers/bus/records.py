@@ -1,20 +1,29 @@
 """Reads records as any client may have written them.
 
 kafka-python 3.0.12 takes a header name that is not UTF-8 for a corrupt record, and after a record that it cannot read
-its next poll never returns. One such message would stop every worker that meets it. Java's client, and this module,
-put replacement characters into the name; what still cannot be read ends the worker with a sentence that says where.
+its next poll never returns; and it unpacks a compressed batch whatever its size. One such message would stop every
+worker that meets it. Here the name gets replacement characters, as in Java's client, and for a batch that is too large
+once unpacked there is one empty record, which says why in a header and ends as a dead letter. What still cannot be read
+ends the worker with a sentence that says where.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
+from collections.abc import Callable
 from typing import Any
 
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, codec
 from kafka.consumer.fetcher import Fetcher
 from kafka.errors import CorruptRecordError
-from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 
 from workers.errors import Misconfigured
+
+#: Of a batch once unpacked. The broker limits batches as they are written, and a thousandth of this can be enough then.
+MAX_UNPACKED_BYTES = 64 << 20
+UNREADABLE_HEADER = "unreadable"
 
 
 def read_forgivingly(consumer: KafkaConsumer) -> None:
@@ -53,17 +62,62 @@ class _Batches:
 
 
 class _Batch(DefaultRecordBatch):  # type: ignore[misc]
-    """A batch that goes on where only a header's name is at fault."""
+    """A batch that goes on where only a header's name is at fault, and is not unpacked beyond measure."""
+
+    _buffer: bytearray
+    _pos: int
+    _next_record_index: int
+    _decompressed: bool
+
+    def __init__(self, buffer: Any) -> None:
+        super().__init__(buffer)
+        self._is_too_large = False
+
+    def _maybe_uncompress(self) -> None:
+        if self._decompressed or self.compression_type not in _UNPACKERS:
+            super()._maybe_uncompress()
+            return
+        self._assert_has_codec(self.compression_type)
+        packed = io.BytesIO(memoryview(self._buffer)[self._pos :])
+        with _UNPACKERS[self.compression_type](packed) as unpacking:
+            self._buffer = bytearray(unpacking.read(MAX_UNPACKED_BYTES + 1))
+        self._is_too_large = len(self._buffer) > MAX_UNPACKED_BYTES
+        self._pos, self._decompressed = 0, True
 
     def __next__(self) -> Any:
+        if self._is_too_large:
+            return self._stand_in()
         try:
             return super().__next__()
         except CorruptRecordError as error:
             if not isinstance(error.__context__, UnicodeDecodeError):
                 raise
             # The place in the batch has not moved: this reads the same record again.
-            self._buffer: bytearray = _ReplacingBuffer(self._buffer)
+            self._buffer = _ReplacingBuffer(self._buffer)
             return super().__next__()
+
+    def _stand_in(self) -> DefaultRecord:
+        """One empty record in place of all: there may be a hundred million of them."""
+        if self._next_record_index > 0:
+            raise StopIteration
+        self._next_record_index = 1
+        self._buffer = bytearray()
+        reason = (
+            f"a batch of {self.records_count} records from offset {self.base_offset} on "
+            f"has more than {MAX_UNPACKED_BYTES} bytes once unpacked"
+        )
+        headers = [(UNREADABLE_HEADER, reason.encode())]
+        return DefaultRecord(0, self.last_offset, self.first_timestamp, self.timestamp_type, None, b"", headers)
+
+
+#: Snappy is left to kafka-python: it makes at most some twenty bytes of one.
+_UNPACKERS: dict[int, Callable[[io.BytesIO], Any]] = {
+    DefaultRecordBatch.CODEC_GZIP: lambda packed: gzip.GzipFile(fileobj=packed),
+    DefaultRecordBatch.CODEC_LZ4: lambda packed: codec.lz4.LZ4FrameFile(packed),
+    DefaultRecordBatch.CODEC_ZSTD: lambda packed: codec.zstd.ZstdDecompressor().stream_reader(
+        packed, read_across_frames=True
+    ),
+}
 
 
 class _ReplacingBuffer(bytearray):
