@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 from kafka import KafkaProducer
@@ -18,7 +20,13 @@ from workers.ports import Outgoing
 #: How long a send may wait for room in the producer's buffer.
 MAX_BLOCK_MS = 10_000
 
-_Pending = tuple[Outgoing, "Future[None]"]
+
+@dataclass(slots=True)
+class _Stranger:
+    """A topic that the producer has not met."""
+
+    since: float = field(default_factory=time.monotonic)
+    waiting: list[tuple[Outgoing, Future[None]]] = field(default_factory=list)
 
 
 class KafkaOutbox:
@@ -38,8 +46,7 @@ class KafkaOutbox:
         )
         self._lookup = TopicLookup()
         self._changed = threading.Condition()
-        #: By topic, until it is known whether there is such a topic.
-        self._strangers: dict[str, list[tuple[Outgoing, Future[None]]]] = {}
+        self._strangers: dict[str, _Stranger] = {}  # until it is known whether there is such a topic
         self._closing = False
         self._introducer = threading.Thread(target=self._introduce, name="kafka-new-topic", daemon=True)
         self._introducer.start()
@@ -52,7 +59,7 @@ class KafkaOutbox:
                 sent.set_exception(refused)
             elif message.topic in self._strangers or not is_known(self._producer, message.topic):
                 # Handing a message over blocks until its topic is known: not on the loop's thread.
-                self._strangers.setdefault(message.topic, []).append((message, sent))
+                self._strangers.setdefault(message.topic, _Stranger()).waiting.append((message, sent))
                 self._changed.notify()
             else:
                 self._send(message, sent)
@@ -80,15 +87,15 @@ class KafkaOutbox:
                 self._changed.wait_for(lambda: self._strangers or self._closing)
                 if self._closing:
                     return
-                topics = list(self._strangers)
+                asked_since = {topic: stranger.since for topic, stranger in self._strangers.items()}
             decided: Mapping[str, BaseException | None]
             try:
-                decided = self._lookup.ask(self._producer, topics)
+                decided = self._lookup.ask(self._producer, asked_since)
             except Exception as error:
-                decided = dict.fromkeys(topics, error)
+                decided = dict.fromkeys(asked_since, error)
             with self._changed:  # until all are sent, so that no later message overtakes them
                 for topic, decision in decided.items():
-                    for message, sent in self._strangers.pop(topic):
+                    for message, sent in self._strangers.pop(topic).waiting:
                         if decision is None:
                             self._send(message, sent)
                         else:
@@ -100,7 +107,7 @@ class KafkaOutbox:
             self._changed.notify()
         close_producer(self._producer, timeout_s)
         self._introducer.join(timeout_s)
-        for waiting in self._strangers.values():
-            for _, sent in waiting:
+        for stranger in self._strangers.values():
+            for _, sent in stranger.waiting:
                 sent.set_exception(Transient("closed before it was known whether the topic exists"))
         self._strangers.clear()

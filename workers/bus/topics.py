@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from workers.errors import TopicRefused, Transient
@@ -36,7 +36,7 @@ class TopicLookup:
     """What is known of topics apart from any producer, because a transactional one is replaced now and then."""
 
     def __init__(self) -> None:
-        self._asked_since: dict[str, float] = {}
+        self._lock = threading.Lock()
         self._refused: dict[str, tuple[float, str]] = {}  # when that ends, and why
 
     def refusal(self, topic: str, message_number: int = 0) -> TopicRefused | None:
@@ -46,19 +46,22 @@ class TopicLookup:
 
     def note(self, topic: str, refused: TopicRefused) -> None:
         """Remember that this topic takes nothing from us."""
-        self._refused.pop(topic, None)
-        while len(self._refused) >= MAX_REFUSED:
-            self._refused.pop(next(iter(self._refused)), None)
-        self._refused[topic] = (time.monotonic() + REFUSED_S, str(refused))
+        with self._lock:
+            self._refused.pop(topic, None)
+            while len(self._refused) >= MAX_REFUSED:
+                del self._refused[next(iter(self._refused))]  # the oldest
+            self._refused[topic] = (time.monotonic() + REFUSED_S, str(refused))
 
-    def ask(self, producer: Any, topics: Collection[str]) -> dict[str, Decision]:
-        """Ask about all of them once; returns those that are decided. Waits for the broker, but not for long."""
+    def ask(self, producer: Any, asked_since: Mapping[str, float]) -> dict[str, Decision]:
+        """Ask about all of these topics once more; returns those that are decided. Waits, but not for long.
+
+        `asked_since` says when each was first asked about, in the time of the monotonic clock.
+        """
         cluster = producer._metadata
-        answered = _refresh(producer, topics)
+        answered = _refresh(producer, asked_since.keys())
         decided: dict[str, Decision] = {}
         now = time.monotonic()
-        for topic in topics:
-            since = self._asked_since.setdefault(topic, now)
+        for topic, since in asked_since.items():
             if is_known(producer, topic):
                 decided[topic] = None
             elif answered and topic in cluster.unauthorized_topics:
@@ -70,7 +73,6 @@ class TopicLookup:
                     else Transient(f"no broker answers to say whether the topic {topic} exists")
                 )
         for topic, decision in decided.items():
-            del self._asked_since[topic]
             if isinstance(decision, TopicRefused):
                 self.note(topic, decision)
         # The producer would go on asking about them, ten times a second.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
@@ -102,6 +103,7 @@ class KafkaTransactionalOutbox:
         Outside of a transaction, whose time would run meanwhile. Raises `TopicRefused`, or `Transient` if no broker
         says whether there are such topics.
         """
+        since = time.monotonic()
         while True:
             for topic, number in topics.items():
                 refused = self._lookup.refusal(topic, number)
@@ -111,7 +113,7 @@ class KafkaTransactionalOutbox:
             strangers = [topic for topic in topics if not is_known(producer, topic)]
             if not strangers:
                 return
-            for decision in self._lookup.ask(producer, strangers).values():
+            for decision in self._lookup.ask(producer, dict.fromkeys(strangers, since)).values():
                 if isinstance(decision, Transient):
                     raise decision
 
