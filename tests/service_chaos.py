@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from service_harness import Service, Worker, eventually, reply_in
+from service_harness import Service, reply_in
+from service_worker import Worker, eventually
 
 #: So that a broker takes short session timeouts, and looks for dead transactions often.
 BROKER = {

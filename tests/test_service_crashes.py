@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from service_harness import SMALL_GIF, Service, eventually, reply_in
+from service_harness import SMALL_GIF, Service, reply_in
+from service_worker import eventually
 
 pytest_plugins = ["service_fixtures"]
 pytestmark = pytest.mark.services

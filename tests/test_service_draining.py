@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from service_harness import Service, eventually, reply_in
+from service_harness import Service, reply_in
+from service_worker import eventually
 
 pytest_plugins = ["service_fixtures"]
 pytestmark = pytest.mark.services

@@ -12,7 +12,8 @@ from jgo.maven import MavenContext
 
 from conftest import missing
 from server_process import package_folder
-from service_harness import LIMIT_S, Service
+from service_harness import Service
+from service_worker import LIMIT_S
 from services import kafka_class_path
 
 pytest_plugins = ["service_fixtures"]

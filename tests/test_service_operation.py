@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from server_process import free_port
-from service_harness import LIMIT_S, ROOT, SMALL_GIF, Service, eventually
+from service_harness import SMALL_GIF, Service
+from service_worker import LIMIT_S, ROOT, eventually
 from workers.read_settings import variable_names
 from workers.settings import IngestSettings, RerankSettings
 

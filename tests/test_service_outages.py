@@ -11,7 +11,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service_harness import SMALL_GIF, Service, eventually, let_pass, reply_in
+from service_harness import SMALL_GIF, Service, reply_in
+from service_worker import eventually, let_pass
 
 pytest_plugins = ["service_fixtures"]
 AWAY_S = float(os.environ.get("EDJE_AWAY_S", "5"))
