@@ -17,7 +17,7 @@ export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check up lock clean
+.PHONY: help demo test check up bench soak lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ check: $(READY) ## Lint, formatting, types, import directions
 
 up: $(READY) ## Kafka and Redis in the foreground for a developer, with the settings to export
 	@$(PYTHON) deploy/local/up.py
+
+bench: $(READY) ## Pairs per second and latency of the service, beside a bare loop of MGET and decode
+	@$(PYTHON) benchmarks/service.py
+
+soak: $(READY) ## 10,000 requests while workers are killed and Redis restarts, exactly once
+	@$(PYTHON) benchmarks/soak.py --requests 10000 --delivery exactly_once
 
 lock: $(READY) ## Pin the newest allowed version of every dependency, with hashes
 	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --output-file $(LOCK)

@@ -76,11 +76,11 @@ def drained(bench: Bench, *, num_requests: int, num_images: int, num_slots: int,
     return (len(counted) - 1) * CANDIDATES / (counted[-1] - counted[0])
 
 
-def latency(bench: Bench, *, seconds: float, num_slots: int, num_images: int) -> dict[str, float]:
+def latency(bench: Bench, *, seconds: float, num_slots: int, num_images: int, **settings: object) -> dict[str, float]:
     """Milliseconds from before a request is sent to after its reply is received, at a fixed rate."""
     topics = RerankTopics(bench.services.brokers)
     slot_bytes = bench.layout.token_bytes + bench.layout.scale_bytes
-    with rerank_worker(bench, topics.prefix, slab_bytes=num_slots * slot_bytes):
+    with rerank_worker(bench, topics.prefix, slab_bytes=num_slots * slot_bytes, **settings):
         client = subprocess.run(
             [
                 sys.executable,
@@ -99,43 +99,51 @@ def latency(bench: Bench, *, seconds: float, num_slots: int, num_images: int) ->
     return json.loads(client.stdout)
 
 
+CASES = ("cold", "hot", "cold_latency", "hot_latency")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="of every rate; the median counts")
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that it runs")
+    parser.add_argument("--cases", default=",".join(CASES), help="some of %(default)s")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the worker")
     arguments = parser.parse_args()
     scale = 10 if arguments.quick else 1
-    cold_requests, hot_requests, latency_s = 3000 // scale, 8000 // scale, 20.0 / scale
+    settings = dict(pair.split("=", 1) for pair in arguments.set)
+    cold = {"num_images": NUM_IMAGES, "num_slots": COLD_SLOTS, **settings}
+    hot = {"num_images": HOT_IMAGES, "num_slots": NUM_IMAGES, **settings}
 
-    loops, colds, hots = [], [], []
+    rates: dict[str, list[float]] = {"loop": [], "cold": [], "hot": []}
+    latencies: dict[str, dict[str, float]] = {}
     with bench(NUM_IMAGES) as ready:
         for _ in range(arguments.repeats):
-            loops.append(bare_loop(ready, 4.0 / scale))
-            colds.append(drained(ready, num_requests=cold_requests, num_images=NUM_IMAGES, num_slots=COLD_SLOTS))
-            loops.append(bare_loop(ready, 4.0 / scale))
-            hots.append(drained(ready, num_requests=hot_requests, num_images=HOT_IMAGES, num_slots=NUM_IMAGES))
-        cold_ms = latency(ready, seconds=latency_s, num_slots=COLD_SLOTS, num_images=NUM_IMAGES)
-        hot_ms = latency(ready, seconds=latency_s, num_slots=NUM_IMAGES, num_images=HOT_IMAGES)
+            for name, num_requests, case in (("cold", 3000 // scale, cold), ("hot", 8000 // scale, hot)):
+                if name in arguments.cases.split(","):
+                    rates["loop"].append(bare_loop(ready, 4.0 / scale))
+                    rates[name].append(drained(ready, num_requests=num_requests, **case))
+        for name, case in (("cold", cold), ("hot", hot)):
+            if f"{name}_latency" in arguments.cases.split(","):
+                latencies[name] = latency(ready, seconds=20.0 / scale, **case)
 
-    loop = statistics.median(loops)
+    medians = {name: statistics.median(found) for name, found in rates.items() if found}
+    print(f"{'':8}{'pairs/s':>10}{'requests/s':>12}{'x loop':>8}{'p50 ms':>9}{'p99 ms':>9}")
+    for name in ("loop", "cold", "hot"):
+        row = f"{name:8}"
+        if name in medians:
+            rate = medians[name]
+            row += f"{rate:10.0f}{rate / CANDIDATES:12.0f}{rate / medians['loop']:8.2f}"
+        if name in latencies:
+            row = f"{row:38}{latencies[name]['p50']:9.1f}{latencies[name]['p99']:9.1f}"
+        print(row)
     result = {
         "candidates": CANDIDATES,
-        "loop_pairs_per_s": round(loop),
-        "cold_pairs_per_s": round(statistics.median(colds)),
-        "hot_pairs_per_s": round(statistics.median(hots)),
-        "cold_over_loop": round(statistics.median(colds) / loop, 2),
-        "hot_over_loop": round(statistics.median(hots) / loop, 2),
-        "latency_rate_per_s": LATENCY_RATE,
-        "cold_latency_ms": cold_ms,
-        "hot_latency_ms": hot_ms,
-        "all": {"loop": [round(x) for x in loops], "cold": [round(x) for x in colds], "hot": [round(x) for x in hots]},
+        "settings": settings,
+        "pairs_per_s": {name: round(rate) for name, rate in medians.items()},
+        "over_loop": {name: round(rate / medians["loop"], 2) for name, rate in medians.items()},
+        "latency_ms_at_100_requests_per_s": latencies,
+        "every_rate": {name: [round(rate) for rate in found] for name, found in rates.items()},
     }
-    print(f"{'':8}{'pairs/s':>10}{'requests/s':>12}{'x loop':>8}{'p50 ms':>9}{'p99 ms':>9}")
-    print(f"{'loop':8}{loop:10.0f}{loop / CANDIDATES:12.0f}{1:8.2f}")
-    for name, rates, ms in (("cold", colds, cold_ms), ("hot", hots, hot_ms)):
-        rate = statistics.median(rates)
-        row = f"{rate:10.0f}{rate / CANDIDATES:12.0f}{rate / loop:8.2f}{ms['p50']:9.1f}{ms['p99']:9.1f}"
-        print(f"{name:8}{row}")
     print(json.dumps(result))
 
 

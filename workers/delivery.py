@@ -15,10 +15,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
 
+import structlog
+
 from workers.errors import Refused, Transient
 from workers.job import Finished
 from workers.ledger import Done, Ledger, commit_offsets
 from workers.ports import Inbox, Outbox, Outgoing, Partition, Record, TransactionalOutbox
+
+log = structlog.get_logger(__name__)
 
 #: First and longest pause before the same messages are tried again; doubled each time, with full jitter.
 RETRY_BASE_S, RETRY_CAP_S = 0.1, 5.0
@@ -174,6 +178,7 @@ class AtLeastOnce:
             case Refused():
                 self._send(entry, message.instead(error), attempt=1)
             case Transient():
+                log.warning("message not published, trying again", attempt=attempt, error=str(error))
                 self._counts.count_retry("publish")
                 self._retries.append((now + retry_pause_s(attempt), entry, message, attempt + 1))
             case _:
@@ -246,7 +251,8 @@ class ExactlyOnce:
         except Refused as error:
             self._batch = _replaced(self._batch, error)
             self._due = now  # the others of the batch have waited long enough
-        except Transient:
+        except Transient as error:
+            log.warning("transaction failed, trying again", attempt=self._attempt + 1, error=str(error))
             self._counts.count_retry("publish")
             self._attempt += 1
             self._due = now + retry_pause_s(self._attempt)
