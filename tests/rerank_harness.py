@@ -21,6 +21,7 @@ from protocols.keys import blob_key
 from protocols.topics import Topics
 from trt.engine import EngineInfo, QueryStates, check_pairs, check_texts
 from trt.slab import HostSlab, SlotLayout
+from workers.dead_letters import DeadLetters
 from workers.job import Finished
 from workers.memory_store import MemoryStore
 from workers.metrics import Metrics
@@ -174,11 +175,10 @@ class Rig:
             scorer=BatchScorer(self.engine, self.executor, lambda: None, lambda: self.now),
             replies=Replies(
                 reply_topic=TOPICS.rerank_responses,
-                dead_letter_topic=TOPICS.dead_letter,
+                dead_letters=DeadLetters(TOPICS.dead_letter, max_message_bytes, self.metrics),
                 model_digest=layout.model_digest,
                 engine_digest="e1",
                 reply_headers=reply_headers,
-                max_message_bytes=max_message_bytes,
                 metrics=self.metrics,
             ),
             metrics=self.metrics,

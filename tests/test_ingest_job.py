@@ -22,6 +22,7 @@ from protocols.events import ImageIndexed, ImageNew
 from protocols.keys import blob_key
 from protocols.topics import Topics
 from trt.engine import EngineBroken, EngineInfo
+from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured, Poison, TooLarge, TopicRefused, Transient
 from workers.ingest.image_batcher import ImageBatcher
 from workers.ingest.job import IngestJob
@@ -223,7 +224,7 @@ def make() -> Iterator[Callable[..., Bench]]:
             topics=Topics(),
             layout=layout,
             child_headers=reply_headers,
-            max_message_bytes=2_000,
+            dead_letters=DeadLetters(Topics().dead_letter, 2_000, metrics),
             publish_embedding=embedding,
             metrics=metrics,
         )

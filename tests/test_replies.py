@@ -8,6 +8,7 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from protocols.dead_letters import DeadLetter
 from protocols.encoding import CONTENT_TYPE_HEADER, JSON, MSGPACK, encode
@@ -347,3 +348,13 @@ def test_from_the_broker_and_back_everything_is_answered_and_committed():
     }
     assert len(broker.log(TOPICS.dead_letter(PARTITION.topic))) == 1
     assert broker.committed == {("g", PARTITION): 4}
+
+
+def test_a_line_of_the_log_about_a_request_names_it_and_its_trace():
+    rig = Rig()
+
+    with capture_logs() as lines:
+        refused(rig, request(["i1"], schema_version=7, request_id="r-7"), ((TRACEPARENT, PARENT),))
+
+    (line,) = [line for line in lines if line["event"] == "request refused"]
+    assert (line["request_id"], line["trace_id"], line["code"]) == ("r-7", "a" * 32, "unsupported_version")

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from protocols.dead_letters import DeadLetter
 from workers.errors import Refused, TooLarge
-from workers.ports import Outgoing
+from workers.metrics import Metrics
+from workers.ports import Outgoing, Record
 
 
-def dead_letter_message(letter: DeadLetter, topic: str, max_message_bytes: int) -> Outgoing:
-    """The message to publish for a dead letter; one too large for the broker loses its end."""
+@dataclass(frozen=True, slots=True)
+class DeadLetters:
+    """Writes the dead letter of a record, and counts it."""
 
-    def shortened(refused: Refused) -> Outgoing | None:
-        if not isinstance(refused, TooLarge):
-            return None
-        short = letter.shortened(max_message_bytes)
-        return Outgoing(topic, short.key, short.value, short.to_headers())
+    topic_of: Callable[[str], str]  # the dead-letter topic beside an input topic
+    max_message_bytes: int
+    metrics: Metrics
 
-    return Outgoing(topic, letter.key, letter.value, letter.to_headers(), if_refused=shortened)
+    def of(self, record: Record, *, error_class: str, code: str, message: str, attempts: int = 1) -> Outgoing:
+        """The message to publish for a record that can never succeed; one too large for the broker loses its end."""
+        self.metrics.count_event("dead_letter")
+        self.metrics.count_dead_letter(code)
+        letter = DeadLetter(
+            topic=record.partition.topic,
+            partition=record.partition.number,
+            offset=record.offset,
+            value=record.value,
+            key=record.key,
+            headers=record.headers,
+            error_class=error_class,
+            error_code=code,
+            message=message,
+            attempts=attempts,
+        )
+        topic = self.topic_of(letter.topic)
+
+        def shortened(refused: Refused) -> Outgoing | None:
+            if not isinstance(refused, TooLarge):
+                return None
+            short = letter.shortened(self.max_message_bytes)
+            return Outgoing(topic, short.key, short.value, short.to_headers())
+
+        return Outgoing(topic, letter.key, letter.value, letter.to_headers(), if_refused=shortened)

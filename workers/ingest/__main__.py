@@ -10,6 +10,7 @@ from edje.images import ImageLimits
 from protocols.blob import BlobLayout
 from trt.engine import Engine
 from trt.load import load_engine
+from workers.dead_letters import DeadLetters
 from workers.ingest.address_policy import AddressPolicy
 from workers.ingest.fetch import ImageFetcher
 from workers.ingest.fetch_http import FetchLimits
@@ -58,7 +59,7 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
             topics=shared.topics,
             layout=layout,
             child_headers=reply_headers,
-            max_message_bytes=settings.max_message_bytes,
+            dead_letters=DeadLetters(shared.topics.dead_letter, settings.max_message_bytes, metrics),
             publish_embedding=settings.publish_embedding,
             metrics=metrics,
         ),

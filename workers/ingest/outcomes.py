@@ -12,15 +12,15 @@ import structlog
 from numpy.typing import NDArray
 
 from protocols.blob import BlobLayout
-from protocols.dead_letters import DeadLetter
-from protocols.encoding import CONTENT_TYPE_HEADER, JSON, EventError, content_type_of, decode, encode
+from protocols.encoding import CONTENT_TYPE_HEADER, JSON, EventError, content_type_of, decode, encode, salvage_id
 from protocols.events import ImageIndexed, ImageNew
 from protocols.topics import Topics
-from workers.dead_letters import dead_letter_message
+from workers.dead_letters import DeadLetters
 from workers.ingest.stages import Refusal
 from workers.job import Finished
 from workers.metrics import Metrics
 from workers.ports import Headers, Outgoing, Record
+from workers.tracing import trace_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -34,14 +34,14 @@ class IngestOutcomes:
         topics: Topics,
         layout: BlobLayout,
         child_headers: Callable[[Headers], Headers],
-        max_message_bytes: int,
+        dead_letters: DeadLetters,
         publish_embedding: bool,
         metrics: Metrics,
     ) -> None:
         self._topics = topics
         self._layout = layout
         self._child_headers = child_headers
-        self._max_message_bytes = max_message_bytes
+        self._dead_letters = dead_letters
         self._publish_embedding = publish_embedding
         self._metrics = metrics
 
@@ -81,20 +81,19 @@ class IngestOutcomes:
 
     def refused(self, record: Record, refusal: Refusal) -> Finished:
         """The record can never succeed: its dead letter."""
-        log.warning("image refused", code=refusal.code, error=refusal.message, offset=record.offset)
-        self._metrics.count_event("dead_letter")
-        self._metrics.count_dead_letter(refusal.code)
-        letter = DeadLetter(
-            topic=record.partition.topic,
-            partition=record.partition.number,
+        log.warning(
+            "image refused",
+            image_id=salvage_id(record.value, content_type_of(record.headers), "image_id"),
+            trace_id=trace_id_of(record.headers),
             offset=record.offset,
-            value=record.value,
-            key=record.key,
-            headers=record.headers,
+            code=refusal.code,
+            error=refusal.message,
+        )
+        letter = self._dead_letters.of(
+            record,
             error_class=refusal.error_class,
-            error_code=refusal.code,
+            code=refusal.code,
             message=refusal.message,
             attempts=refusal.attempts,
         )
-        topic = self._topics.dead_letter(record.partition.topic)
-        return Finished(record, (dead_letter_message(letter, topic, self._max_message_bytes),))
+        return Finished(record, (letter,))

@@ -13,6 +13,7 @@ from edje.text import Tokenizer
 from protocols.blob import BlobLayout
 from trt.engine import Engine, EngineInfo
 from trt.load import load_engine, slots_in
+from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured
 from workers.rerank.admission import AdmissionLimits
 from workers.rerank.batching import MicroBatcher
@@ -63,11 +64,10 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         scorer=scorer,
         replies=Replies(
             reply_topic=shared.topics.rerank_responses,
-            dead_letter_topic=shared.topics.dead_letter,
+            dead_letters=DeadLetters(shared.topics.dead_letter, settings.max_message_bytes, metrics),
             model_digest=info.model_digest,
             engine_digest=info.engine_digest,
             reply_headers=reply_headers,
-            max_message_bytes=settings.max_message_bytes,
             metrics=metrics,
         ),
         metrics=metrics,

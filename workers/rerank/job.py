@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-import structlog
-
 from workers.errors import Poison
 from workers.job import Finished
 from workers.metrics import Metrics
@@ -24,8 +22,6 @@ from workers.rerank.loading import SlabLoader
 from workers.rerank.replies import Replies
 from workers.rerank.scoring import BatchScorer
 from workers.rerank.state import ActiveRequest, Deadlines, Piece, ReadyPiece
-
-log = structlog.get_logger(__name__)
 
 #: Pieces in the queue before those of closed requests are first looked for.
 MIN_SWEEP_PIECES = 1024
@@ -92,7 +88,6 @@ class RerankJob:
             reply_topic = reply_topic_of(request, self._limits)
             plan = admit(request, self._limits, self._encode, now=now, wall_now=self._wall_clock())
         except Poison as poison:
-            log.warning("request refused", code=poison.code, error=str(poison), offset=record.offset)
             self._finished.append(self._replies.refused(record, poison, reply_topic))
             return
         active = ActiveRequest.of(record, plan, now)

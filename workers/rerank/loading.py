@@ -19,8 +19,12 @@ from trt.engine import TokenSlab
 from workers.metrics import Metrics
 from workers.rerank.slots import SlotTable
 from workers.rerank.state import Fetch, Piece
+from workers.tracing import trace_id_of
 
 log = structlog.get_logger(__name__)
+
+#: Requests that one line of the log names; more can wait for the same image.
+MAX_NAMED_REQUESTS = 4
 
 #: Fetches blobs by key somewhere else; the future fails only with what ends the worker.
 StartFetch = Callable[[Sequence[str]], "Future[list[bytes | None]]"]
@@ -110,7 +114,7 @@ class SlabLoader:
         self._table.loaded(fetch.images)
         if bad:
             self._table.discard(bad)
-            self._report(bad)
+            self._report(bad, fetch.waiting)
         self._metrics.count_blob_bytes(sum(len(blob) for blob in blobs if blob is not None))
         for piece in fetch.waiting:
             if bad:
@@ -127,14 +131,21 @@ class SlabLoader:
                 self._table.unpin([slot])
                 piece.slots[number] = None
 
-    def _report(self, bad: dict[str, BlobError]) -> None:
+    def _report(self, bad: dict[str, BlobError], pieces: Sequence[Piece]) -> None:
         reasons = Counter(error.reason for error in bad.values())
         for reason, count in reasons.items():
             self._metrics.count_bad_blobs(reason, count)
         unusable = [(image, error) for image, error in bad.items() if not isinstance(error, BlobMissing)]
         if unusable:
             image, error = unusable[0]
-            log.warning("unusable blobs, treated as missing", reasons=dict(reasons), image_id=image, error=str(error))
+            log.warning(
+                "unusable blobs, treated as missing",
+                reasons=dict(reasons),
+                image_id=image,
+                error=str(error),
+                request_ids=[piece.request.plan.request_id for piece in pieces[:MAX_NAMED_REQUESTS]],
+                trace_ids=[trace_id_of(piece.request.record.headers) for piece in pieces[:MAX_NAMED_REQUESTS]],
+            )
 
     def release(self, piece: Piece) -> None:
         """The piece is scored or given up: its slots may be taken for other images."""

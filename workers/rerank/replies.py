@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+import structlog
 
-from protocols.dead_letters import DeadLetter
 from protocols.encoding import (
     CONTENT_TYPE_HEADER,
     JSON,
@@ -25,16 +25,24 @@ from protocols.encoding import (
 )
 from protocols.events import ErrorInfo, RerankRequest, RerankResponse
 from protocols.fields import MAX_ERROR_MESSAGE_CHARS
-from workers.dead_letters import dead_letter_message
+from workers.dead_letters import DeadLetters
 from workers.errors import Poison, Refused, TooLarge
 from workers.job import Finished
 from workers.metrics import Metrics
 from workers.ports import Headers, Outgoing, Record
 from workers.rerank.ranking import NotFinite, rank
 from workers.rerank.state import ActiveRequest
+from workers.tracing import trace_id_of
+
+log = structlog.get_logger(__name__)
 
 #: Decimals of a relevance score on the wire: finer than any engine's rounding, and a third of the bytes.
 SCORE_DECIMALS = 7
+
+
+def about(record: Record, request_id: str | None) -> dict[str, object]:
+    """What every log line about a request carries."""
+    return {"request_id": request_id, "trace_id": trace_id_of(record.headers), "offset": record.offset}
 
 
 class Replies:
@@ -44,20 +52,18 @@ class Replies:
         self,
         *,
         reply_topic: str,
-        dead_letter_topic: Callable[[str], str],
+        dead_letters: DeadLetters,
         model_digest: str,
         engine_digest: str,
         reply_headers: Callable[[Headers], Headers],
-        max_message_bytes: int,
         metrics: Metrics,
     ) -> None:
         """`reply_topic` is where replies go by default, and where the sender learns that they cannot go elsewhere."""
         self._reply_topic = reply_topic
-        self._dead_letter_topic = dead_letter_topic
+        self._dead_letters = dead_letters
         self._model = model_digest
         self._engine = engine_digest
         self._reply_headers = reply_headers
-        self._max_message_bytes = max_message_bytes
         self._metrics = metrics
 
     def read(self, record: Record) -> RerankRequest:
@@ -77,6 +83,7 @@ class Replies:
         try:
             order, relevance_scores = rank(logits, scored if len(absent) else None, plan.top_n)
         except NotFinite as error:
+            log.error("score not finite", **about(active.record, plan.request_id), error=str(error))
             self._metrics.count_event("error")
             return self._error(active.record, plan.request_id, plan.reply_topic, "score_not_finite", str(error))
         missing = list(dict.fromkeys(plan.images[plan.pair_image(pair)] for pair in absent.tolist()))
@@ -109,6 +116,7 @@ class Replies:
             engine=self._engine,
             timings_ms={"total": _ms(now - active.accepted_at)},
         )
+        log.debug("request expired", **about(active.record, plan.request_id))
         self._metrics.count_event("expired")
         self._metrics.count_reply("expired", seconds=now - active.accepted_at, num_pairs=0)
         return self._finished(
@@ -117,27 +125,13 @@ class Replies:
 
     def refused(self, record: Record, poison: Poison, reply_topic: str) -> Finished:
         """The outcome of a message that can never succeed: a dead letter, and a reply if its id can be read."""
-        messages = [self._dead_letter(record, poison)]
+        error_class = type(poison.__cause__ or poison).__name__
+        messages = [self._dead_letters.of(record, error_class=error_class, code=poison.code, message=str(poison))]
         request_id = salvage_id(record.value, content_type_of(record.headers), "request_id")
+        log.warning("request refused", **about(record, request_id), code=poison.code, error=str(poison))
         if request_id is not None:
             messages.extend(self._error(record, request_id, reply_topic, poison.code, str(poison)).messages)
         return Finished(record, tuple(messages))
-
-    def _dead_letter(self, record: Record, poison: Poison) -> Outgoing:
-        letter = DeadLetter(
-            topic=record.partition.topic,
-            partition=record.partition.number,
-            offset=record.offset,
-            value=record.value,
-            key=record.key,
-            headers=record.headers,
-            error_class=type(poison.__cause__ or poison).__name__,
-            error_code=poison.code,
-            message=str(poison),
-        )
-        self._metrics.count_event("dead_letter")
-        self._metrics.count_dead_letter(poison.code)
-        return dead_letter_message(letter, self._dead_letter_topic(letter.topic), self._max_message_bytes)
 
     def _error(self, record: Record, request_id: str, topic: str, code: str, message: str) -> Finished:
         self._metrics.count_reply("error", seconds=None, num_pairs=0)
