@@ -420,3 +420,9 @@ def test_an_error_on_the_polling_thread_is_raised_to_the_taker(kafka, monkeypatc
             return True
 
     eventually(has_raised)
+
+
+def test_a_member_has_joined_once_it_has_its_share_of_the_partitions(bus):
+    inbox = bus.inbox(bus.topic("in"))
+
+    eventually(inbox.joined)

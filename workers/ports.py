@@ -88,6 +88,10 @@ class Inbox(Protocol):
         """Record that everything before these offsets is done. Fails with `Transient` if it was not recorded."""
         ...
 
+    def joined(self) -> bool:
+        """Whether this member has been given its share of the partitions, which may be none, at least once."""
+        ...
+
     def assigned(self) -> frozenset[Partition]:
         """The partitions that are this worker's now."""
         ...

@@ -46,6 +46,7 @@ S = TypeVar("S", bound=WorkerSettings)
 
 #: What a worker waits for before it is ready, in the words of `/readyz`.
 ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS = "engine loaded and warm", "store answers", "broker answers"
+GROUP_JOINED = "consumer group joined"
 #: How often gauges are brought up to date.
 GAUGES_S = 1.0
 #: For the last words to the broker, after the drain.
@@ -130,7 +131,9 @@ class _Signals:
 
 def _run(name: str, settings: S, build: Build[S], stack: ExitStack) -> None:
     clock, metrics, wake = time.monotonic, Metrics(), Wake()
-    health = Health(waits_for=(ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS), stall_limit_s=settings.stall_limit_s)
+    health = Health(
+        waits_for=(ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS, GROUP_JOINED), stall_limit_s=settings.stall_limit_s
+    )
     signals = _Signals(health)
     server = stack.enter_context(
         HealthServer(health, metrics.registry, clock=clock, host=settings.http_host, port=settings.http_port)
@@ -157,7 +160,7 @@ def _run(name: str, settings: S, build: Build[S], stack: ExitStack) -> None:
         on_turn=_Housekeeping(health, server, metrics, inbox, built),
     )
     signals.loop = loop
-    log.info("ready", topic=built.input_topic, group=built.group_id, delivery=settings.delivery)
+    log.info("joining the group", topic=built.input_topic, group=built.group_id, delivery=settings.delivery)
     loop.run()
 
 
@@ -212,12 +215,17 @@ class _Housekeeping:
 
     def __init__(self, health: Health, server: HealthServer, metrics: Metrics, inbox: Inbox, built: Built) -> None:
         self._health, self._server, self._metrics, self._inbox, self._built = health, server, metrics, inbox, built
+        self._has_joined = False
         self._due = 0.0
         self._num_turns = 0
 
     def __call__(self, now: float) -> None:
         self._health.turned(now)
         self._num_turns += 1
+        if not self._has_joined and self._inbox.joined():
+            self._has_joined = True
+            self._health.met(GROUP_JOINED)
+            log.info("ready")
         if now < self._due:
             return
         self._due = now + GAUGES_S

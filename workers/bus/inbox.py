@@ -93,6 +93,7 @@ class KafkaInbox:
         self._beyond: dict[Partition, int] = {}  # messages that are not polled yet, as of the last look
         self._look_due = 0.0
         self._error: BaseException | None = None
+        self._joined = False
         self._closing = False
         self._consumer = started(
             KafkaConsumer,
@@ -143,6 +144,9 @@ class KafkaInbox:
     def _commit(self, offsets: dict[Partition, int]) -> None:
         with translating():
             self._consumer.commit(kafka_offsets(offsets), timeout_ms=int(COMMIT_TIMEOUT_S * 1000))
+
+    def joined(self) -> bool:
+        return self._joined
 
     def assigned(self) -> frozenset[Partition]:
         return frozenset(Partition(*partition) for partition in self._consumer.assignment())
@@ -216,8 +220,12 @@ class KafkaInbox:
         kafka-python 3.0.12 forgets one that it began because the topic's partitions had changed (at a first start they
         appear after the first join): the member then has nothing assigned and sends no heartbeats, for ever.
         """
-        if self._consumer.group_metadata().state is MemberState.REBALANCING:
+        state = self._consumer.group_metadata().state
+        if state is MemberState.REBALANCING:
             self._consumer._coordinator.request_rejoin()
+        elif state is MemberState.STABLE and not self._joined:
+            self._joined = True
+            self._wake()
 
     def _look_around(self) -> None:
         """On the polling thread, because only there none of the calls can meet a rebalance or block the loop."""

@@ -120,6 +120,9 @@ class MemoryInbox:
             committed.set_result(None)
         return committed
 
+    def joined(self) -> bool:
+        return True
+
     def assigned(self) -> frozenset[Partition]:
         return frozenset(self._positions)
 
