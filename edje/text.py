@@ -6,7 +6,6 @@ On the hot path of the rerank worker: imports neither torch nor the model.
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
@@ -57,7 +56,3 @@ class Tokenizer:
         """Ids with [CLS] and [SEP], at most `max_text_tokens`; the caption alone is cut."""
         text = text[: self._max_chars]
         return self._tokenizer.encode(canonical_caption(text) if self._canonical else text).ids
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for each text, in order. One after the other: the library's own threads would take the engine's."""
-        return [self.encode(text) for text in texts]

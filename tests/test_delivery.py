@@ -250,6 +250,19 @@ def test_what_was_dropped_is_neither_sent_again_nor_committed():
     assert bench.delivery.settled()
 
 
+def test_what_fails_after_it_was_dropped_is_not_sent_again():
+    bench = AtLeastOnceBench()
+    bench.delivery.begin(record(0, A))
+    bench.finish(0, reply(), partition=A)
+
+    bench.delivery.drop([A])
+    bench.outbox.settle(0, Transient("away"))
+    bench.turn(now=10.0)
+    bench.turn(now=LATER)
+
+    assert len(bench.outbox.sent) == 1
+
+
 @given(st.permutations(range(6)), st.lists(st.booleans(), min_size=6, max_size=6))
 def test_in_whatever_order_acknowledgements_come_no_unacknowledged_message_is_committed(order, fails_first):
     bench = AtLeastOnceBench()

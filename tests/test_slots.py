@@ -18,7 +18,6 @@ def filled(num_slots: int, keys: str) -> SlotTable:
     table = SlotTable(num_slots)
     for key in keys:
         slots = table.reserve([key])
-        table.loaded([key])
         table.unpin(slots)
     return table
 
@@ -58,15 +57,11 @@ def test_more_than_is_available_is_refused_and_changes_nothing():
     assert table.pin_present(["a", "b", "c"])[1] == ["c"]
 
 
-def test_a_reserved_image_is_loading_until_it_is_loaded():
+def test_a_reserved_image_has_its_slot_at_once():
     table = SlotTable(2)
     slots = table.reserve(["a"])
 
-    assert table.is_loading("a")
     assert table.pin_present(["a"]) == (slots, [])
-    table.loaded(["a"])
-
-    assert not table.is_loading("a")
 
 
 def test_a_discarded_image_is_absent_at_once_and_its_slot_free_after_the_last_pin():
@@ -76,7 +71,6 @@ def test_a_discarded_image_is_absent_at_once_and_its_slot_free_after_the_last_pi
 
     table.discard(["a", "never seen"])
     assert table.pin_present(["a"]) == ([None], ["a"])
-    assert not table.is_loading("a")
     table.unpin(slots)
     assert table.num_available() == 0
     table.unpin(slots)

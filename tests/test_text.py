@@ -78,12 +78,6 @@ def test_any_text_tokenises_within_the_limits(tokenizer, text):
     assert max(ids) < VARIANTS["tiny"].joint.vocab_size
 
 
-def test_many_captions_are_encoded_like_one(tokenizer):
-    texts = ["a dog", "", "two cats on a mat"]
-
-    assert tokenizer.encode_many(texts) == [tokenizer.encode(text) for text in texts]
-
-
 def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(CheckpointMismatch, match="another model"):
         Tokenizer(character_tokenizer().to_str(), VARIANTS["paper-l16"])

@@ -11,12 +11,13 @@ import random
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import structlog
 
+from workers.committer import RETRY_BASE_S, Committer, Counts
 from workers.errors import Refused, Transient
 from workers.job import Finished
 from workers.ledger import Done, Ledger, commit_offsets
@@ -24,8 +25,8 @@ from workers.ports import Inbox, Outbox, Outgoing, Partition, Record, Transactio
 
 log = structlog.get_logger(__name__)
 
-#: First and longest pause before the same messages are tried again; doubled each time, with full jitter.
-RETRY_BASE_S, RETRY_CAP_S = 0.1, 5.0
+#: Longest pause before the same messages are tried again; it is doubled each time, with full jitter.
+RETRY_CAP_S = 5.0
 #: Records in one transaction: enough to amortise its round trips, few enough to stay far below its time limit.
 MAX_TRANSACTION_RECORDS = 1000
 
@@ -33,14 +34,6 @@ MAX_TRANSACTION_RECORDS = 1000
 def retry_pause_s(attempt: int) -> float:
     """Exponential backoff with full jitter for the given attempt, counted from 1."""
     return random.uniform(0, min(RETRY_CAP_S, RETRY_BASE_S * 2 ** min(attempt, 10)))
-
-
-class Counts(Protocol):
-    """Whom a delivery tells what it does."""
-
-    def count_commit(self) -> None: ...
-
-    def count_retry(self, kind: Literal["publish", "commit"]) -> None: ...
 
 
 class Delivery(Protocol):
@@ -68,55 +61,6 @@ class Delivery(Protocol):
 
 
 @dataclass(slots=True)
-class _Committer:
-    """Commits offsets at an interval, one commit at a time; what failed is committed again with the next."""
-
-    inbox: Inbox
-    interval_s: float
-    wake: Callable[[], None]
-    counts: Counts
-    _waiting: dict[Partition, int] = field(default_factory=dict)
-    _flying: dict[Partition, int] = field(default_factory=dict)
-    _commit: Future[None] | None = None
-    _due: float = 0.0
-
-    def add(self, offsets: dict[Partition, int]) -> None:
-        self._waiting.update(offsets)
-
-    def turn(self, now: float) -> None:
-        if self._commit is not None and self._commit.done():
-            commit, self._commit = self._commit, None
-            try:
-                commit.result()
-                self.counts.count_commit()
-            except Transient:
-                self.counts.count_retry("commit")
-                self._waiting = {**self._flying, **self._waiting}
-                self._due = now + max(self.interval_s, RETRY_BASE_S)
-            self._flying = {}
-        if self._waiting and self._commit is None and now >= self._due:
-            self._flying, self._waiting = self._waiting, {}
-            self._due = now + self.interval_s
-            self._commit = self.inbox.commit(self._flying)
-            self._commit.add_done_callback(lambda _: self.wake())
-
-    def hurry(self) -> None:
-        self._due = 0.0
-
-    def wants_turn_in_s(self, now: float) -> float | None:
-        return max(0.0, self._due - now) if self._waiting and self._commit is None else None
-
-    def settled(self, partitions: Collection[Partition] | None) -> bool:
-        outstanding = {*self._waiting, *self._flying}
-        return not (outstanding if partitions is None else outstanding & set(partitions))
-
-    def drop(self, partitions: Collection[Partition]) -> None:
-        for partition in partitions:
-            self._waiting.pop(partition, None)
-            self._flying.pop(partition, None)
-
-
-@dataclass(slots=True)
 class _Unacknowledged:
     record: Record
     remaining: int
@@ -132,7 +76,7 @@ class AtLeastOnce:
         self._counts = counts
         self._wake = wake
         self._ledger: Ledger[None] = Ledger()
-        self._committer = _Committer(inbox, commit_interval_s, wake, counts)
+        self._committer = Committer(inbox, commit_interval_s, wake, counts)
         self._acknowledged: deque[tuple[_Unacknowledged, Outgoing, int, BaseException | None]] = deque()
         self._retries: list[tuple[float, _Unacknowledged, Outgoing, int]] = []
 
@@ -170,6 +114,8 @@ class AtLeastOnce:
     def _settle(
         self, entry: _Unacknowledged, message: Outgoing, attempt: int, error: BaseException | None, *, now: float
     ) -> None:
+        if error is not None and not self._ledger.is_open(entry.record.partition, entry.record.offset):
+            return  # dropped meanwhile: it is another worker's to answer
         match error:
             case None:
                 entry.remaining -= 1

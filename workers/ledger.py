@@ -82,6 +82,10 @@ class Ledger(Generic[T]):
             for entry in self._entries.pop(partition, ()):
                 del self._index[partition, entry.offset]
 
+    def is_open(self, partition: Partition, offset: int) -> bool:
+        """Whether this message is in work here."""
+        return (partition, offset) in self._index
+
     def num_open(self, partitions: Collection[Partition] | None = None) -> int:
         """Messages entered and not yet taken, in these partitions or in all."""
         if partitions is None:

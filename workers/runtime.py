@@ -1,6 +1,6 @@
 """What both workers are made of, put together: settings, logs, health, store, bus, delivery, loop, signals.
 
-Each worker adds its job. Here and in the two workers is where adapters are named; everything else knows ports.
+Each worker adds its job. Of a worker only this module names adapters; everything else knows ports.
 """
 
 from __future__ import annotations

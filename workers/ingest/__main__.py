@@ -1,4 +1,4 @@
-"""The ingest worker: `python -m workers.ingest`. Names its adapters and its engine, and nothing else."""
+"""The ingest worker: `python -m workers.ingest`. Puts the job together over its engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rerank worker: `python -m workers.rerank`. Names its adapters and its engine, and nothing else."""
+"""The rerank worker: `python -m workers.rerank`. Puts the job together over its engine."""
 
 from __future__ import annotations
 

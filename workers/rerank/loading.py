@@ -111,7 +111,6 @@ class SlabLoader:
         bad = {image: error for image, error in zip(fetch.images, errors, strict=True) if error is not None}
         for image in fetch.images:
             del self._fetch_of[image]
-        self._table.loaded(fetch.images)
         if bad:
             self._table.discard(bad)
             self._report(bad, fetch.waiting)

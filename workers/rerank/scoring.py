@@ -47,10 +47,6 @@ class BatchScorer:
         self._executor = executor
         self._flying: deque[Future[ScoredBatch]] = deque()
 
-    @property
-    def num_flying(self) -> int:
-        return len(self._flying)
-
     def has_room(self) -> bool:
         return len(self._flying) < MAX_BATCHES
 

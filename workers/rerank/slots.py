@@ -1,7 +1,8 @@
 """The bookkeeping of the token slab: which image lies in which slot, what is in use, what goes next.
 
-Pure: the memory belongs to the engine. A slot is *loading* from its reservation until its blob is written, *pinned*
-while a pair that needs it is in work, and otherwise free to be taken for another image, least recently used first.
+Pure: the memory belongs to the engine, and whether a blob has arrived in its slot is for the one who fills it to know.
+A slot is *pinned* from its reservation on while a pair that needs it is in work, and otherwise free to be taken for
+another image, least recently used first.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ class SlotTable:
             raise ValueError("a token slab needs at least one slot")
         self.num_slots = num_slots
         self.num_evicted = 0
-        self._slots: OrderedDict[str, int] = OrderedDict()  # oldest use first; resident and loading
-        self._loading: set[str] = set()
+        self._slots: OrderedDict[str, int] = OrderedDict()  # oldest use first
         self._free = list(range(num_slots - 1, -1, -1))
         self._pins = [0] * num_slots
         self._num_pinned = 0
@@ -33,7 +33,7 @@ class SlotTable:
         return self.num_slots - self._num_pinned
 
     def pin_present(self, keys: Sequence[str]) -> tuple[list[int | None], list[str]]:
-        """Pin every key that has a slot, resident or loading; returns a slot or None per key, and the keys without.
+        """Pin every key that has a slot; returns a slot or None per key, and the keys without.
 
         Keys are distinct. What is pinned stays until `unpin`.
         """
@@ -52,7 +52,7 @@ class SlotTable:
         return slots, absent
 
     def reserve(self, keys: Sequence[str]) -> list[int]:
-        """Give each key (none of which has a slot) a pinned slot in state loading, evicting where needed.
+        """Give each key (none of which has a slot) a pinned slot, evicting where needed.
 
         Raises `IndexError` when fewer than `len(keys)` slots are available; ask `num_available` first.
         """
@@ -62,7 +62,6 @@ class SlotTable:
         for key in keys:
             slot = self._free.pop() if self._free else self._evict()
             self._slots[key] = slot
-            self._loading.add(key)
             self._pins[slot] = 1
             self._num_pinned += 1
             slots.append(slot)
@@ -77,20 +76,12 @@ class SlotTable:
                 return slot
             self._slots[key] = slot
 
-    def is_loading(self, key: str) -> bool:
-        return key in self._loading
-
-    def loaded(self, keys: Iterable[str]) -> None:
-        """These reserved slots now hold their image."""
-        self._loading.difference_update(keys)
-
     def discard(self, keys: Iterable[str]) -> None:
         """These images are not to be had: their slots are free again once nobody pins them.
 
         The slots leave the table at once, so that the next request asks the store again.
         """
         for key in keys:
-            self._loading.discard(key)
             slot = self._slots.pop(key, None)
             if slot is not None and self._pins[slot] == 0:
                 self._free.append(slot)
