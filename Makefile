@@ -6,7 +6,7 @@ PYTHON  := $(VENV)/bin/python
 UV      := $(VENV)/bin/uv
 LOCK    := requirements/everything.txt
 # The lock holds the CUDA build of torch; another build (UV_TORCH_BACKEND=cpu) leaves these out and takes its own.
-TORCH   := ^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==
+TORCH   := ^(torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
 # The system's certificates, so that everything also works behind a proxy that inspects TLS.
@@ -44,7 +44,7 @@ soak: $(READY) ## 10,000 requests while workers are killed and Redis restarts, e
 	@$(PYTHON) benchmarks/soak.py --requests 10000 --delivery exactly_once
 
 lock: $(READY) ## Pin the newest allowed version of every dependency, with hashes
-	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --output-file $(LOCK)
+	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --extra train --output-file $(LOCK)
 	echo uv | $(COMPILE) --upgrade - --output-file requirements/uv.txt
 
 clean: ## Remove the environment, caches and the demo's output
@@ -66,7 +66,7 @@ $(READY): $(VENV)/.uv $(LOCK) pyproject.toml
 ifdef UV_TORCH_BACKEND
 	@awk '/^[a-z]/ {drop = /$(TORCH)/} !drop' $(LOCK) > $(VENV)/without-torch.txt
 	@$(UV) pip sync --require-hashes --compile-bytecode $(VENV)/without-torch.txt requirements/uv.txt
-	@$(UV) pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))"
+	@$(UV) pip install --quiet $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ]*\).*/\1/p' $(LOCK))
 else
 	@$(UV) pip sync --require-hashes --compile-bytecode $(LOCK) requirements/uv.txt
 endif

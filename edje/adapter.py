@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edje.config import AdapterConfig, VisionConfig
-from edje.layers import CrossAttention, Mlp
+from edje.config import AdapterConfig, JointConfig
+from edje.layers import Attention, CrossAttention, Mlp
+from edje.vision_config import VisionConfig
 
 
 class CompressionAdapter(nn.Module):
@@ -45,8 +46,55 @@ class LocalAdapter(nn.Module):
         return self.fc2(functional.gelu(self.fc1(patches)))  # type: ignore[no-any-return]
 
 
-def build_adapter(config: AdapterConfig, vision: VisionConfig, out_dim: int) -> CompressionAdapter | LocalAdapter:
+class DecoderBlock(nn.Module):
+    """Queries look at each other, then at the patches; each step is normalised after it has mixed."""
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.attention = Attention(dim, num_heads)
+        self.attention_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.cross = CrossAttention(dim, num_heads)
+        self.cross_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, hidden_dim)
+        self.mlp_norm = nn.LayerNorm(dim, eps=norm_eps)
+
+    def forward(self, hidden: Tensor, patches: Tensor) -> Tensor:  # (B, m, d), (B, S, d) -> (B, m, d)
+        hidden = self.attention_norm(hidden + self.attention(hidden))
+        hidden = self.cross_norm(hidden + self.cross(hidden, patches, patches))
+        return self.mlp_norm(hidden + self.mlp(hidden))  # type: ignore[no-any-return]
+
+
+class DecoderAdapter(nn.Module):
+    """Learned queries read the patches in a few decoder layers, all in the joint encoder's width.
+
+    With two layers 16 tokens lose 0.2 points against many (arXiv 2610.11850).
+    """
+
+    def __init__(self, config: AdapterConfig, vision: VisionConfig, joint: JointConfig) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, config.num_tokens, joint.dim))
+        self.narrow = nn.Linear(vision.dim, joint.dim)
+        self.norm = nn.LayerNorm(joint.dim, eps=joint.norm_eps)
+        self.layers = nn.ModuleList(
+            DecoderBlock(joint.dim, joint.num_heads, config.hidden_dim, joint.norm_eps)
+            for _ in range(config.num_layers)
+        )
+
+    def forward(self, patches: Tensor) -> Tensor:  # (B, S, D) -> (B, m, d)
+        patches = self.norm(self.narrow(patches))
+        hidden = self.query.expand(patches.shape[0], -1, -1)
+        for layer in self.layers:
+            hidden = layer(hidden, patches)
+        return hidden
+
+
+Adapter = CompressionAdapter | LocalAdapter | DecoderAdapter
+
+
+def build_adapter(config: AdapterConfig, vision: VisionConfig, joint: JointConfig) -> Adapter:
     """The adapter of this kind, uninitialised."""
     if config.kind == "local":
-        return LocalAdapter(config, vision, out_dim)
-    return CompressionAdapter(config, vision, out_dim)
+        return LocalAdapter(config, vision, joint.dim)
+    if config.kind == "decoder":
+        return DecoderAdapter(config, vision, joint)
+    return CompressionAdapter(config, vision, joint.dim)

@@ -6,6 +6,7 @@ saves and loads the model itself.
     config.json        format version, model digest, configuration
     model.safetensors  the weights
     tokenizer.json     the tokenizer, in the `tokenizers` library's format
+    vision.onnx        the vision tower's graph, where the tower is one
 
 Errors:
 
@@ -31,6 +32,7 @@ from edje.config import EdjeConfig, canonical_json, parse_config
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
+GRAPH_FILE = "vision.onnx"
 #: Hexadecimal digits of a digest: 64 bits, as it stands in store keys and replies.
 DIGEST_CHARS = 16
 #: The limit that the safetensors library itself sets for a header.
@@ -92,6 +94,17 @@ def read_tokenizer_json(checkpoint: Path) -> str:
     return _read(checkpoint, TOKENIZER_FILE)
 
 
+def read_graph(checkpoint: Path, config: EdjeConfig) -> bytes | None:
+    """The content of the vision tower's ONNX graph; None where the tower is none."""
+    if config.vision.kind != "onnx":
+        return None
+    path = checkpoint / GRAPH_FILE
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointIncomplete(f"{path} cannot be read: {error.strerror}") from error
+
+
 def read_digest(checkpoint: Path) -> str:
     """The model digest, taken anew over the whole content and compared with the recorded one."""
     recorded, config = _read_envelope(checkpoint)
@@ -107,7 +120,7 @@ def read_digest(checkpoint: Path) -> str:
 def digest_of(checkpoint: Path, config: EdjeConfig) -> str:
     """SHA-256 over what the model is: configuration, tokenizer, and each tensor's name, type, shape and bytes.
 
-    Neither file names nor the order or metadata of the weights' file count.
+    A tower's ONNX graph counts byte by byte. Neither file names nor the order or metadata of the weights' file count.
     """
     digest = hashlib.sha256(b"edje checkpoint\n")
     try:
@@ -116,6 +129,9 @@ def digest_of(checkpoint: Path, config: EdjeConfig) -> str:
         raise CheckpointIncomplete(f"{checkpoint / TOKENIZER_FILE} is not whole: {error}") from error
     for part in (canonical_json(config), tokenizer):
         digest.update(hashlib.sha256(part.encode()).digest())
+    graph = read_graph(checkpoint, config)
+    if graph is not None:
+        digest.update(hashlib.sha256(graph).digest())
     path = checkpoint / WEIGHTS_FILE
     try:
         with path.open("rb") as file:

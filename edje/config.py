@@ -10,66 +10,94 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
-Count = Annotated[int, Field(gt=0)]
-
-_CLOSED = ConfigDict(extra="forbid", strict=True)
-
-
-@dataclass(frozen=True, slots=True)
-class VisionConfig:
-    """A vision tower in SigLIP layout: square patches, no class token, an attention head that pools."""
-
-    __pydantic_config__ = _CLOSED
-
-    patch_size: Count
-    dim: Count
-    num_layers: Count
-    num_heads: Count
-    hidden_dim: Count
-    norm_eps: float = 1e-6
+from edje.vision_config import CLOSED as _CLOSED
+from edje.vision_config import Count, VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """From patch tokens to the visual tokens that are stored.
 
-    `compression` attends from `num_tokens` learned queries; `local` maps every patch by itself (the teacher).
+    `compression` attends from `num_tokens` learned queries; `local` maps every patch by itself (the teacher);
+    `decoder` is compression by `num_layers` decoder layers in the joint encoder's width, as VEDJE does it.
     """
 
     __pydantic_config__ = _CLOSED
 
-    kind: Literal["compression", "local"]
+    kind: Literal["compression", "local", "decoder"]
     num_tokens: Count
     hidden_dim: Count = 8192
+    num_layers: Count = 2  # of a decoder
+
+
+@dataclass(frozen=True, slots=True)
+class FirstStageConfig:
+    """How a first-stage score enters the head: standardised with the training pairs' `mean` and `std`."""
+
+    __pydantic_config__ = _CLOSED
+
+    mean: float
+    std: Annotated[float, Field(gt=0)]
+    hidden_dim: Count = 64
 
 
 @dataclass(frozen=True, slots=True)
 class JointConfig:
-    """A joint encoder in BERT layout. `vocab_size` counts the `<image>` token, `sep_id` closes the sequence."""
+    """What reads a caption and an image's visual tokens, in BERT layout.
+
+    `full` is the paper's encoder: every layer reads both. The others read text and image apart first, in `text_layers`
+    (once per query) and `visual_layers` (once per image, offline), and meet later: `late` in `num_layers` layers over
+    both, `minimal` in `num_layers` layers that update the text alone, `maxsim` in no layer at all.
+    `vocab_size` counts the `<image>` token, `sep_id` closes the sequence of `full`.
+    """
 
     __pydantic_config__ = _CLOSED
 
     dim: Count
-    num_layers: Count
+    num_layers: Annotated[int, Field(ge=0)]
     num_heads: Count
     hidden_dim: Count
     vocab_size: Count
     sep_id: int
     max_positions: Count = 512
     norm_eps: float = 1e-12
+    kind: Literal["full", "late", "minimal", "maxsim"] = "full"
+    text_layers: Annotated[int, Field(ge=0)] = 0
+    visual_layers: Annotated[int, Field(ge=0)] = 0
+    match_dim: Annotated[int, Field(ge=0)] = 0  # width in which text and visual tokens are compared; 0: they are not
+    first_stage: FirstStageConfig | None = None  # the head reads the first stage's score as well
+
+    @property
+    def apart(self) -> bool:
+        """Whether text and image are read apart before they meet."""
+        return self.kind != "full"
+
+    def __post_init__(self) -> None:
+        if self.kind == "full" and (self.text_layers or self.visual_layers or self.match_dim):
+            raise ValueError(
+                "0 text layers, 0 visual layers and no matching belong to kind 'full': it reads all at once"
+            )
+        if (self.kind == "maxsim") != (self.num_layers == 0):
+            raise ValueError(f"{self.num_layers} layers after the meeting do not make the kind {self.kind!r}")
+        if self.kind == "maxsim" and not self.match_dim:
+            raise ValueError("kind 'maxsim' compares tokens: its match_dim cannot be 0")
 
 
 @dataclass(frozen=True, slots=True)
 class PreprocessConfig:
-    """What happens to pixels and captions before the model sees them."""
+    """What happens to pixels and captions before the model sees them.
+
+    Every picture is squeezed to a square, whatever its tower's published preprocessing does.
+    """
 
     __pydantic_config__ = _CLOSED
 
     image_size: Count
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: Literal["bilinear", "bicubic"] = "bilinear"  # of SigLIP 2; SigLIP 1 and CLIP were trained on bicubic
     canonical_captions: bool = True  # lower case, punctuation removed, as in training
     max_caption_pieces: Count = 61  # word pieces, without [CLS] and [SEP]
 
@@ -94,16 +122,13 @@ class EdjeConfig:
 
     def __post_init__(self) -> None:
         vision, joint, adapter = self.vision, self.joint, self.adapter
-        if self.preprocess.image_size % vision.patch_size:
-            raise ValueError(
-                f"{self.preprocess.image_size} pixels are no whole number of {vision.patch_size}-pixel patches"
-            )
         if vision.dim % vision.num_heads or joint.dim % joint.num_heads:
             raise ValueError(
                 f"widths {vision.dim} and {joint.dim} do not divide into {vision.num_heads} and {joint.num_heads} heads"
             )
-        if adapter.kind == "local" and adapter.num_tokens != self.num_patches:
-            raise ValueError(f"a local adapter keeps all {self.num_patches} patch tokens, not {adapter.num_tokens}")
+        num_patches = self.num_patches  # refuses an image that is no whole number of patches
+        if adapter.kind == "local" and adapter.num_tokens != num_patches:
+            raise ValueError(f"a local adapter keeps all {num_patches} patch tokens, not {adapter.num_tokens}")
         if joint.max_positions < self.max_sequence:
             raise ValueError(f"{joint.max_positions} positions for sequences of {self.max_sequence} tokens")
         if not 0 <= joint.sep_id < joint.vocab_size:
@@ -111,12 +136,14 @@ class EdjeConfig:
 
     @property
     def num_patches(self) -> int:
-        return int((self.preprocess.image_size // self.vision.patch_size) ** 2)
+        return self.vision.num_tokens(self.preprocess.image_size)
 
     @property
     def max_sequence(self) -> int:
-        """The longest joint sequence: caption with [CLS] and [SEP], visual tokens, last [SEP]."""
-        return self.preprocess.max_text_tokens + self.adapter.num_tokens + 1
+        """The longest sequence that shares BERT's positions: the caption with [CLS] and [SEP], and for an encoder that
+        reads all at once the visual tokens and the last [SEP]."""
+        num_text = self.preprocess.max_text_tokens
+        return num_text if self.joint.apart else num_text + self.adapter.num_tokens + 1
 
 
 @cache

@@ -1,8 +1,9 @@
 """The joint encoder: reads a caption and an image's visual tokens together and gives one logit.
 
-BERT's layout over `[CLS] caption [SEP] v_1 ... v_m [SEP]`. What depends on the text alone (`embed_queries`) is apart
+BERT's layout over `[CLS] caption [SEP] v_1 ... v_m [SEP]`. What depends on the text alone (`encode_queries`) is apart
 from what depends on the pair (`score`), so a query is embedded once for all its candidates.
 Embeddings and head compute in their own precision, the layers in theirs: `layers` may be turned to bf16 alone.
+`edje.apart` has the encoders in which text and image meet later; `build_joint` picks.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from edje.config import JointConfig
-from edje.layers import Attention, Mlp
+from edje.head import FirstStageInput, MatchingHead
+from edje.layers import Attention, KeysValues, Mlp
 
-_TEXT, _IMAGE = 0, 1  # token types; the last [SEP] counts as image
+TEXT, IMAGE = 0, 1  # token types; the last [SEP] counts as image
 
 
 class JointBlock(nn.Module):
@@ -28,50 +30,88 @@ class JointBlock(nn.Module):
         self.mlp = Mlp(config.dim, config.hidden_dim)
         self.mlp_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, d), (B, 1, 1, S) -> (B, S, d)
-        return self._finish(hidden, self.attention(hidden, mask))
+    def forward(self, hidden: Tensor, mask: Tensor | None, beside: KeysValues | None = None) -> Tensor:
+        """(B, S, d), (B, 1, 1, S) -> (B, S, d)"""
+        return self._finish(hidden, self.attention(hidden, mask, beside))
 
-    def first(self, hidden: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, d), (B, 1, 1, S) -> (B, 1, d)
-        """What `forward` gives for [CLS]; nobody reads the other tokens of the last layer."""
-        return self._finish(hidden[:, :1], self.attention.first(hidden, mask))
+    def first(self, hidden: Tensor, mask: Tensor | None, beside: KeysValues | None = None) -> Tensor:
+        """What `forward` gives for [CLS], (B, 1, d): nobody reads the other tokens of the last layer."""
+        return self._finish(hidden[:, :1], self.attention.first(hidden, mask, beside))
 
     def _finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         hidden = self.attention_norm(hidden + mixed)
         return self.mlp_norm(hidden + self.mlp(hidden))  # type: ignore[no-any-return]
 
 
-class JointEncoder(nn.Module):
-    """Embeddings, layers, pooler and the matching head."""
+class TextEmbeddings(nn.Module):
+    """Words, positions and types of BERT, and the norm over their sum."""
 
     def __init__(self, config: JointConfig) -> None:
         super().__init__()
-        self.sep_id = config.sep_id
-        self.words = _table(config.vocab_size, config.dim)
-        self.positions = _table(config.max_positions, config.dim)
-        self.types = _table(2, config.dim)
+        self.words = table(config.vocab_size, config.dim)
+        self.positions = table(config.max_positions, config.dim)
+        self.types = table(2, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.layers = nn.ModuleList(JointBlock(config) for _ in range(config.num_layers))
-        self.pooler = nn.Linear(config.dim, config.dim)
-        self.head = nn.Linear(config.dim, 1)
 
-    def embed_queries(self, text_ids: Tensor) -> Tensor:  # (Q, T) -> (Q, T, d)
-        """Captions with their [CLS] and [SEP], padded on the right with any token: `score` masks the padding."""
+    def embed_text(self, text_ids: Tensor) -> Tensor:  # (Q, T) -> (Q, T, d)
         positions = self.positions.weight[: text_ids.shape[1]]
-        return self.norm(self.words(text_ids) + positions + self.types.weight[_TEXT])  # type: ignore[no-any-return]
+        return self.norm(self.words(text_ids) + positions + self.types.weight[TEXT])  # type: ignore[no-any-return]
 
-    def score(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> Tensor:
-        """(B, T, d) embedded captions, (B, m, d) visual tokens -> (B,) logits.
+
+class JointEncoder(TextEmbeddings):
+    """Embeddings, layers over both sequences at once, and the matching head."""
+
+    def __init__(self, config: JointConfig) -> None:
+        super().__init__(config)
+        self.sep_id = config.sep_id
+        self.layers = nn.ModuleList(JointBlock(config) for _ in range(config.num_layers))
+        self.head = MatchingHead(config)
+
+    @property
+    def score_input(self) -> FirstStageInput | None:
+        """Where the first stage's score comes in, if this encoder reads it."""
+        return self.head.first_stage
+
+    def encode_visual(self, visual: Tensor) -> Tensor:  # (B, m, d) -> (B, m, d)
+        """What is stored of an image: the adapter's tokens as they are."""
+        return visual
+
+    def encode_queries(self, text_ids: Tensor, text_lengths: Tensor | None = None) -> Tensor:  # (Q, T) -> (Q, T, d)
+        """Captions with their [CLS] and [SEP], padded on the right with any token: `score` masks the padding."""
+        return self.embed_text(text_ids)
+
+    def score(
+        self,
+        text: Tensor,
+        visual: Tensor,
+        text_lengths: Tensor | None = None,
+        first_stage: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, d) encoded captions, (B, m, d) stored tokens -> (B,) logits.
 
         `text_lengths` (B,) says how much of each caption is not padding; None means that none of it is.
+        `first_stage` (B,) is what the first stage gave, for a head that reads it; NaN where it gave nothing.
         """
-        images = self._embed_images(visual, text.shape[1], text_lengths)
-        mask = None if text_lengths is None else self._mask(text, images, text_lengths)
+        hidden, mask = self._join(text, visual, text_lengths)
         *layers, last = (cast(JointBlock, layer) for layer in self.layers)
-        hidden = torch.cat((text, images), dim=1).to(last.mlp.fc1.weight.dtype)
         for layer in layers:
             hidden = layer(hidden, mask)
-        first = last.first(hidden, mask)[:, 0].to(self.pooler.weight.dtype)
-        return self.head(torch.tanh(self.pooler(first)))[:, 0]  # type: ignore[no-any-return]
+        return self.head(last.first(hidden, mask)[:, 0], first_stage)  # type: ignore[no-any-return]
+
+    def read(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None) -> Tensor:
+        """The caption's tokens after the last layer, (B, T, d): read with the image, or (None) without one."""
+        hidden, mask = self._join(text, visual, text_lengths)
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        return hidden[:, : text.shape[1]]
+
+    def _join(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Both sequences as one (B, S, d) in the layers' precision, and what of it may be looked at (B, 1, 1, S)."""
+        images = None if visual is None else self._embed_images(visual, text.shape[1], text_lengths)
+        num_images = 0 if images is None else images.shape[1]
+        mask = None if text_lengths is None else visible(text_lengths, text.shape[1], num_images)
+        hidden = text if images is None else torch.cat((text, images), dim=1)
+        return hidden.to(compute_dtype(self.layers)), mask
 
     def _embed_images(self, visual: Tensor, num_text: int, text_lengths: Tensor | None) -> Tensor:
         """Visual tokens and the last [SEP] at the positions that follow the caption: (B, m + 1, d)."""
@@ -82,32 +122,22 @@ class JointEncoder(nn.Module):
             positions = self.positions(text_lengths[:, None] + torch.arange(after, device=visual.device))
         last = self.words.weight[self.sep_id].expand(visual.shape[0], 1, -1)
         words = torch.cat((visual.to(last.dtype), last), dim=1)
-        return self.norm(words + positions + self.types.weight[_IMAGE])  # type: ignore[no-any-return]
-
-    @staticmethod
-    def _mask(text: Tensor, images: Tensor, text_lengths: Tensor) -> Tensor:
-        """True where a token may be looked at: (B, 1, 1, S)."""
-        is_text = torch.arange(text.shape[1], device=text.device) < text_lengths[:, None]
-        is_image = torch.ones(images.shape[:2], dtype=torch.bool, device=text.device)
-        return torch.cat((is_text, is_image), dim=1)[:, None, None, :]
+        return self.norm(words + positions + self.types.weight[IMAGE])  # type: ignore[no-any-return]
 
 
-def joint_flops(config: JointConfig, num_text: int, num_visual: int, *, cls_only_last_layer: bool = False) -> int:
-    """Floating-point operations of the layers for one pair; `num_text` counts the caption's [CLS] and [SEP].
-
-    Two per multiply-add, matrix products only: norms, GELU and softmax add under one percent.
-    """
-    sequence = num_text + num_visual + 1
-    d, f = config.dim, config.hidden_dim
-    layer = 2 * (4 * d * d + 2 * d * f) * sequence + 4 * d * sequence * sequence
-    if not cls_only_last_layer:
-        return config.num_layers * layer
-    keys_and_values = 2 * 2 * d * d * sequence
-    for_cls = 2 * (2 * d * d + 2 * d * f) + 4 * d * sequence
-    return (config.num_layers - 1) * layer + keys_and_values + for_cls
+def visible(text_lengths: Tensor, num_text: int, num_images: int) -> Tensor:
+    """True where a token may be looked at, padding of the text aside: (B, 1, 1, num_text + num_images)."""
+    is_text = torch.arange(num_text, device=text_lengths.device) < text_lengths[:, None]
+    is_image = is_text.new_ones((len(text_lengths), num_images))
+    return torch.cat((is_text, is_image), dim=1)[:, None, None, :]
 
 
-def _table(num_rows: int, dim: int) -> nn.Embedding:
+def compute_dtype(layers: nn.ModuleList) -> torch.dtype:
+    """What the layers compute in."""
+    return next(layers.parameters()).dtype
+
+
+def table(num_rows: int, dim: int) -> nn.Embedding:
     """An embedding with its memory and no values yet: torch's own initialisation, which is thrown away here, imports
     its compiler when the module is built on the meta device, and that takes seconds."""
     return nn.Embedding(num_rows, dim, _weight=torch.empty(num_rows, dim))

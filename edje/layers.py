@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 
+#: Keys and values of another sequence, already apart by heads: two (B, H, S, D / H).
+KeysValues = tuple[Tensor, Tensor]
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with one matrix for queries, keys and values."""
+    """Multi-head self-attention with one matrix for queries, keys and values; it may look at another sequence too."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -15,23 +20,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, S, D), (B, 1, 1, S) -> (B, S, D)
-        queries, keys, values = (self._heads(part) for part in self.qkv(hidden).chunk(3, dim=-1))
-        return self._attend(queries, keys, values, mask)
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, beside: KeysValues | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, D). The mask (B, 1, 1, S) is as long as `hidden` and `beside` together."""
+        queries, keys, values = (self.by_head(part) for part in self.qkv(hidden).chunk(3, dim=-1))
+        return self._attend(queries, keys, values, mask, beside)
 
-    def first(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, S, D) -> (B, 1, D)
-        """What `forward` gives for the first token, without the work for the others."""
+    def first(self, hidden: Tensor, mask: Tensor | None = None, beside: KeysValues | None = None) -> Tensor:
+        """(B, S, D) -> (B, 1, D): what `forward` gives for the first token, without the work for the others."""
         dim = hidden.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         queries = functional.linear(hidden[:, :1], weight[:dim], bias[:dim])
         keys, values = functional.linear(hidden, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-        return self._attend(self._heads(queries), self._heads(keys), self._heads(values), mask)
+        return self._attend(self.by_head(queries), self.by_head(keys), self.by_head(values), mask, beside)
 
-    def _heads(self, hidden: Tensor) -> Tensor:  # (B, S, D) -> (B, H, S, D / H)
+    def by_head(self, hidden: Tensor) -> Tensor:  # (B, S, D) -> (B, H, S, D / H)
         batch, length, dim = hidden.shape
         return hidden.view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, beside: KeysValues | None
+    ) -> Tensor:
+        if beside is not None:
+            keys, values = torch.cat((keys, beside[0]), dim=2), torch.cat((values, beside[1]), dim=2)
         mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 

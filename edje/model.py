@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edje.adapter import CompressionAdapter, LocalAdapter, build_adapter
+from edje.adapter import Adapter, build_adapter
+from edje.apart import ApartEncoder
 from edje.config import EdjeConfig, PreprocessConfig
 from edje.joint import JointEncoder
-from edje.vision import VisionTower
+from edje.towers import BorrowedTower, build_tower, input_dtype
 
 
 class Edje(nn.Module):
@@ -19,9 +20,9 @@ class Edje(nn.Module):
 
     def __init__(
         self,
-        vision: VisionTower,
-        adapter: CompressionAdapter | LocalAdapter,
-        joint: JointEncoder,
+        vision: nn.Module,
+        adapter: Adapter,
+        joint: JointEncoder | ApartEncoder,
         preprocess: PreprocessConfig,
     ) -> None:
         super().__init__()
@@ -37,24 +38,44 @@ class Edje(nn.Module):
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # uint8 (B, 3, H, W) -> (B, m, d), (B, D)
         """Visual tokens to store, and the tower's pooled embedding."""
+        patches, pooled = self.extract(pixels)
+        return self.encode_patches(patches), pooled
+
+    def extract(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # uint8 (B, 3, H, W) -> (B, S, D), (B, E)
+        """What the tower sees: patch tokens before the adapter, and the pooled embedding."""
         normalised = pixels.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
-        patches, pooled = self.vision(normalised.to(self.vision.positions.dtype))
-        return self.adapter(patches), pooled
+        return self.vision(normalised.to(input_dtype(self.vision)))  # type: ignore[no-any-return]
 
-    def embed_queries(self, text_ids: Tensor) -> Tensor:  # (Q, T) -> (Q, T, d)
-        return self.joint.embed_queries(text_ids)
+    def encode_patches(self, patches: Tensor) -> Tensor:  # (B, S, D) -> (B, m, d)
+        """From the tower's patch tokens, which may have been computed long ago, to the visual tokens to store."""
+        return self.joint.encode_visual(self.adapter(patches.to(input_dtype(self.adapter))))
 
-    def score(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> Tensor:
+    def encode_queries(self, text_ids: Tensor, text_lengths: Tensor | None = None) -> Tensor:
+        """(Q, T) -> (Q, T, d): what depends on the text alone. `text_lengths` (Q,) for padded captions."""
+        return self.joint.encode_queries(text_ids, text_lengths)
+
+    def score(
+        self,
+        text: Tensor,
+        visual: Tensor,
+        text_lengths: Tensor | None = None,
+        first_stage: Tensor | None = None,
+    ) -> Tensor:
         """See `JointEncoder.score`."""
-        return self.joint.score(text, visual, text_lengths)
+        return self.joint.score(text, visual, text_lengths, first_stage)
 
 
-def build_edje(config: EdjeConfig, device: str = "cpu") -> Edje:
-    """Compose the model of a configuration; the weights are whatever torch leaves there (on "meta", none)."""
+def build_edje(config: EdjeConfig, device: str = "cpu", graph: bytes | None = None) -> Edje:
+    """Compose the model of a configuration; the weights are whatever torch leaves there (on "meta", none).
+
+    `graph` is the ONNX file of a tower that is one (see `build_tower`).
+    """
     with torch.device(device):
-        vision = VisionTower(config.vision, config.num_patches)
-        adapter = build_adapter(config.adapter, config.vision, config.joint.dim)
-        joint = JointEncoder(config.joint)
+        vision = build_tower(config.vision, config.preprocess.image_size, graph)
+        adapter = build_adapter(config.adapter, config.vision, config.joint)
+        joint = (
+            ApartEncoder(config.joint, config.adapter.num_tokens) if config.joint.apart else JointEncoder(config.joint)
+        )
     return Edje(vision, adapter, joint, config.preprocess)
 
 
@@ -70,13 +91,18 @@ def draw_weights(model: Edje, seed: int) -> None:
     """Untrained weights, the same for the same seed, under which scores differ between pairs but mean nothing.
 
     A matrix is drawn with deviation `_GAIN` / sqrt(inputs), so that signals keep their size from end to end; tables at
-    unit size; biases are zero and norms identities.
+    unit size; biases are zero, norms and scales identities. A borrowed tower is drawn as its own library does.
     """
+    is_borrowed = isinstance(model.vision, BorrowedTower)
+    if isinstance(model.vision, BorrowedTower):
+        model.vision.draw(seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
+        if is_borrowed and name.startswith("vision."):
+            continue
         if name.endswith("bias"):
             parameter.zero_()
-        elif parameter.ndim == 1:
+        elif parameter.ndim <= 1:
             parameter.fill_(1.0)
         else:
             std = 1.0 if name.endswith(_TABLES) else _GAIN * parameter[0].numel() ** -0.5

@@ -52,6 +52,13 @@ class Tokenizer:
         """The tokenizer of a checkpoint folder. Raises `CheckpointError` if it cannot be read."""
         return cls(read_tokenizer_json(checkpoint), read_config(checkpoint))
 
+    def id_of(self, token: str) -> int:
+        """The id of a token such as [MASK]. Raises `CheckpointMismatch` if the vocabulary lacks it."""
+        number = self._tokenizer.token_to_id(token)
+        if number is None:
+            raise CheckpointMismatch(f"the tokenizer has no {token}: it was made for another kind of model")
+        return int(number)
+
     def encode(self, text: str) -> list[int]:
         """Ids with [CLS] and [SEP], at most `max_text_tokens`; the caption alone is cut."""
         text = text[: self._max_chars]

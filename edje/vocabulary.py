@@ -5,8 +5,10 @@ Only `edje.init` and training need this; reading a stored tokenizer is `edje.tex
 
 from __future__ import annotations
 
+import string
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -15,11 +17,15 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 
+from edje.text import canonical_caption
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 #: Stands for a visual token where a sequence is written out; the last token, as in the published weights.
 IMAGE_TOKEN = "<image>"
 #: Latin, Greek and Cyrillic lie below it. Anything else becomes [UNK], as in BERT's own vocabulary.
 _END_OF_ALPHABETS = 0x500
+#: A word that is rarer gets no vector of its own: nothing could be learned about it.
+_MIN_WORD_COUNT = 5
 
 
 class VocabularyError(ValueError):
@@ -35,6 +41,14 @@ def character_tokenizer() -> Tokenizer:
         if unicodedata.category(character)[0] in "LNPS" and normalizer.normalize_str(character) == character
     ]
     return _tokenizer([*SPECIAL_TOKENS, *characters, *(f"##{character}" for character in characters), IMAGE_TOKEN])
+
+
+def caption_tokenizer(captions: Iterable[str]) -> Tokenizer:
+    """Whole words as these captions use them, the frequent ones first, and ASCII letters and digits for all others."""
+    counts = Counter(word for caption in captions for word in canonical_caption(caption).split())
+    singles = string.ascii_lowercase + string.digits
+    words = [word for word, count in counts.most_common() if count >= _MIN_WORD_COUNT and len(word) > 1]
+    return _tokenizer([*SPECIAL_TOKENS, *singles, *(f"##{single}" for single in singles), *words, IMAGE_TOKEN])
 
 
 def wordpiece_tokenizer(vocabulary: Path) -> Tokenizer:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from edje.checkpoint import (
     CONFIG_FILE,
     FORMAT_VERSION,
+    GRAPH_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     CheckpointExists,
@@ -23,9 +24,12 @@ from edje.checkpoint import (
     digest_of,
     read_config,
     read_digest,
+    read_graph,
 )
 from edje.config import EdjeConfig
 from edje.model import Edje, build_edje
+from edje.optional import PackageMissing
+from edje.towers import TowerError, graph_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,9 @@ def save_checkpoint(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer
             draft / WEIGHTS_FILE,
         )
         (draft / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+        graph = graph_of(model.vision)
+        if graph is not None:
+            (draft / GRAPH_FILE).write_bytes(graph)
         digest = digest_of(draft, config)
         envelope = Envelope(format_version=FORMAT_VERSION, model_digest=digest, config=asdict(config))
         (draft / CONFIG_FILE).write_text(envelope.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -76,7 +83,10 @@ def load_checkpoint(checkpoint: Path) -> Checkpoint:
         tensors = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
     except SafetensorError as error:
         raise CheckpointIncomplete(f"{checkpoint / WEIGHTS_FILE} cannot be read: {error}") from error
-    model = build_edje(config, device="meta")
+    try:
+        model = build_edje(config, device="meta", graph=read_graph(checkpoint, config))
+    except (TowerError, PackageMissing) as error:
+        raise CheckpointMismatch(f"{checkpoint} cannot be loaded here: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:

@@ -58,12 +58,15 @@ def blob_of(number: int, layout: BlobLayout = LAYOUT) -> bytes:
 
 
 class Engine:
-    """Scores by `logit_of`; notes the number of pairs of each call."""
+    """Scores by `logit_of`, and adds the first stage's score where it reads that; notes what each call was given."""
 
-    def __init__(self, num_slots: int, max_pairs: int) -> None:
+    def __init__(self, num_slots: int, max_pairs: int, *, reads_first_stage: bool = False) -> None:
         self.slab = HostSlab(SlotLayout("fp16", LAYOUT.num_tokens, LAYOUT.token_dim), num_slots)
-        self.info = EngineInfo("constant", "m1", "e1", 2, 4, "fp16", 8, MAX_TEXT_TOKENS, 1, max_pairs, num_slots)
+        self.info = EngineInfo(
+            "constant", "m1", "e1", 2, 4, "fp16", 8, MAX_TEXT_TOKENS, 1, max_pairs, num_slots, reads_first_stage
+        )
         self.calls: list[int] = []
+        self.first_stage: list[np.ndarray | None] = []
         self.error: Exception | None = None
 
     def warm_up(self) -> None:
@@ -73,14 +76,22 @@ class Engine:
         check_texts(self.info, text_ids, VOCAB_SIZE)
         return QueryStates(list(text_ids))
 
-    def score_pairs(self, queries: QueryStates, pair_query: np.ndarray, pair_slot: np.ndarray) -> np.ndarray:
+    def score_pairs(
+        self,
+        queries: QueryStates,
+        pair_query: np.ndarray,
+        pair_slot: np.ndarray,
+        first_stage: np.ndarray | None = None,
+    ) -> np.ndarray:
         texts: Any = queries
-        check_pairs(self.info, pair_query, pair_slot, len(texts))
+        check_pairs(self.info, pair_query, pair_slot, len(texts), first_stage)
         self.calls.append(len(pair_query))
+        self.first_stage.append(first_stage)
         if self.error is not None:
             raise self.error
         images = self.slab.tokens.view(np.float16)[pair_slot, 0].astype(float)
-        return np.array([logit_of(texts[q], v) for q, v in zip(pair_query, images, strict=True)], np.float32)
+        logits = np.array([logit_of(texts[q], v) for q, v in zip(pair_query, images, strict=True)], np.float32)
+        return logits if first_stage is None else logits + np.where(np.isnan(first_stage), 0, first_stage)
 
 
 class HandExecutor(Executor):
@@ -139,13 +150,14 @@ class Rig:
         deadline_tolerance_s: float = 0.0,
         allowed_reply_topics: tuple[str, ...] = ("mine.*",),
         engine: Any = None,
+        reads_first_stage: bool = False,
         layout: BlobLayout = LAYOUT,
         encode: Callable[[str], Sequence[int]] = encode_text,
     ) -> None:
         self.now = START
         self.store = MemoryStore()
         self.metrics = Metrics()
-        self.engine = engine or Engine(num_slots, max_batch_pairs)
+        self.engine = engine or Engine(num_slots, max_batch_pairs, reads_first_stage=reads_first_stage)
         self.executor = HandExecutor()
         self.fetches = HandFetches(self.store)
         self.num_slots = num_slots
@@ -166,6 +178,7 @@ class Rig:
                 deadline_tolerance_s=deadline_tolerance_s,
                 reply_topic=TOPICS.rerank_responses,
                 allowed_reply_topics=allowed_reply_topics,
+                reads_first_stage=self.engine.info.reads_first_stage,
             ),
             bounds=RerankBounds(max_inflight_pairs, max_fetches, max_ready_pairs=2 * max_batch_pairs),
             num_visual_tokens=layout.num_tokens,

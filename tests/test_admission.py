@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from protocols.events import Query, RerankRequest
 from workers.errors import Poison
@@ -22,7 +24,9 @@ LIMITS = AdmissionLimits(
     deadline_tolerance_s=0.5,
     reply_topic="rerank.responses",
     allowed_reply_topics=("replies.*",),
+    reads_first_stage=False,
 )
+READS_SCORES = replace(LIMITS, reads_first_stage=True)
 WALL = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -78,12 +82,78 @@ def test_a_candidate_that_comes_twice_is_scored_once():
     assert admitted(for_texts("x", "x")).candidate_pairs == [0, 0]
 
 
+def scored(query: Query, *candidates: dict) -> RerankRequest:
+    return RerankRequest(request_id="r", query=query, candidates=list(candidates))
+
+
+FOUR_IMAGES = [
+    {"image_id": "a", "score": 0.5},
+    {"image_id": "b"},
+    {"image_id": "c", "score": -2},
+    {"image_id": "d", "score": None},
+]
+
+
+def test_the_first_stage_scores_are_laid_out_by_pair_for_an_engine_that_reads_them():
+    plan = admitted(scored(Query(text="a dog"), *FOUR_IMAGES), READS_SCORES)
+
+    assert plan.first_stage.dtype == np.float32
+    np.testing.assert_array_equal(plan.first_stage, [0.5, np.nan, -2, np.nan])
+
+
+def test_the_first_stage_scores_are_left_where_they_are_for_an_engine_that_does_not_read_them():
+    assert admitted(scored(Query(text="a dog"), *FOUR_IMAGES)).first_stage is None
+
+
+def test_of_equal_candidates_the_first_that_has_a_score_speaks_for_all():
+    texts = [("x", None), ("y", 0.1), ("x", 0.7), ("y", 0.2), ("z", None), ("x", 0.9)]
+
+    plan = admitted(scored(Query(image_id="i"), *({"text": t, "score": s} for t, s in texts)), READS_SCORES)
+
+    assert plan.candidate_pairs == [0, 1, 0, 1, 2, 0]
+    np.testing.assert_array_equal(plan.first_stage, np.float32([0.7, 0.1, np.nan]))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.none() | st.floats(width=32, allow_nan=False, allow_infinity=False)),
+        max_size=20,
+    )
+)
+def test_every_pair_has_the_first_score_of_its_image(candidates):
+    request = scored(Query(text="x"), *({"image_id": str(image), "score": score} for image, score in candidates))
+
+    plan = admitted(request, READS_SCORES)
+
+    first: dict[str, float] = {}
+    for image, score in candidates:
+        if score is not None:
+            first.setdefault(str(image), score)
+    expected = [first.get(image, np.nan) for image in plan.images]
+    np.testing.assert_array_equal(plan.first_stage, np.float32(expected))
+
+
+@pytest.mark.parametrize("score", [3.5e38, -1e300])
+def test_a_score_that_the_engine_cannot_hold_is_refused_by_an_engine_that_reads_it(score):
+    request = scored(Query(text="x"), {"image_id": "a"}, {"image_id": "b", "score": score})
+
+    assert code_of(request, READS_SCORES) == "score_too_large"
+    assert admitted(request).num_pairs == 2
+
+
+@pytest.mark.parametrize("score", [float("inf"), float("nan")])
+def test_a_score_that_is_not_finite_is_no_request(score):
+    with pytest.raises(ValidationError, match="finite"):
+        scored(Query(text="x"), {"image_id": "a", "score": score})
+
+
 @pytest.mark.parametrize("request_of", [for_images, for_texts])
 def test_a_request_without_candidates_has_nothing_to_score(request_of):
     plan = admitted(request_of())
 
     assert (plan.num_pairs, plan.pieces, plan.candidate_ids) == (0, [], [])
     assert plan.images == []
+    assert admitted(request_of(), READS_SCORES).first_stage.shape == (0,)
 
 
 def test_a_deadline_is_moved_to_the_loops_clock_with_the_tolerance():

@@ -224,6 +224,15 @@ def test_a_long_picture_is_squeezed_and_not_cropped():
     assert_quadrants(decode_image(saved(quadrants().resize((300, 50)), "PNG"), SIZE, LIMITS))
 
 
+def test_bicubic_filtering_is_had_by_asking_for_it():
+    bars = Image.fromarray(np.tile(np.repeat([64, 192], 2).astype(np.uint8), (32, 8)))
+
+    linear, cubic = (decode_image(saved(bars, "PNG"), 64, LIMITS, resample) for resample in ("bilinear", "bicubic"))
+
+    assert (linear.min(), linear.max()) == (64, 192)
+    assert cubic.min() < 64 < 192 < cubic.max()  # it overshoots at an edge
+
+
 def test_reduced_decoding_of_a_large_jpeg_looks_like_the_full_one():
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((1600, 1200), Image.Resampling.BICUBIC)

@@ -1,19 +1,20 @@
 """The model against its published numbers, against a plain float64 BERT and against transformers' own modules."""
 
-import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edje.config import AdapterConfig, JointConfig, VisionConfig, canonical_json, parse_config
-from edje.joint import JointEncoder, joint_flops
+from edje.config import AdapterConfig, JointConfig, canonical_json, parse_config
+from edje.flops import joint_flops
+from edje.joint import JointEncoder
 from edje.model import build_edje, draw_weights
 from edje.variants import VARIANTS
 from edje.vision import VisionTower
+from edje.vision_config import VitConfig
+from plain_encoder import PlainEncoder
 
 JOINT = JointConfig(dim=32, num_layers=3, num_heads=4, hidden_dim=48, vocab_size=50, sep_id=3, max_positions=64)
 
@@ -79,7 +80,7 @@ def test_a_configuration_survives_its_own_json(name):
     [
         {"adapter": AdapterConfig(kind="local", num_tokens=15)},
         {"adapter": AdapterConfig(kind="compression", num_tokens=80)},
-        {"vision": VisionConfig(patch_size=15, dim=64, num_layers=1, num_heads=4, hidden_dim=8)},
+        {"vision": VitConfig(patch_size=15, dim=64, num_layers=1, num_heads=4, hidden_dim=8)},
         {"joint": replace(VARIANTS["tiny"].joint, num_heads=5)},
         {"joint": replace(VARIANTS["tiny"].joint, sep_id=1_024)},
     ],
@@ -87,37 +88,6 @@ def test_a_configuration_survives_its_own_json(name):
 def test_numbers_that_do_not_fit_together_are_refused(change):
     with pytest.raises(ValueError, match=r"\d"):
         replace(VARIANTS["tiny"], **change)
-
-
-def plain_logit(joint, text_ids, visual):
-    """BERT, one pair, no batch, no shared projections, float64: as one would write it on a blackboard."""
-    weights = {name: tensor.double().numpy() for name, tensor in joint.state_dict().items()}
-
-    def linear(x, name):
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def norm(x, name):
-        centred = x - x.mean(-1, keepdims=True)
-        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + JOINT.norm_eps)
-        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    words = np.concatenate([weights["words.weight"][text_ids], visual, weights["words.weight"][[JOINT.sep_id]]])
-    types = [0] * len(text_ids) + [1] * (len(visual) + 1)
-    hidden = norm(words + weights["positions.weight"][: len(words)] + weights["types.weight"][types], "norm")
-    width = JOINT.dim // JOINT.num_heads
-    for number in range(JOINT.num_layers):
-        layer = f"layers.{number}"
-        queries, keys, values = np.split(linear(hidden, f"{layer}.attention.qkv"), 3, axis=-1)
-        mixed = np.empty_like(hidden)
-        for head in range(JOINT.num_heads):
-            part = slice(head * width, (head + 1) * width)
-            attention = np.exp(queries[:, part] @ keys[:, part].T / math.sqrt(width))
-            mixed[:, part] = attention / attention.sum(-1, keepdims=True) @ values[:, part]
-        hidden = norm(hidden + linear(mixed, f"{layer}.attention.out"), f"{layer}.attention_norm")
-        inner = linear(hidden, f"{layer}.mlp.fc1")
-        inner = inner * (1 + np.vectorize(math.erf)(inner / math.sqrt(2))) / 2
-        hidden = norm(hidden + linear(inner, f"{layer}.mlp.fc2"), f"{layer}.mlp_norm")
-    return linear(np.tanh(linear(hidden[0], "pooler")), "head")[0]
 
 
 def random_text(seed, length):
@@ -133,9 +103,10 @@ def test_a_logit_equals_the_plain_reference(joint, length):
     text = random_text(length, length)
     visual = random_visual(length, 1)
 
-    logit = joint.score(joint.embed_queries(text[None]), visual)[0]
+    logit = joint.score(joint.encode_queries(text[None]), visual)[0]
 
-    assert float(logit) == pytest.approx(plain_logit(joint, text.numpy(), visual[0].double().numpy()), abs=1e-5)
+    expected = PlainEncoder(joint, JOINT).logit(text.numpy(), visual[0].double().numpy())
+    assert float(logit) == pytest.approx(expected, abs=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -147,10 +118,10 @@ def test_a_score_does_not_depend_on_the_padding_of_others(joint, lengths, filler
     for row, text in zip(padded, texts, strict=True):
         row[: len(text)] = text
 
-    together = joint.score(joint.embed_queries(padded), visual, torch.tensor(lengths))
+    together = joint.score(joint.encode_queries(padded), visual, torch.tensor(lengths))
 
     alone = [
-        joint.score(joint.embed_queries(text[None]), tokens[None])[0]
+        joint.score(joint.encode_queries(text[None]), tokens[None])[0]
         for text, tokens in zip(texts, visual, strict=True)
     ]
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=0)
@@ -175,8 +146,8 @@ def test_the_joint_encoder_equals_transformers_bert(joint):
         "embeddings.token_type_embeddings.weight": ours["types.weight"],
         "embeddings.LayerNorm.weight": ours["norm.weight"],
         "embeddings.LayerNorm.bias": ours["norm.bias"],
-        "pooler.dense.weight": ours["pooler.weight"],
-        "pooler.dense.bias": ours["pooler.bias"],
+        "pooler.dense.weight": ours["head.pooler.weight"],
+        "pooler.dense.bias": ours["head.pooler.bias"],
     }
     for number in range(JOINT.num_layers):
         for kind in ("weight", "bias"):
@@ -200,13 +171,13 @@ def test_the_joint_encoder_equals_transformers_bert(joint):
         ).pooler_output
 
     torch.testing.assert_close(
-        joint.score(joint.embed_queries(text), visual), joint.head(pooled)[:, 0], atol=1e-5, rtol=0
+        joint.score(joint.encode_queries(text), visual), joint.head.out(pooled)[:, 0], atol=1e-5, rtol=0
     )
 
 
 def test_the_vision_tower_equals_transformers_siglip():
     transformers = pytest.importorskip("transformers")
-    config = VisionConfig(patch_size=8, dim=32, num_layers=2, num_heads=4, hidden_dim=48)
+    config = VitConfig(patch_size=8, dim=32, num_layers=2, num_heads=4, hidden_dim=48)
     tower = randomise(VisionTower(config, num_patches=16))
     siglip = transformers.SiglipVisionModel(
         transformers.SiglipVisionConfig(
@@ -283,7 +254,7 @@ def test_untrained_scores_differ_between_pairs():
 
     with torch.inference_mode():
         tokens, _ = model.encode_images(pixels)
-        text = model.embed_queries(torch.tensor([[2, 40, 41, 42, 3], [2, 90, 91, 92, 3]]))
+        text = model.encode_queries(torch.tensor([[2, 40, 41, 42, 3], [2, 90, 91, 92, 3]]))
         logits = torch.stack([model.score(one.expand(6, -1, -1), tokens) for one in text])
 
     assert logits.std(dim=1).min() > 0.05

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,6 +120,79 @@ def test_equal_texts_are_each_listed_and_scored_once():
 
     assert run_and_say(rig, sent) == expected(sent, IMAGES)
     assert sum(rig.engine.calls) == 2
+
+
+def with_scores(sent: dict[str, Any], scores: Mapping[int, float]) -> dict[str, Any]:
+    """The request with first-stage scores for the candidates of these numbers."""
+    candidates = [
+        {**each, "score": scores[number]} if number in scores else each
+        for number, each in enumerate(sent["candidates"])
+    ]
+    return {**sent, "candidates": candidates}
+
+
+SCORES = {number: number % 7 / 8 for number in range(0, 40, 3)}  # what float32 holds exactly
+
+
+def logits_by_candidate(rig: Rig, sent: dict[str, Any]) -> dict[int, float]:
+    return {index: logit for index, _, logit in run_and_say(rig, sent)["results"]}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        request([*list(IMAGES)[:9], "none", *list(IMAGES)[9:]]),
+        image_request("i5", [f"a {'very ' * (number % 5)}big dog {number}"[-38:] for number in range(40)]),
+    ],
+    ids=["images", "texts of different lengths"],
+)
+def test_each_candidates_own_first_stage_score_reaches_an_engine_that_reads_it(sent):
+    plain = logits_by_candidate(rig_with_images(piece_pairs=3), sent)
+
+    scored = logits_by_candidate(rig_with_images(piece_pairs=3, reads_first_stage=True), with_scores(sent, SCORES))
+
+    assert scored == {number: logit + SCORES.get(number, 0.0) for number, logit in plain.items()}
+
+
+def test_a_first_stage_score_can_change_the_order_for_an_engine_that_reads_it_and_for_no_other():
+    sent = request(["i3", "i9", "i4"])
+    plain = run_and_say(rig_with_images(), sent)
+    last = plain["results"][-1][0]
+    praised = with_scores(sent, {last: 100.0})
+
+    assert run_and_say(rig_with_images(), praised) == plain
+    assert run_and_say(rig_with_images(reads_first_stage=True), sent) == plain
+    assert run_and_say(rig_with_images(reads_first_stage=True), praised)["results"][0][0] == last
+
+
+def test_an_engine_that_does_not_read_the_first_stage_is_given_nothing_of_it():
+    rig = rig_with_images()
+    rig.send(with_scores(request(list(IMAGES)), SCORES))
+    rig.run()
+
+    assert rig.engine.first_stage == [None] * len(rig.engine.calls)
+
+
+def test_requests_with_scores_and_without_share_a_batch():
+    rig = rig_with_images(reads_first_stage=True)
+    rig.send(request(["i1", "i2"], request_id="without"))
+    rig.send(with_scores(request(["i1", "i2"], request_id="with"), {0: 0.5, 1: 0.25}))
+    rig.run()
+
+    (given,) = rig.engine.first_stage
+    np.testing.assert_array_equal(given, [np.nan, np.nan, 0.5, 0.25])
+
+
+def test_a_score_too_large_for_the_engine_is_an_error_reply_and_the_work_goes_on():
+    rig = rig_with_images(reads_first_stage=True)
+    rig.send(with_scores(request(["i1"]), {0: 1e300}))
+    rig.send(request(["i1"], request_id="r2"))
+    rig.run()
+
+    replies = {reply.request_id: reply for reply in rig.replies()}
+    assert (replies["r1"].status, replies["r1"].error.code) == ("error", "score_too_large")
+    assert replies["r2"].status == "ok"
+    assert rig.is_idle()
 
 
 @pytest.mark.parametrize("sent", [request([]), image_request("i1", [])], ids=["text", "image"])
@@ -540,51 +616,92 @@ def test_every_request_is_answered_once_and_rightly_in_whatever_order_things_lan
 BATCH_TOLERANCE = 1e-5
 
 
-def test_the_logits_of_a_request_do_not_depend_on_what_shares_its_batches(tmp_path):
-    torch = pytest.importorskip("torch")
-    from edje.init import initialise
-    from edje.text import Tokenizer
-    from edje.variants import VARIANTS
-    from edje.weights import load_checkpoint
-    from protocols.blob import BlobLayout, encode_blob
-    from protocols.keys import blob_key
-    from trt.slab import SlotLayout
-    from trt.torch_engine import TorchEngine
-    from trt.torch_slab import SharedSlab
+#: Every kind of encoder; each reads the first stage's score, which changes nothing where none is given.
+ENCODERS = ("tiny", "tiny-late", "tiny-minimal", "tiny-maxsim")
+ONE = request([f"i{number}" for number in range(11)], text="a dog runs on a beach")
+OTHERS = (
+    request([f"i{number}" for number in range(5, 25)], "r2", "a dog on a sofa"),
+    request([f"i{number}" for number in range(3, 13)], "r3", "two cats asleep in the sun"),
+    image_request("i2", ["a cat runs in the snow", "a dog", "birds over a lake at dawn"], "r4"),
+)
 
-    digest = initialise(VARIANTS["tiny"], tmp_path / "tiny", seed=1)
-    loaded = load_checkpoint(tmp_path / "tiny")
-    layout = BlobLayout(digest, loaded.config.adapter.num_tokens, loaded.config.joint.dim, "int8")
-    slab = SharedSlab(SlotLayout("int8", layout.num_tokens, layout.token_dim), 64)
-    engine = TorchEngine(loaded, slab=slab, max_pairs=32, max_images=1, device=torch.device("cpu"), dtype=torch.float32)
-    encode = Tokenizer.load(tmp_path / "tiny").encode
-    random = np.random.default_rng(0)
-    tokens = random.standard_normal((40, layout.num_tokens, layout.token_dim)).astype(np.float32)
-    blobs = {blob_key(digest, f"i{number}"): encode_blob(layout, each, bytes(32)) for number, each in enumerate(tokens)}
 
-    def logits_of_one(*others: dict[str, Any]) -> np.ndarray:
-        rig = Rig(
-            engine=engine, layout=layout, encode=encode, num_slots=64, piece_pairs=4, max_batch_pairs=32, max_fetches=64
+class RealEngine:
+    """An untrained model behind the job, with forty images in the store."""
+
+    def __init__(self, folder: Path, variant: str, *, reads_first_stage: bool) -> None:
+        torch = pytest.importorskip("torch")
+        from edje.config import FirstStageConfig
+        from edje.init import initialise
+        from edje.text import Tokenizer
+        from edje.variants import VARIANTS
+        from edje.weights import load_checkpoint
+        from protocols.blob import BlobLayout, encode_blob
+        from protocols.keys import blob_key
+        from trt.slab import SlotLayout
+        from trt.torch_engine import TorchEngine
+        from trt.torch_slab import SharedSlab
+
+        first_stage = FirstStageConfig(mean=0.3, std=0.1) if reads_first_stage else None
+        config = replace(VARIANTS[variant], joint=replace(VARIANTS[variant].joint, first_stage=first_stage))
+        digest = initialise(config, folder, seed=1)
+        loaded = load_checkpoint(folder)
+        self.layout = BlobLayout(digest, config.adapter.num_tokens, config.joint.dim, "int8")
+        slab = SharedSlab(SlotLayout("int8", self.layout.num_tokens, self.layout.token_dim), 64)
+        self.engine = TorchEngine(
+            loaded, slab=slab, max_pairs=32, max_images=1, device=torch.device("cpu"), dtype=torch.float32
         )
-        rig.store.put_many(blobs)
-        for sent in (*others, request([f"i{number}" for number in range(11)], text="a dog runs on a beach")):
-            rig.send(sent)
+        self.encode = Tokenizer.load(folder).encode
+        random = np.random.default_rng(0)
+        tokens = random.standard_normal((40, self.layout.num_tokens, self.layout.token_dim)).astype(np.float32)
+        self.blobs = {
+            blob_key(digest, f"i{number}"): encode_blob(self.layout, each, bytes(32))
+            for number, each in enumerate(tokens)
+        }
+
+    def logits(self, sent: dict[str, Any], *others: dict[str, Any]) -> np.ndarray:
+        """Of the candidates of a request, which others have come before."""
+        rig = Rig(
+            engine=self.engine,
+            layout=self.layout,
+            encode=self.encode,
+            num_slots=64,
+            piece_pairs=4,
+            max_batch_pairs=32,
+            max_fetches=64,
+        )
+        rig.store.put_many(self.blobs)
+        for each in (*others, sent):
+            rig.send(each)
         rig.turn()
         while rig.fetches.waiting:
             rig.fetches.land()
         rig.run()
-        (reply,) = [reply for reply in rig.replies() if reply.request_id == "r1"]
+        (reply,) = [reply for reply in rig.replies() if reply.request_id == sent["request_id"]]
         return np.array([result.logit for result in sorted(reply.results, key=lambda result: result.index)])
 
-    alone = logits_of_one()
-    amid = logits_of_one(
-        request([f"i{number}" for number in range(5, 25)], "r2", "a dog on a sofa"),
-        request([f"i{number}" for number in range(3, 13)], "r3", "two cats asleep in the sun"),
-        image_request("i2", ["a cat runs in the snow", "a dog", "birds over a lake at dawn"], "r4"),
-    )
+
+@pytest.mark.parametrize("variant", ENCODERS)
+def test_the_logits_of_a_request_do_not_depend_on_what_shares_its_batches(tmp_path, variant):
+    real = RealEngine(tmp_path / "checkpoint", variant, reads_first_stage=True)
+    sent = with_scores(ONE, SCORES)
+
+    alone, amid = real.logits(sent), real.logits(sent, *OTHERS)
 
     assert np.ptp(alone) > 100 * BATCH_TOLERANCE
     np.testing.assert_allclose(amid, alone, rtol=0, atol=BATCH_TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ENCODERS)
+def test_a_model_that_reads_the_first_stage_ranks_by_it_and_another_does_not(tmp_path, variant):
+    reading = RealEngine(tmp_path / "reading", variant, reads_first_stage=True)
+    plain = RealEngine(tmp_path / "plain", variant, reads_first_stage=False)
+    sent = with_scores(ONE, {4: 0.9})
+
+    changed = np.abs(reading.logits(sent) - reading.logits(ONE)) > 100 * BATCH_TOLERANCE
+
+    assert np.flatnonzero(changed).tolist() == [4]
+    np.testing.assert_array_equal(plain.logits(sent), plain.logits(ONE))
 
 
 def test_answers_go_to_the_response_topic_by_default():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Event
 
 import numpy as np
@@ -12,16 +13,17 @@ from rerank_harness import PARTITION, Engine, HandExecutor, encode_text, image_r
 from trt.engine import EngineBroken, LimitExceeded
 from workers.ports import Record
 from workers.rerank.admission import AdmissionLimits, PieceLayout, admit
-from workers.rerank.scoring import MAX_BATCHES, BatchScorer, batch_arrays
+from workers.rerank.scoring import MAX_BATCHES, BatchScorer, batch_arrays, first_stage_scores
 from workers.rerank.state import ActiveRequest, Piece, ReadyPiece
 
-LIMITS = AdmissionLimits("m1", 1000, 100, 100, 0.0, "replies", ())
+LIMITS = AdmissionLimits("m1", 1000, 100, 100, 0.0, "replies", (), reads_first_stage=False)
+READS_SCORES = replace(LIMITS, reads_first_stage=True)
 
 
-def active(sent: dict) -> ActiveRequest:
+def active(sent: dict, limits: AdmissionLimits = LIMITS) -> ActiveRequest:
     from protocols.events import RerankRequest
 
-    plan = admit(RerankRequest.model_validate(sent), LIMITS, encode_text, now=0.0, wall_now=0.0)
+    plan = admit(RerankRequest.model_validate(sent), limits, encode_text, now=0.0, wall_now=0.0)
     return ActiveRequest.of(Record(PARTITION, 0, None, b"", (), 0), plan, 0.0)
 
 
@@ -55,6 +57,30 @@ def test_only_the_texts_of_the_pairs_in_the_batch_are_given_to_the_engine():
     assert texts == [encode_text("four"), encode_text("two"), encode_text("three")]
     assert queries.tolist() == [0, 1, 2]
     assert slots.tolist() == [5, 5, 5]
+
+
+def with_scores(sent: dict, *scores: float | None) -> dict:
+    candidates = [{**each, "score": score} for each, score in zip(sent["candidates"], scores, strict=True)]
+    return {**sent, "candidates": candidates}
+
+
+def test_each_pair_of_a_batch_has_its_own_first_stage_score():
+    first = active(with_scores(request("abcd"), 0.0, 0.25, 0.5, 0.75), READS_SCORES)
+    second = active(with_scores(image_request("a", ["x", "y"]), None, 0.125), READS_SCORES)
+
+    scores = first_stage_scores([ready(first, [0, 3], [5, 6]), ready(second, [1, 0], [7, 7]), ready(first, [1], [9])])
+
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(scores, [0, 0.75, 0.125, np.nan, 0.25])
+
+
+def test_an_engine_that_does_not_read_the_first_stage_is_given_nothing_of_it():
+    engine = Engine(num_slots=10, max_pairs=8)
+    scorer, executor, _ = scorer_of(engine)
+    scorer.submit([ready(active(with_scores(request("ab"), 0.5, 0.25)), [0, 1], [0, 1])])
+    executor.run_next()
+
+    assert engine.first_stage == [None]
 
 
 def test_logits_come_back_in_the_order_of_the_pieces():

@@ -54,9 +54,11 @@ class ConstantEngine:
             max_images=max_images,
             max_pairs=max_pairs,
             num_slots=num_slots,
+            reads_first_stage=False,
+            resample=config.preprocess.resample,
         )
         self._vocab_size = config.joint.vocab_size
-        self._pooled_dim = config.vision.dim
+        self._pooled_dim = config.vision.pooled_dim
         self._s_per_item = ms_per_item / 1000
 
     def warm_up(self) -> None:
@@ -77,11 +79,15 @@ class ConstantEngine:
         return QueryStates(np.frombuffer(b"".join(digests), np.uint64))
 
     def score_pairs(
-        self, queries: QueryStates, pair_query: NDArray[np.int32], pair_slot: NDArray[np.int32]
+        self,
+        queries: QueryStates,
+        pair_query: NDArray[np.int32],
+        pair_slot: NDArray[np.int32],
+        first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """A hash of the caption and of the first eight bytes of the slot."""
         texts = cast("NDArray[np.uint64]", queries)
-        check_pairs(self.info, pair_query, pair_slot, len(texts))
+        check_pairs(self.info, pair_query, pair_slot, len(texts), first_stage)
         self._pass_time(len(pair_query))
         images = self.slab.tokens[:, :8][pair_slot].view(np.uint64)[:, 0]
         mixed = (images * _MIX_SLOT ^ texts[pair_query]) * _MIX_BOTH

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NewType, Protocol
+from typing import Any, Literal, NewType, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,8 @@ class EngineInfo:
     max_images: int  # in one `encode_images`
     max_pairs: int  # in one `score_pairs`
     num_slots: int  # of the token slab; 0 for an engine that only encodes images
+    reads_first_stage: bool  # whether `score_pairs` makes anything of the first stage's scores
+    resample: Literal["bilinear", "bicubic"] = "bilinear"  # how pictures are brought to `image_size`
 
 
 class TokenSlab(Protocol):
@@ -114,9 +116,16 @@ class PairScorer(Protocol):
         ...
 
     def score_pairs(
-        self, queries: QueryStates, pair_query: NDArray[np.int32], pair_slot: NDArray[np.int32]
+        self,
+        queries: QueryStates,
+        pair_query: NDArray[np.int32],
+        pair_slot: NDArray[np.int32],
+        first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Pair i is query number `pair_query[i]` with the image in slot `pair_slot[i]`; returns one logit per pair.
+
+        `first_stage[i]` is what the first stage gave the pair, NaN where it gave nothing; None: nothing for any pair.
+        An engine whose `info.reads_first_stage` is False takes it and leaves it unread.
 
         Raises `LimitExceeded` for more than `max_pairs` or a slot the slab does not have.
         """
@@ -147,10 +156,19 @@ def check_texts(info: EngineInfo, text_ids: Sequence[Sequence[int]], vocab_size:
             raise LimitExceeded(f"a text has a token outside 0..{vocab_size - 1}")
 
 
-def check_pairs(info: EngineInfo, pair_query: NDArray[Any], pair_slot: NDArray[Any], num_queries: int) -> None:
+def check_pairs(
+    info: EngineInfo,
+    pair_query: NDArray[Any],
+    pair_slot: NDArray[Any],
+    num_queries: int,
+    first_stage: NDArray[Any] | None = None,
+) -> None:
     """Refuse what would read outside the slab or the queries, in every runtime with the same words."""
     if len(pair_query) != len(pair_slot):
         raise LimitExceeded(f"{len(pair_query)} query numbers for {len(pair_slot)} slots")
+    if first_stage is not None and (first_stage.dtype != np.float32 or first_stage.shape != pair_query.shape):
+        found = f"{first_stage.dtype} {first_stage.shape}"
+        raise LimitExceeded(f"first-stage scores are {found}, expected float32 {pair_query.shape}")
     if len(pair_query) > info.max_pairs:
         raise LimitExceeded(f"{len(pair_query)} pairs in one call; this engine takes {info.max_pairs}")
     if len(pair_query) == 0:

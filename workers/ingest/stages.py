@@ -119,6 +119,7 @@ class IngestStages:
             raise Misconfigured(f"the engine makes {made} tokens by model {info.model_digest}, the blobs are {layout}")
         self._engine = engine
         self._image_size = info.image_size
+        self._resample = info.resample
         self._store = store
         self._fetcher = fetcher
         self._layout = layout
@@ -214,7 +215,7 @@ class IngestStages:
     def _decode(self, data: bytes) -> Decoded | Refusal:
         started = self._clock()
         try:
-            pixels = decode_image(data, self._image_size, self._image_limits)
+            pixels = decode_image(data, self._image_size, self._image_limits, self._resample)
         except ImageError as error:
             return Refusal(type(error).__name__, error.code, str(error))
         return Decoded(pixels, self._clock() - started)

@@ -118,6 +118,7 @@ def limits_of(settings: RerankSettings, shared: Shared[RerankSettings], info: En
         deadline_tolerance_s=settings.deadline_tolerance_ms / 1000,
         reply_topic=shared.topics.rerank_responses,
         allowed_reply_topics=settings.reply_topic_patterns,
+        reads_first_stage=info.reads_first_stage,
     )
 
 

@@ -10,12 +10,17 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from protocols.events import RerankRequest
 from workers.errors import Poison
 from workers.rerank.batching import bucket_of
 
 #: Text to ids, [CLS] and [SEP] included, cut to what the engine takes.
 Encode = Callable[[str], Sequence[int]]
+
+LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ class AdmissionLimits:
     deadline_tolerance_s: float  # clocks of producer and worker may differ by this much
     reply_topic: str  # where replies go unless the request says otherwise
     allowed_reply_topics: tuple[str, ...]  # patterns that a request's own reply topic must match
+    reads_first_stage: bool  # whether the engine makes anything of the candidates' scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,7 @@ class Admitted:
     candidate_ids: list[str | None]
     candidate_pairs: list[int] | None  # the pair of each candidate; None: the pair of the same number
     num_pairs: int
+    first_stage: NDArray[np.float32] | None  # by pair, NaN where there is no score; None for an engine that reads none
     pieces: list[PieceLayout]
     top_n: int | None
     priority: int
@@ -112,6 +119,7 @@ def admit(request: RerankRequest, limits: AdmissionLimits, encode: Encode, *, no
         candidate_ids=request.names(),
         candidate_pairs=candidate_pairs,
         num_pairs=len(distinct),
+        first_stage=_first_stage(request, candidate_pairs, len(distinct)) if limits.reads_first_stage else None,
         pieces=_pieces(texts, len(distinct), limits.piece_pairs),
         top_n=request.top_n,
         priority=request.priority,
@@ -124,6 +132,21 @@ def _encoded(text: str, whose: str, limits: AdmissionLimits, encode: Encode) -> 
     if len(text) > limits.max_text_chars:
         raise Poison("text_too_long", f"a {whose} text has {len(text)} characters; {limits.max_text_chars} are taken")
     return encode(text)
+
+
+def _first_stage(request: RerankRequest, candidate_pairs: list[int] | None, num_pairs: int) -> NDArray[np.float32]:
+    """Scores by pair; of equal candidates the first one that has a score speaks for all."""
+    given = np.array([candidate.get("score") for candidate in request.candidates], np.float64)  # None becomes NaN
+    if (np.abs(given) > LARGEST_SCORE).any():
+        number = int(np.argmax(np.abs(given) > LARGEST_SCORE))
+        raise Poison("score_too_large", f"candidate {number} has the score {given[number]}; float32 must hold it")
+    if candidate_pairs is None:
+        return given.astype(np.float32)
+    scores = np.full(num_pairs, np.nan, np.float32)
+    scored = np.flatnonzero(~np.isnan(given))
+    pairs, first = np.unique(np.array(candidate_pairs)[scored], return_index=True)
+    scores[pairs] = given[scored[first]]
+    return scores
 
 
 def _pieces(texts: Sequence[Sequence[int]], num_pairs: int, piece_pairs: int) -> list[PieceLayout]:

@@ -1,6 +1,6 @@
 """Runs micro-batches on the engine, one after the other on a thread of the engine's own.
 
-Turns ready pieces into the three small arrays that the engine takes and hands the logits back. Knows nothing of
+Turns ready pieces into the few small arrays that the engine takes and hands the logits back. Knows nothing of
 requests' fates: who waits for the logits decides what they are for.
 """
 
@@ -65,7 +65,8 @@ class BatchScorer:
     def _score(self, pieces: Sequence[ReadyPiece]) -> ScoredBatch:
         started = self._clock()
         texts, pair_query, pair_slot = batch_arrays(pieces)
-        logits = self._engine.score_pairs(self._engine.encode_queries(texts), pair_query, pair_slot)
+        queries = self._engine.encode_queries(texts)
+        logits = self._engine.score_pairs(queries, pair_query, pair_slot, first_stage_scores(pieces))
         return ScoredBatch(pieces, logits, self._clock() - started)
 
     def close(self) -> None:
@@ -92,3 +93,9 @@ def batch_arrays(
         queries.append(np.full(ready.num_pairs, found[0], np.int32) if one else np.array(found, np.int32))
     slots = [slot for ready in pieces for slot in ready.slots]
     return texts, np.concatenate(queries), np.array(slots, np.int32)
+
+
+def first_stage_scores(pieces: Sequence[ReadyPiece]) -> NDArray[np.float32] | None:
+    """What the first stage gave each pair of the batch; None where the requests were admitted without."""
+    scores = [given[ready.pairs] for ready in pieces if (given := ready.piece.request.plan.first_stage) is not None]
+    return np.concatenate(scores) if scores else None

@@ -1,0 +1,154 @@
+"""`python -m edje.evaluate CHECKPOINT --data FILE`: the published protocol, first stage and reranked side by side.
+
+Tables and, as the last line, one JSON document go to standard output; progress and remarks to standard error. Ends
+with 0, with 1 and a sentence if checkpoint, data or scorer cannot be used, with 2 if the command makes no sense.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from edje.checkpoint import CheckpointError
+from edje.data.dataset import DataError, Split
+from edje.data.spec import open_dataset
+from edje.evaluation.bootstrap import NUM_RESAMPLES
+from edje.evaluation.comparison import evaluate_depths
+from edje.evaluation.data_file import read_data_spec
+from edje.evaluation.errors import EvaluationError, ScorerUnknown
+from edje.evaluation.report import Report, Result, print_report, to_json, to_markdown
+from edje.evaluation.scorers import check_scorer_name, cost_of_scorer, is_of_pairs_alone, make_scorer
+from edje.evaluation.storage import Storage
+from edje.evaluation.subject import Subject, load_subject
+from edje.evaluation.task import Direction, image_to_text, refuse_depth, text_to_image
+from edje.optional import PackageMissing
+
+DIRECTIONS: tuple[Direction, ...] = ("text-to-image", "image-to-text")
+_TASKS = {"text-to-image": text_to_image, "image-to-text": image_to_text}
+
+remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def evaluate_subject(
+    subject: Subject,
+    scorer_name: str,
+    directions: tuple[Direction, ...],
+    depths: list[int],
+    *,
+    num_resamples: int,
+    seed: int,
+    bars: Progress,
+) -> Report:
+    """Judge one scorer of a subject in these directions at these k. Raises `EvaluationError`."""
+    results = []
+    for direction in directions:
+        task = _TASKS[direction](subject.similarity, subject.image_of_caption, subject.group_of_image)
+        scorer = make_scorer(scorer_name, subject, direction)
+        # What may depend on the whole list, as a cascade does, is scored anew for each k.
+        for ks in [depths] if is_of_pairs_alone(scorer_name) else [[k] for k in depths]:
+            bar = bars.add_task(f"{direction}, k = {max(ks)}", total=task.num_queries)
+            advance = partial(bars.advance, bar)
+            comparisons = evaluate_depths(task, scorer, ks, num_resamples=num_resamples, seed=seed, on_progress=advance)
+            results += [Result(each, cost_of_scorer(scorer_name, subject, each.k)) for each in comparisons]
+    stored = subject.stored
+    return Report(
+        checkpoint=str(subject.checkpoint),
+        model_digest=subject.model_digest,
+        trained=subject.trained,
+        data=subject.data,
+        split=subject.split,
+        first_stage=subject.first_stage,
+        scorer=scorer_name,
+        storage=stored.storage,
+        num_visual_tokens=int(stored.tokens.shape[1]),
+        payload_bytes_per_image=stored.payload_bytes_per_image,
+        blob_bytes_per_image=stored.blob_bytes_per_image,
+        seed=seed,
+        num_resamples=num_resamples,
+        results=tuple(results),
+    )
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of the model to judge.")],
+    data: Annotated[Path, typer.Option(help="TOML file that names the dataset: a recipe, or its table `data`.")],
+    split: Annotated[Split, typer.Option(help="Which part of it.")] = "test",
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Candidates to rerank; may be repeated. Else 10.")] = None,
+    direction: Annotated[
+        Literal["both", "text-to-image", "image-to-text"], typer.Option(help="Who is the query.")
+    ] = "both",
+    storage: Annotated[
+        Storage, typer.Option(help="How visual tokens are stored; none: the model's own float32, for comparison.")
+    ] = "int8",
+    scorer: Annotated[
+        str,
+        typer.Option(help="torch, maxsim, cascade:BUDGET, or package.module:factory, called with the subject."),
+    ] = "torch",
+    first_stage: Annotated[
+        str,
+        typer.Option(help="checkpoint: its own; maxsim; or a .npy file of (captions, images) similarities."),
+    ] = "checkpoint",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = NUM_RESAMPLES,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON document here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables here.")] = None,
+) -> None:
+    """Recall, MRR and nDCG before and after reranking, with 95 % intervals over images."""
+    try:
+        check_scorer_name(scorer)
+    except ScorerUnknown as error:
+        raise typer.BadParameter(str(error), param_hint="--scorer") from error
+    for path in (out, markdown):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise typer.BadParameter(f"{path} cannot be written: its folder is missing, or it is one itself")
+    depths = sorted({*(k or [10])})
+    directions = DIRECTIONS if direction == "both" else (direction,)
+    try:
+        with _progress_bars() as bars:
+            dataset = open_dataset(read_data_spec(data), split, strict=True)
+            for each in directions:  # before anything is computed
+                refuse_depth(max(depths), len(dataset.images) if each == "text-to-image" else dataset.num_captions)
+            encoded = bars.add_task("images", total=len(dataset.images))
+            subject = load_subject(
+                checkpoint,
+                dataset,
+                split,
+                storage,
+                first_stage=first_stage,
+                device=device,
+                on_image=partial(bars.advance, encoded),
+            )
+            report = evaluate_subject(
+                subject, scorer, directions, depths, num_resamples=resamples, seed=seed, bars=bars
+            )
+    except (EvaluationError, CheckpointError, DataError, PackageMissing) as error:
+        _fail(str(error))
+    if not report.trained:
+        remarks.print("this checkpoint is UNTRAINED: its scores mean nothing")
+    document = to_json(report)
+    if out is not None:
+        out.write_text(document + "\n", encoding="utf-8")
+    if markdown is not None:
+        markdown.write_text(to_markdown(report), encoding="utf-8")
+    print_report(report, Console(highlight=False, markup=False))
+    print(document)
+
+
+def _progress_bars() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=remarks)
+
+
+def _fail(sentence: str) -> NoReturn:
+    remarks.print(sentence)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,59 @@
+"""A cascade: a cheap scorer sees every candidate, the full one only the best few, and the two are one scorer.
+
+Knows nothing of models; both stages are scorers like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edje.evaluation.protocol import Scorer, checked_scores
+
+
+@dataclass(frozen=True, slots=True)
+class Cascade:
+    """A scorer that gives the `budget` best candidates of each query, by `cheap`, the scores of `full`.
+
+    Those keep their full scores. The others come behind them in the order of their cheap scores, in even steps below
+    the lowest full score: a sum of the two scores would not keep the order once rounded. With a budget of 0 all
+    scores are cheap ones, with one of at least k all are full ones.
+    """
+
+    cheap: Scorer
+    full: Scorer
+    budget: int
+
+    def __post_init__(self) -> None:
+        if self.budget < 0:
+            raise ValueError(f"a budget of {self.budget} pairs per query: it must be 0 or more")
+
+    def __call__(self, query_index: NDArray[np.int64], candidate_index: NDArray[np.int64], /) -> NDArray[np.float32]:
+        cheap = checked_scores(self.cheap, query_index, candidate_index)
+        if self.budget == 0 or not cheap.size:
+            return cheap
+        group, place = _places(query_index, cheap)
+        chosen = place < self.budget
+        scores = np.empty_like(cheap)
+        scores[chosen] = checked_scores(self.full, query_index[chosen], candidate_index[chosen])
+        lowest = np.full(group.max() + 1, np.inf, np.float32)
+        np.minimum.at(lowest, group[chosen], scores[chosen])
+        rest = ~chosen
+        floor = lowest[group[rest]]
+        # At least 1, and more where float32 cannot tell 1 apart; the steps below may reach the next power of two.
+        step = np.maximum(np.float32(1.0), 4 * np.spacing(np.abs(floor)))
+        scores[rest] = floor - step * (place[rest] - self.budget + 1).astype(np.float32)
+        return scores
+
+
+def _places(query_index: NDArray[np.int64], scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each pair's query, numbered from 0, and its place among that query's pairs, best 0, ties in order."""
+    _, group = np.unique(query_index, return_inverse=True)
+    order = np.lexsort((-scores, group))  # stable
+    sizes = np.bincount(group)
+    starts = np.cumsum(sizes) - sizes
+    place = np.empty(len(scores), np.int64)
+    place[order] = np.arange(len(scores)) - starts[group[order]]
+    return group, place

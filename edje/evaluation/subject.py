@@ -1,0 +1,154 @@
+"""What is judged: a checkpoint on a dataset, with its images stored as the service would store them.
+
+The one place in which checkpoint, data and storage meet; everything else here takes arrays and callables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edje.data.dataset import Dataset, readable
+from edje.evaluation.cost import ScorerCost
+from edje.evaluation.errors import SubjectUnusable
+from edje.evaluation.protocol import Scorer
+from edje.evaluation.scorers import CHEAP, FULL
+from edje.evaluation.storage import Storage, StoredTokens, store_tokens
+from edje.evaluation.torch_scorers import TorchScorers, joint_cost, late_interaction_cost
+from edje.model import Edje
+from edje.text import Tokenizer
+from edje.weights import load_checkpoint
+
+BATCH_IMAGES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Everything a scorer may need: captions by number, images by number as stored, first-stage similarities."""
+
+    checkpoint: Path
+    model_digest: str
+    trained: bool
+    data: str
+    split: str
+    captions: tuple[str, ...]
+    image_ids: tuple[str, ...]
+    image_of_caption: NDArray[np.int64]  # (captions,)
+    group_of_image: NDArray[np.int64]  # (images,): images made to be confused with each other share a number
+    first_stage: str
+    similarity: NDArray[np.float32]  # (captions, images)
+    stored: StoredTokens
+    scorers: Mapping[str, Callable[[], Scorer]]
+    costs: Mapping[str, ScorerCost]
+
+
+def load_subject(
+    checkpoint: Path,
+    dataset: Dataset,
+    split: str,
+    storage: Storage,
+    *,
+    first_stage: str = "checkpoint",
+    device: str = "cpu",
+    on_image: Callable[[int], None] = lambda num_images: None,
+) -> Subject:
+    """Encode and store every image, encode every caption, and have the first stage compare them.
+
+    `first_stage` is `checkpoint` (its own), `maxsim` (its late interaction), or the path of a `.npy` file with
+    (captions, images) similarities in the dataset's order. `on_image` hears how many images are done. Raises
+    `EvaluationError`, `CheckpointError`, or `DataError` for the first thing that is wrong with the data.
+    """
+    captions = tuple(caption for image in dataset.images for caption in image.captions)
+    counts = [len(image.captions) for image in dataset.images]
+    if not captions or 0 in counts:
+        raise SubjectUnusable(f"{dataset.name}, {split}: every image needs a caption, and there must be an image")
+    image_of_caption = np.repeat(np.arange(len(counts)), counts)
+    given = _read_similarity(Path(first_stage), (len(captions), len(counts))) if first_stage.endswith(".npy") else None
+
+    loaded = load_checkpoint(checkpoint)
+    tokenizer = Tokenizer.load(checkpoint)
+    model, config = loaded.model.to(device), loaded.config
+    tokens = _encode_images(model, dataset, config.preprocess.image_size, device, on_image)
+    stored = store_tokens(tokens, storage, loaded.digest)
+    text_ids = [tokenizer.encode(caption) for caption in captions]
+    torch_scorers = TorchScorers(model, text_ids, stored.tokens, device=device)
+    if given is not None:
+        similarity = given
+    elif first_stage == CHEAP and torch_scorers.has_late_interaction:
+        similarity = torch_scorers.late_interaction_matrix()
+    else:
+        raise SubjectUnusable(
+            f"{checkpoint} has no first stage {first_stage!r}: give the similarities as a .npy file, or {CHEAP} "
+            "for a model with a late interaction"
+        )
+    lengths = [len(ids) for ids in text_ids]
+    num_visual = stored.tokens.shape[1]
+    scorers: dict[str, Callable[[], Scorer]] = {FULL: partial(torch_scorers.joint, similarity)}
+    costs = {FULL: joint_cost(config.joint, lengths, num_visual)}
+    if torch_scorers.has_late_interaction:
+        scorers[CHEAP] = torch_scorers.late_interaction
+        costs[CHEAP] = late_interaction_cost(config.joint, lengths, num_visual)
+    return Subject(
+        checkpoint=checkpoint,
+        model_digest=loaded.digest,
+        trained=config.trained,
+        data=dataset.name,
+        split=split,
+        captions=captions,
+        image_ids=tuple(image.image_id for image in dataset.images),
+        image_of_caption=image_of_caption,
+        group_of_image=_groups(dataset),
+        first_stage=first_stage,
+        similarity=similarity,
+        stored=stored,
+        scorers=scorers,
+        costs=costs,
+    )
+
+
+def _groups(dataset: Dataset) -> NDArray[np.int64]:
+    """An image without a group is one of its own."""
+    numbers: dict[str | int, int] = {}
+    names = [number if image.group is None else image.group for number, image in enumerate(dataset.images)]
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
+
+
+@torch.no_grad()
+def _encode_images(
+    model: Edje, dataset: Dataset, image_size: int, device: str, on_image: Callable[[int], None]
+) -> NDArray[np.float32]:
+    """(images, m, d) visual tokens of every image, in the dataset's order."""
+    tokens: list[NDArray[np.float32]] = []
+    batch: list[NDArray[np.uint8]] = []
+
+    def flush() -> None:
+        if batch:
+            tokens.append(model.encode_images(torch.from_numpy(np.stack(batch)).to(device))[0].float().cpu().numpy())
+            on_image(len(batch))
+            batch.clear()
+
+    for _, pixels in readable(dataset, image_size, dataset.problems.record, strict=True):
+        batch.append(pixels)
+        if len(batch) == BATCH_IMAGES:
+            flush()
+    flush()
+    return np.concatenate(tokens)
+
+
+def _read_similarity(path: Path, expected: tuple[int, int]) -> NDArray[np.float32]:
+    try:
+        similarity = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise SubjectUnusable(f"the similarities in {path} cannot be read: {error}") from error
+    if not isinstance(similarity, np.ndarray) or similarity.shape != expected:
+        raise SubjectUnusable(
+            f"{path} holds similarities of shape {getattr(similarity, 'shape', 'unknown')}; "
+            f"these data have {expected[0]:,} captions and {expected[1]:,} images"
+        )
+    return similarity.astype(np.float32)

@@ -1,0 +1,133 @@
+"""A checkpoint's model as scorers of (caption, image) pairs, in torch.
+
+Captions of one length share a batch, so nothing is padded and a score does not depend on its neighbours' lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edje.apart import ApartEncoder, TokenMatch
+from edje.config import JointConfig
+from edje.evaluation.cost import ScorerCost, scorer_cost
+from edje.flops import Cost, cost_of
+from edje.model import Edje
+
+#: A batch that keeps two cores or one GPU busy without much memory: 256 x 96 tokens x 1,536 hidden values are 150 MB.
+BATCH_PAIRS = 256
+BATCH_CAPTIONS = 256
+#: Token similarities held at a time: 64 MB.
+_MATRIX_VALUES = 16_000_000
+
+_ScorePairs = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class TorchScorers:
+    """Text states and visual tokens of everything that is searched, and what scores their pairs."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Edje, text_ids: Sequence[Sequence[int]], tokens: NDArray[np.float32], *, device: str = "cpu"
+    ) -> None:
+        self._model = model.to(device)
+        self._device = torch.device(device)
+        self._tokens = torch.from_numpy(tokens).to(self._device)
+        self._lengths = np.array([len(ids) for ids in text_ids])
+        self._rows = np.empty(len(text_ids), np.int64)
+        self._states: dict[int, Tensor] = {}  # by length: (captions, length, d)
+        for length in map(int, np.unique(self._lengths)):
+            captions = np.flatnonzero(self._lengths == length)
+            self._rows[captions] = np.arange(len(captions))
+            ids = torch.tensor([list(text_ids[int(caption)]) for caption in captions], device=self._device)
+            batches = range(0, len(ids), BATCH_CAPTIONS)
+            self._states[length] = torch.cat([model.encode_queries(ids[at : at + BATCH_CAPTIONS]) for at in batches])
+
+    @property
+    def _match(self) -> TokenMatch | None:
+        joint = self._model.joint
+        return joint.match if isinstance(joint, ApartEncoder) else None
+
+    @property
+    def has_late_interaction(self) -> bool:
+        return self._match is not None
+
+    def joint(
+        self, similarity: NDArray[np.float32]
+    ) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
+        """The model's logit, with `(captions, images)` first-stage similarities for a head that reads them."""
+
+        def score(text: Tensor, visual: Tensor, first_stage: Tensor | None) -> Tensor:
+            return self._model.score(text, visual, None, first_stage)
+
+        return lambda captions, images: self._by_length(score, captions, images, similarity)
+
+    def late_interaction(self) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
+        """The similarity of tokens alone; only where `has_late_interaction`."""
+        match = self._match
+        assert match is not None, "asked for by has_late_interaction"
+
+        def score(text: Tensor, visual: Tensor, first_stage: Tensor | None) -> Tensor:
+            return match.pairs(text, visual, None)
+
+        return lambda captions, images: self._by_length(score, captions, images, None)
+
+    @torch.no_grad()
+    def late_interaction_matrix(self) -> NDArray[np.float32]:
+        """Late interaction of everything with everything, (captions, images): a first stage of its own."""
+        match = self._match
+        assert match is not None, "asked for by has_late_interaction"
+        num_images, num_visual = self._tokens.shape[:2]
+        matrix = np.empty((len(self._lengths), num_images), np.float32)
+        for length, states in self._states.items():
+            captions = np.flatnonzero(self._lengths == length)
+            step = max(1, _MATRIX_VALUES // (num_images * length * num_visual))
+            for start in range(0, len(captions), step):
+                scores = match.matrix(states[start : start + step], self._tokens, None)
+                matrix[captions[start : start + step]] = scores.float().cpu().numpy()
+        return matrix
+
+    @torch.no_grad()
+    def _by_length(
+        self,
+        score: _ScorePairs,
+        captions: NDArray[np.int64],
+        images: NDArray[np.int64],
+        similarity: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32]:
+        scores = np.empty(len(captions), np.float32)
+        lengths = self._lengths[captions]
+        for length in map(int, np.unique(lengths)):
+            pairs = np.flatnonzero(lengths == length)
+            for start in range(0, len(pairs), BATCH_PAIRS):
+                some = pairs[start : start + BATCH_PAIRS]
+                text = self._states[length][self._on_device(self._rows[captions[some]])]
+                visual = self._tokens[self._on_device(images[some])]
+                first = None if similarity is None else self._on_device(similarity[captions[some], images[some]])
+                scores[some] = score(text, visual, first).float().cpu().numpy()
+        return scores
+
+    def _on_device(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def joint_cost(config: JointConfig, text_lengths: Sequence[int], num_visual: int) -> ScorerCost:
+    """The mean cost over captions of these lengths, [CLS] and [SEP] included."""
+    costs = [cost_of(config, length, num_visual) for length in text_lengths]
+    num = len(costs)
+    mean = Cost(
+        per_pair=sum(cost.per_pair for cost in costs) // num,
+        per_query=sum(cost.per_query for cost in costs) // num,
+        per_image=costs[0].per_image,
+    )
+    return scorer_cost(mean)
+
+
+def late_interaction_cost(config: JointConfig, text_lengths: Sequence[int], num_visual: int) -> ScorerCost:
+    """That of the late interaction alone, in an encoder that has one."""
+    return joint_cost(replace(config, kind="maxsim", num_layers=0), text_lengths, num_visual)

@@ -1,0 +1,66 @@
+"""The losses of the paper (arXiv 2510.06820, section 3), and two contrastive ones; each a plain function of tensors.
+
+Knows neither the model nor how the numbers came about. Every loss is a mean over its batch, so that a weight means the
+same at every batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def itm_loss(with_images: Tensor, with_texts: Tensor) -> Tensor:
+    """Image-text matching: softmax cross-entropy of the positive against its negatives, mean of both directions.
+
+    `with_images` (B, 1 + n): logits of a caption with its own image first, then with n other images.
+    `with_texts` (B, 1 + n): logits of an image with its own caption first, then with n other captions.
+    Logits of -inf are negatives that could not be found.
+    """
+    return (_first_wins(with_images) + _first_wins(with_texts)) / 2
+
+
+def mlm_loss(vocabulary_logits: Tensor, masked_ids: Tensor) -> Tensor:
+    """Masked language modelling: (M, V) logits at the masked places against the (M,) words that stood there."""
+    if len(masked_ids) == 0:
+        return vocabulary_logits.sum()  # zero, with a gradient of zero
+    return functional.cross_entropy(vocabulary_logits.float(), masked_ids)
+
+
+def text_recovery_loss(recovered: Tensor, wanted: Tensor) -> Tensor:
+    """1 - cosine between what the joint encoder makes of the text alone and the first stage's embedding of it; (B, e)."""
+    return (1 - functional.cosine_similarity(recovered.float(), wanted.float(), dim=-1)).mean()
+
+
+def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Binary cross-entropy of the student's logits against the teacher's probabilities.
+
+    Blocks of pairs (positives, negatives of captions, negatives of images) count alike whatever their size. Logits of
+    -inf stand for pairs that do not exist; a block without any pair does not count.
+    """
+    losses = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        exists = torch.isfinite(ours) & torch.isfinite(theirs)
+        if exists.any():
+            wanted = theirs[exists].float().sigmoid()
+            losses.append(functional.binary_cross_entropy_with_logits(ours[exists].float(), wanted))
+    return torch.stack(losses).mean()
+
+
+def contrastive_loss(similarity: Tensor, positive: Tensor) -> Tensor:
+    """Both directions of InfoNCE over scaled similarities (Q, N); `positive` (Q, N) marks every true pair.
+
+    Column i is row i's own; other true pairs (the same image, an equal caption) are neither rewarded nor punished.
+    """
+    own = torch.arange(len(similarity), device=similarity.device)
+    others = positive.clone()
+    others[own, own] = False
+    logits = similarity.float().masked_fill(others, -torch.inf)
+    return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
+
+
+def _first_wins(logits: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), logits.new_zeros(len(logits), dtype=torch.long))

@@ -1,0 +1,130 @@
+"""Which captions, images and pairs a step works on: a pure function of seed, phase, step and device.
+
+Nothing is remembered between steps, so a run that is resumed at a step goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edje.training.negatives import NONE, mine, true_pairs
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The work of one step on one device. Captions and images are named once each, pairs by their places in these.
+
+    Pairs come in three blocks: the B positives, then for each caption its n images (row by row), then for each image
+    its n captions. A pair that does not exist has `NONE` for both places.
+    """
+
+    captions: Ints  # (W,) numbers in the corpus
+    images: Ints  # (U,)
+    own_caption: Ints  # (B,) places of the samples' own
+    own_image: Ints  # (B,)
+    pair_caption: Ints  # (B + 2 B n,)
+    pair_image: Ints  # (B + 2 B n,)
+    positive: NDArray[np.bool_]  # (B, B): which caption is true of which image of the samples
+    num_negatives: int  # n; 0 where no pairs are wanted
+
+
+class Epochs:
+    """The order in which captions are shown: every one once an epoch, on exactly one device."""
+
+    def __init__(self, num_captions: int, global_batch: int, seed: int) -> None:
+        if num_captions < global_batch:
+            raise ValueError(f"{num_captions} captions do not fill a batch of {global_batch}")
+        self._num_captions = num_captions
+        self._global_batch = global_batch
+        self._seed = seed
+        self.steps_per_epoch = num_captions // global_batch
+
+    def batch(self, step: int) -> Ints:
+        """The captions of this step on all devices together; what does not fill a batch is left out of an epoch."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self._seed, epoch]).permutation(self._num_captions)
+        return order[place * self._global_batch : (place + 1) * self._global_batch]
+
+
+#: For captions and images of a batch, the negatives of each: (images for each caption, captions for each image).
+Miner = Callable[[Ints, Ints, np.random.Generator], tuple[Ints, Ints]]
+
+
+def plan_step(
+    batch: Ints,
+    images_of: Ints,
+    keys_of: Ints,
+    rank: int,
+    num_devices: int,
+    miner: Miner | None,
+    num_negatives: int,
+    rng: np.random.Generator,
+) -> Plan:
+    """The share of device `rank` in a global batch. The generator must be in the same state on every device."""
+    images = images_of[batch]
+    image_negatives = caption_negatives = np.empty((len(batch), 0), np.int64)
+    if miner is not None:
+        image_negatives, caption_negatives = miner(batch, images, rng)
+    share = slice(rank * len(batch) // num_devices, (rank + 1) * len(batch) // num_devices)
+    own_captions, own_images = batch[share], images[share]
+    image_negatives, caption_negatives = image_negatives[share], caption_negatives[share]
+    all_captions = _named(own_captions, caption_negatives)
+    all_images = _named(own_images, image_negatives)
+    own_caption, own_image = np.searchsorted(all_captions, own_captions), np.searchsorted(all_images, own_images)
+    num = image_negatives.shape[1]
+    pair_caption = np.concatenate((own_caption, np.repeat(own_caption, num), _places(all_captions, caption_negatives)))
+    pair_image = np.concatenate((own_image, _places(all_images, image_negatives), np.repeat(own_image, num)))
+    missing = (pair_caption == NONE) | (pair_image == NONE)
+    pair_caption[missing] = pair_image[missing] = NONE
+    positive = true_pairs(keys_of[own_captions], own_images, own_images)
+    return Plan(
+        all_captions, all_images, own_caption, own_image, pair_caption, pair_image, positive, num if miner else 0
+    )
+
+
+def batch_miner(
+    similarity: Callable[[Ints, Ints], NDArray[np.float32]],
+    images_of: Ints,
+    keys_of: Ints,
+    per_sample: int,
+    top_k: int,
+) -> Miner:
+    """Negatives from the batch itself, by the first stage's similarity of its captions and images."""
+
+    def negatives(captions: Ints, images: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+        compared = similarity(captions, images)
+        positive = true_pairs(keys_of[captions], images_of[captions], images)
+        columns = mine(compared, positive, per_sample=per_sample, top_k=top_k, rng=rng)
+        rows = mine(compared.T, positive.T, per_sample=per_sample, top_k=top_k, rng=rng)
+        return np.where(columns == NONE, NONE, images[columns]), np.where(rows == NONE, NONE, captions[rows])
+
+    return negatives
+
+
+def corpus_miner(best_images: Ints, best_captions: Ints, per_sample: int) -> Miner:
+    """Negatives from lists of the first stage's best mistakes, (C, M) images and (R, M) captions; see `best_mistakes`."""
+
+    def draw(lists: Ints, rng: np.random.Generator) -> Ints:
+        order = rng.permuted(np.broadcast_to(np.arange(lists.shape[1]), lists.shape), axis=1)[:, :per_sample]
+        return np.take_along_axis(lists, order, axis=1)
+
+    def negatives(captions: Ints, images: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+        return draw(best_images[captions], rng), draw(best_captions[images], rng)
+
+    return negatives
+
+
+def _named(own: Ints, negatives: Ints) -> Ints:
+    return np.unique(np.concatenate((own, negatives[negatives != NONE])))
+
+
+def _places(names: Ints, wanted: Ints) -> Ints:
+    """Where the wanted ones stand in the sorted names, row by row in one array."""
+    flat = wanted.reshape(-1)
+    return np.where(flat == NONE, NONE, np.searchsorted(names, flat))

@@ -1,0 +1,200 @@
+"""One step's losses: the module that is differentiated, and that several devices wrap as one.
+
+Holds the model, the first stage and what only training needs (the vocabulary head, the text recovery). Which pairs are
+scored was decided before (`edje.training.sampling`); nothing here draws at random but which words and patches to hide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edje.apart import ApartEncoder
+from edje.config import JointConfig
+from edje.first_stage import FirstStageModel
+from edje.model import Edje
+from edje.recipe import Phase
+from edje.training.losses import (
+    contrastive_loss,
+    distillation_loss,
+    itm_loss,
+    mlm_loss,
+    text_recovery_loss,
+)
+
+_MAX_LOG_SCALE = math.log(100.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a `Plan` names, as tensors on the device."""
+
+    text_ids: Tensor  # (W, T)
+    text_lengths: Tensor  # (W,)
+    text_states: Tensor | None  # (W, T, d): of frozen text layers, computed long ago
+    images: Tensor  # (U, S, D) patch tokens, or uint8 (U, 3, H, W) for a tower in training
+    own_caption: Tensor  # (B,)
+    own_image: Tensor  # (B,)
+    pair_caption: Tensor  # (P,), -1 where there is no pair
+    pair_image: Tensor  # (P,)
+    pair_score: Tensor  # (P,) of the first stage
+    positive: Tensor  # bool (B, B)
+    first_stage_texts: Tensor | None  # (B, e) the first stage's embeddings of the samples' captions
+    num_negatives: int
+
+
+class TrainingHeads(nn.Module):
+    """What only training needs: words from states (its last map is the word table), and the recovered text."""
+
+    def __init__(self, joint: JointConfig, first_stage_dim: int) -> None:
+        super().__init__()
+        self.transform = nn.Linear(joint.dim, joint.dim)
+        self.norm = nn.LayerNorm(joint.dim, eps=joint.norm_eps)
+        self.word_bias = nn.Parameter(torch.zeros(joint.vocab_size))
+        self.recover = nn.Linear(joint.dim, first_stage_dim)
+
+    def words(self, states: Tensor, table: Tensor) -> Tensor:  # (M, d), (V, d) -> (M, V)
+        hidden = self.norm(functional.gelu(self.transform(states)))
+        return functional.linear(hidden, table, self.word_bias)
+
+
+class TrainingStep(nn.Module):
+    """Batch in, losses by name out, each a scalar, and the logits of the pairs."""
+
+    def __init__(
+        self, model: Edje, first_stage: FirstStageModel | None, heads: TrainingHeads, special_ids: tuple[int, int, int]
+    ) -> None:
+        """`special_ids` are those of [CLS], [SEP] and [MASK]."""
+        super().__init__()
+        self.model = model
+        self.first_stage = first_stage
+        self.heads = heads
+        self._cls_id, self._sep_id, self._mask_id = special_ids
+        self._phase: Phase | None = None
+        self._teacher: Edje | None = None
+
+    def begin(self, phase: Phase, teacher: Edje | None) -> None:
+        """The losses of the steps that follow. The teacher is no part of this module: it is neither trained nor saved."""
+        self._phase = phase
+        object.__setattr__(self, "_teacher", teacher)
+
+    @torch.no_grad()
+    def clamp_scales(self) -> None:
+        """Keep learned temperatures from running away, as CLIP does."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("log_scale"):
+                parameter.clamp_(max=_MAX_LOG_SCALE)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        phase = self._phase
+        assert phase is not None  # `begin` comes first
+        wanted = phase.losses
+        losses: dict[str, Tensor] = {}
+        patches, pooled = self._see(batch.images)
+        patches = _dropped(patches, phase.token_dropout, self.training)
+        visual = self.model.encode_patches(patches)
+        if batch.text_states is None or phase.word_dropout:
+            text = self._read(self._hidden(batch, phase.word_dropout)[0], batch.text_lengths)
+        else:
+            text = batch.text_states
+        if "itm" in wanted or "distillation" in wanted:
+            student = self._score(self.model, text, visual, batch, phase.score_dropout)
+            if "itm" in wanted:
+                losses["itm"] = itm_loss(*_by_direction(student, len(batch.own_caption), batch.num_negatives))
+            if "distillation" in wanted:
+                taught = self._taught(patches, batch)
+                blocks = [len(batch.own_caption)] + 2 * [len(batch.own_caption) * batch.num_negatives]
+                losses["distillation"] = distillation_loss(student.split(blocks), taught.split(blocks))
+        if "late_interaction" in wanted:
+            joint = self.model.joint
+            assert isinstance(joint, ApartEncoder)  # the recipe was checked
+            own = batch.own_caption
+            matrix = joint.similarity(text[own], visual[batch.own_image], batch.text_lengths[own])
+            losses["late_interaction"] = contrastive_loss(matrix, batch.positive)
+        if "mlm" in wanted:
+            losses["mlm"] = self._masked_words(batch, visual, phase.mask_share)
+        if "text_recovery" in wanted:
+            losses["text_recovery"] = self._recovered(batch)
+        if "first_stage" in wanted:
+            losses["first_stage"] = self._first_stage(batch, pooled)
+        return losses
+
+    def _see(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.model.extract(images) if images.dtype == torch.uint8 else (images, None)
+
+    def _read(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        return self.model.encode_queries(ids, lengths)
+
+    def _hidden(self, batch: Batch, share: float, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ids with a share of the words replaced by [MASK], and where: (W, T), bool (W, T)."""
+        ids = batch.text_ids if rows is None else batch.text_ids[rows]
+        lengths = batch.text_lengths if rows is None else batch.text_lengths[rows]
+        is_word = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        is_word &= (ids != self._cls_id) & (ids != self._sep_id)
+        hidden = is_word & (torch.rand(ids.shape, device=ids.device) < (share if self.training else 0.0))
+        return ids.masked_fill(hidden, self._mask_id), hidden
+
+    def _score(self, model: Edje, text: Tensor, visual: Tensor, batch: Batch, score_dropout: float) -> Tensor:
+        """Logits of the pairs, (P,); -inf for those that do not exist."""
+        exists = batch.pair_caption >= 0
+        captions, images = batch.pair_caption[exists], batch.pair_image[exists]
+        scores = batch.pair_score[exists]
+        if self.training and score_dropout:
+            scores = scores.masked_fill(torch.rand_like(scores) < score_dropout, torch.nan)
+        lengths = batch.text_lengths[captions]
+        logits = model.score(text[captions], visual[images], lengths, scores).float()
+        return logits.new_full(exists.shape, -torch.inf).masked_scatter(exists, logits)
+
+    @torch.no_grad()
+    def _taught(self, patches: Tensor, batch: Batch) -> Tensor:
+        teacher = self._teacher
+        assert teacher is not None  # the recipe was checked
+        text = teacher.encode_queries(batch.text_ids, batch.text_lengths)
+        return self._score(teacher, text, teacher.encode_patches(patches), batch, 0.0)
+
+    def _masked_words(self, batch: Batch, visual: Tensor, share: float) -> Tensor:
+        own = batch.own_caption
+        ids, hidden = self._hidden(batch, share, own)
+        lengths = batch.text_lengths[own]
+        read = self.model.joint.read(self._read(ids, lengths), visual[batch.own_image], lengths)
+        states = read[hidden].to(self.heads.transform.weight.dtype)
+        return mlm_loss(self.heads.words(states, self.model.joint.words.weight), batch.text_ids[own][hidden])
+
+    def _recovered(self, batch: Batch) -> Tensor:
+        own = batch.own_caption
+        lengths = batch.text_lengths[own]
+        alone = self.model.joint.read(self._read(batch.text_ids[own], lengths), None, lengths)[:, 0]
+        assert batch.first_stage_texts is not None  # the run gives them with this loss
+        return text_recovery_loss(self.heads.recover(alone), batch.first_stage_texts)
+
+    def _first_stage(self, batch: Batch, pooled: Tensor | None) -> Tensor:
+        first_stage = self.first_stage
+        assert first_stage is not None and pooled is not None  # the run sees to it
+        own = batch.own_caption
+        texts = first_stage.embed_texts(batch.text_ids[own], batch.text_lengths[own])
+        images = first_stage.embed_images(pooled[batch.own_image])
+        return contrastive_loss(first_stage.log_scale.exp() * texts @ images.T, batch.positive)
+
+
+def total(losses: Mapping[str, Tensor], phase: Phase) -> Tensor:
+    """The weighted sum that is differentiated."""
+    return torch.stack([phase.losses[name] * value for name, value in losses.items()]).sum()  # type: ignore[index]
+
+
+def _by_direction(logits: Tensor, num_samples: int, num_negatives: int) -> tuple[Tensor, Tensor]:
+    """(B + 2 B n,) -> (B, 1 + n) of captions with images, (B, 1 + n) of images with captions."""
+    own = logits[:num_samples, None]
+    images, captions = logits[num_samples:].view(2, num_samples, num_negatives)
+    return torch.cat((own, images), dim=1), torch.cat((own, captions), dim=1)
+
+
+def _dropped(patches: Tensor, share: float, is_training: bool) -> Tensor:
+    """Patches with a share of them blank; places keep their meaning."""
+    if not share or not is_training:
+        return patches
+    return patches * (torch.rand(patches.shape[:2], device=patches.device) >= share)[..., None]
