@@ -63,7 +63,7 @@ class TokenMatch(nn.Module):
         return self._mean(best, None if text_lengths is None else text_lengths[:, None])
 
     @staticmethod
-    def _unit(layer: nn.Module, hidden: Tensor) -> Tensor:
+    def _unit(layer: nn.Linear, hidden: Tensor) -> Tensor:
         return functional.normalize(layer(hidden.to(layer.weight.dtype)), dim=-1)
 
     def _mean(self, best: Tensor, text_lengths: Tensor | None) -> Tensor:  # (..., T) -> (...)
@@ -155,7 +155,8 @@ class ApartEncoder(TextEmbeddings):
         text, visual = text.to(dtype), visual.to(dtype)
         hidden = text if self.kind == "minimal" else torch.cat((text, visual), dim=1)
         last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
-            beside = cast(InteractionBlock, layer).keys_values(visual) if self.kind == "minimal" else None
+        for number, module in enumerate(self.layers):
+            layer = cast(JointBlock, module)
+            beside = layer.keys_values(visual) if isinstance(layer, InteractionBlock) else None
             hidden = layer.first(hidden, mask, beside) if cls_only and number == last else layer(hidden, mask, beside)
         return hidden

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.linalg import solve_triangular
 
 from edje.first_stage import FirstStageModel, FirstStageModelConfig
 
 Matrix = NDArray[np.float32]
 #: A word in fewer captions than this says more about the photographer than about the picture.
 MIN_CAPTIONS = 5
+#: Rounding alone makes correlations up to about this large.
+_NO_CORRELATION = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +52,23 @@ def fit_cca(
     num_texts = np.bincount(image_of_text, minlength=len(images)).astype(np.float32)
     sums = np.zeros((len(images), bags.shape[1]), np.float32)
     np.add.at(sums, image_of_text, bags)
-    left = _inverse_root((images * num_texts[:, None]).T @ images / len(texts), settings.ridge)
-    right = _inverse_root(bags.T @ bags / len(texts), settings.ridge)
-    u, correlations, v = np.linalg.svd(left @ (images.T @ sums / len(texts)) @ right, full_matrices=False)
-    strength = correlations[: settings.dim] ** settings.correlation_power
-    to_image = left @ u[:, : settings.dim] * strength / image_std[:, None]
-    to_text = right @ v[: settings.dim].T * strength
+    left = _root((images * num_texts[:, None]).T @ images / len(texts), settings.ridge)
+    right = _root(bags.T @ bags / len(texts), settings.ridge)
+    cross = torch.from_numpy(images.T @ sums / len(texts)).double()
+    # Between whitened sides the singular values are the correlations. Their squares are the eigenvalues of the smaller
+    # Gram matrix, which are found several times as fast.
+    whitened = solve_triangular(left, cross, upper=False)
+    whitened = solve_triangular(right, whitened.T, upper=False).T
+    squares, u = torch.linalg.eigh(whitened @ whitened.T)
+    correlations = squares.clamp(min=0).sqrt().flip(0)[: settings.dim]
+    u = u.flip(1)[:, : settings.dim]
+    # Where there are fewer directions the rest is zero, which changes no comparison.
+    strength = torch.where(correlations > _NO_CORRELATION, correlations**settings.correlation_power, 0.0)
+    v = whitened.T @ u / correlations.clamp(min=_NO_CORRELATION)
+    to_image = (solve_triangular(left.T, u, upper=True) * strength).numpy() / image_std[:, None]
+    to_text = (solve_triangular(right.T, v, upper=True) * strength).numpy()
+    num_lacking = settings.dim - len(strength)
+    to_image, to_text = (np.pad(each, ((0, 0), (0, num_lacking))) for each in (to_image, to_text))
     return _as_model(to_image, image_mean, to_text, text_mean, weights, used, vocab_size, settings)
 
 
@@ -90,7 +105,7 @@ def _as_model(
 
 
 def _word_weights(texts: list[list[int]], vocab_size: int) -> tuple[Matrix, NDArray[np.int64]]:
-    """The inverse document frequency of every word that is frequent enough, zero for the others; and which these are."""
+    """The inverse document frequency of each word that is frequent enough, zero for the others; and which these are."""
     counts = np.zeros(vocab_size, np.int64)
     for words in texts:
         counts[list(set(words))] += 1
@@ -112,8 +127,9 @@ def _bags(texts: list[list[int]], weights: Matrix, used: NDArray[np.int64]) -> M
     return bags
 
 
-def _inverse_root(covariance: Matrix, ridge: float) -> Matrix:
-    damped = covariance + ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance), dtype=np.float32)
-    values, vectors = np.linalg.eigh(damped)
-    root: Matrix = (vectors / np.sqrt(np.maximum(values, 1e-8))) @ vectors.T
+def _root(covariance: NDArray[np.floating], ridge: float) -> Tensor:
+    """The lower triangular root of a covariance with something added to its diagonal."""
+    damped = torch.from_numpy(covariance).double()
+    damped.diagonal().add_(ridge * float(damped.diagonal().mean()))
+    root: Tensor = torch.linalg.cholesky(damped)
     return root

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -70,6 +70,16 @@ def extractor_of(model: Edje, config: EdjeConfig) -> Extractor:
         resample=preprocess.resample,
         digest=digest.hexdigest(),
     )
+
+
+def without_patches(extractor: Extractor) -> Extractor:
+    """One that keeps the pooled embeddings alone: a thousandth of the disk."""
+
+    def see(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, pooled = extractor.see(pixels)
+        return tokens[:, :0], pooled
+
+    return replace(extractor, see=see, digest=f"{extractor.digest} pooled")
 
 
 def features_key(extractor: Extractor, dataset: Dataset, dtype: str) -> str:

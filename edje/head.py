@@ -31,7 +31,7 @@ class MatchingHead(nn.Module):
         if first_stage is None:
             first_stage = cls.new_full(cls.shape[:1], float("nan"))
         added, straight = self.first_stage(first_stage)
-        return self._logit(cls + added) + straight
+        return self._logit(cls + added) + straight  # type: ignore[no-any-return]
 
     def _logit(self, cls: Tensor) -> Tensor:
         return self.out(torch.tanh(self.pooler(cls)))[:, 0]  # type: ignore[no-any-return]

@@ -34,11 +34,16 @@ def find_source(source: str, patterns: Sequence[str]) -> Path:
     if source.startswith(HUB_PREFIX):
         return hub_folder(source.removeprefix(HUB_PREFIX), patterns)
     path = Path(source)
-    if not path.exists() and path.suffix not in _FILES and _ON_THE_HUB.fullmatch(source):
+    if is_on_the_hub(source, path):
         return hub_folder(source, patterns)
     if not path.exists():
         raise SourceError(f"{source} does not exist: give a file, a folder, package:NAME/folder or hub:OWNER/NAME")
     return path
+
+
+def is_on_the_hub(source: str, path: Path) -> bool:
+    """Whether a source without a prefix means a repository, because no file or folder is where it points as a path."""
+    return not path.exists() and path.suffix not in _FILES and bool(_ON_THE_HUB.fullmatch(source))
 
 
 def package_folder(package: str, inside: str = "") -> Path:

@@ -1,6 +1,7 @@
 """A recipe: everything a training run depends on, as one TOML file. Knows neither torch nor data.
 
-Closed: a name nobody knows is an error. Relative paths are taken from the folder of the recipe.
+Closed: a name nobody knows is an error. Relative paths are taken from the folder of the recipe; in a change given on
+the command line, from where the command is given.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from edje.config import AdapterConfig
 from edje.data.spec import DataSpec
+from edje.recipe_table import change, located
 from edje.vision_config import VitConfig
 
 Part = Literal["vision", "adapter", "text", "visual", "meeting", "first_stage"]
-LossName = Literal["itm", "mlm", "text_recovery", "distillation", "late_interaction", "first_stage"]
+LossName = Literal["itm", "mlm", "text_recovery", "distillation", "late_interaction", "first_stage", "regions"]
+#: Losses that read the first stage's scores or embeddings of the training pairs.
+_ASKS_FIRST_STAGE = {"itm", "distillation", "text_recovery"}
 Weight = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -28,7 +33,7 @@ class RecipeError(ValueError):
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class JointRecipe(_Closed):
@@ -52,6 +57,7 @@ class FirstStageRecipe(_Closed):
     """`cca` is fitted before the first phase, cross-fitted in `folds`; `dual` is trained in phases that say so.
 
     `hub` is the pair of encoders that the tower belongs to (SigLIP, CLIP).
+    For negatives from the corpus, `pool_images` are searched together: as many as at test time.
     """
 
     kind: Literal["cca", "dual", "hub"]
@@ -64,6 +70,7 @@ class FirstStageRecipe(_Closed):
     num_layers: Annotated[int, Field(ge=0)] = 1
     num_heads: PositiveInt = 4
     source: str | None = None  # of kind hub
+    pool_images: PositiveInt | None = 1000  # None: all of them; with `cca` a fold is a pool
 
 
 class Negatives(_Closed):
@@ -78,17 +85,26 @@ class Negatives(_Closed):
     top_k: PositiveInt | None = None  # None: the hardest `per_sample`
 
 
+class Start(_Closed):
+    """Parts of another checkpoint to begin with; their names and shapes must agree with this model's."""
+
+    checkpoint: str
+    parts: tuple[Part, ...]
+
+
 class Phase(_Closed):
     """One stretch of training: what is trained, on which losses, for how long."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # also of a folder
     epochs: PositiveFloat  # one epoch shows each caption once
     batch_size: PositiveInt  # captions per device and step, before accumulation
     accumulate: PositiveInt = 1
     learning_rate: PositiveFloat
-    train: dict[Part, PositiveFloat]  # part: factor on the learning rate; what is not named stays frozen
-    losses: dict[LossName, PositiveFloat]
+    # part: factor on the learning rate; what is not named stays frozen
+    train: Annotated[dict[Part, PositiveFloat], Field(min_length=1)]
+    losses: Annotated[dict[LossName, PositiveFloat], Field(min_length=1)]
     negatives: Negatives = Negatives()
+    groups_together: bool = False  # a batch holds whole groups of images that were made to be confused
     start_learning_rate: PositiveFloat = 1e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     decay: Literal["per_epoch", "cosine"] = "per_epoch"
@@ -108,8 +124,14 @@ class Phase(_Closed):
     def _consistent(self) -> Phase:
         if ("distillation" in self.losses) != (self.teacher is not None):
             raise ValueError("the loss 'distillation' and a `teacher` belong together")
-        if "first_stage" in self.losses and "first_stage" not in self.train:
-            raise ValueError("the loss 'first_stage' trains a part that `train` does not name: 'first_stage'")
+        if ("first_stage" in self.losses) != ("first_stage" in self.train):
+            raise ValueError("the loss 'first_stage' and the part 'first_stage' in `train` belong together")
+        moving, asking = self.train.keys() & {"vision", "first_stage"}, self.losses.keys() & _ASKS_FIRST_STAGE
+        if moving and asking:
+            raise ValueError(
+                f"the loss {min(asking)!r} asks a first stage that stands still: leave it to a later phase, or take "
+                f"{min(moving)!r} out of `train`"
+            )
         if "vision" in self.train and (self.crop_views or self.negatives.source == "corpus"):
             raise ValueError("a tower in training has no features yet: no `crop_views`, negatives from the batch")
         if self.negatives.top_k is not None and self.negatives.top_k < self.negatives.per_sample:
@@ -121,20 +143,27 @@ class Recipe(_Closed):
     """A whole run."""
 
     name: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     data: DataSpec
     tower: str | None = None  # one that exists, frozen: hub:NAME, timm:NAME or onnx:PATH; or else
     vision: VitConfig | None = None  # one of our own, from scratch
     image_size: PositiveInt | None = None  # pixels; None: what the tower was made for
+    keeps_patches: bool = True  # what the tower sees lies on the disk; else the tower runs in every step
     max_caption_pieces: PositiveInt = 61
     adapter: AdapterConfig
     joint: JointRecipe
     first_stage: FirstStageRecipe
     vocabulary: str | None = None  # vocab.txt or a source; None: that of the BERT, or else the training captions' words
-    start: str | None = None  # a checkpoint whose weights are taken over where names and shapes agree
+    start: Start | None = None
+    skip: tuple[str, ...] = ()  # phases that are not run, because what they would give comes with `start`
     phase: tuple[Phase, ...]
     k: PositiveInt = 10  # candidates per query in the validation after each phase
     dev_captions: PositiveInt = 1000
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Those that are run."""
+        return tuple(phase for phase in self.phase if phase.name not in self.skip)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -143,45 +172,64 @@ class Recipe(_Closed):
         if self.vision is not None and self.image_size is None:
             raise ValueError("a tower of one's own needs an `image_size`")
         names = [phase.name for phase in self.phase]
-        if not names or len(set(names)) < len(names):
+        if not self.phases or len(set(names)) < len(names):
             raise ValueError("phases need names, each its own")
-        trains_tower = ["vision" in phase.train for phase in self.phase]
+        if unknown := set(self.skip) - set(names):
+            raise ValueError(f"skip: there is no phase {min(unknown)!r}")
+        trains_tower = ["vision" in phase.train for phase in self.phases]
         if self.tower is not None and any(trains_tower):
             raise ValueError("a tower that exists stays frozen: no phase may train 'vision'")
+        if not self.keeps_patches and any(phase.crop_views for phase in self.phases):
+            raise ValueError("`crop_views` are kept like the pictures themselves: they need `keeps_patches`")
         if trains_tower != sorted(trains_tower, reverse=True):
             raise ValueError("once the tower is frozen its features are kept: a later phase cannot train 'vision'")
         return self
 
+    @model_validator(mode="after")
+    def _losses_have_their_parts(self) -> Recipe:
+        kind = self.first_stage.kind
+        is_known = kind != "dual" or (self.start is not None and "first_stage" in self.start.parts)
+        for phase in self.phases:
+            if "late_interaction" in phase.losses and (self.joint.kind == "full" or not self.joint.match_dim):
+                raise ValueError(
+                    "the loss 'late_interaction' needs a joint encoder of another kind, with a `match_dim`"
+                )
+            if "regions" in phase.losses and (self.data.kind != "scenes" or "vision" not in phase.train):
+                raise ValueError("the loss 'regions' teaches a tower what stands where, which only drawn scenes say")
+            if "first_stage" in phase.losses and kind != "dual":
+                raise ValueError(f"a first stage of kind {kind!r} is not trained: the loss 'first_stage' is for 'dual'")
+            if not is_known and phase.losses.keys() & _ASKS_FIRST_STAGE:
+                raise ValueError(f"phase {phase.name!r} asks a first stage that no earlier phase has trained")
+            is_known = is_known or "first_stage" in phase.losses
+        if kind == "hub" and self.first_stage.source is None and not (self.tower or "").startswith("hub:"):
+            raise ValueError("a first stage of kind 'hub' belongs to a tower hub:NAME, or names its `source`")
+        return self
+
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe in a TOML file, with changes such as `joint.kind="late"` or `phase.0.epochs=2`. Raises `RecipeError`."""
+    """The recipe in a TOML file, with changes such as `joint.kind="late"` or `phase.0.epochs=2`.
+
+    Raises `RecipeError`.
+    """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = located(tomllib.loads(path.read_text(encoding="utf-8")), path.parent)
+    except (OSError, ValueError) as error:  # not there, not TOML, or not UTF-8
         raise RecipeError(f"{path} cannot be read: {error}") from error
-    for change in changes:
-        _apply(table, change)
+    try:
+        for each in changes:
+            change(table, each)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     try:
         # As JSON, in which an array is a tuple and a table a dataclass.
-        return Recipe.model_validate_json(json.dumps(table))
+        return Recipe.model_validate_json(json.dumps(located(table, Path())))
     except TypeError as error:
         raise RecipeError(f"{path}: {error}") from error
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, each['loc'])) or 'recipe'}: {each['msg']}" for each in error.errors()]
-        raise RecipeError(f"{path}: {'; '.join(told)}") from error
+        raise RecipeError(f"{path}: {'; '.join(map(_told, error.errors(include_url=False)))}") from error
 
 
-def _apply(table: dict[str, Any], change: str) -> None:
-    """Set one value; the right side is TOML."""
-    name, equals, value = change.partition("=")
-    *parents, last = name.strip().split(".")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-        place: Any = table
-        for parent in parents:
-            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
-        place[int(last) if isinstance(place, list) else last] = parsed
-    except (tomllib.TOMLDecodeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{change!r} changes nothing: write path.to.name=value, the value as in TOML") from error
-    if not equals:
-        raise RecipeError(f"{change!r} changes nothing: write path.to.name=value, the value as in TOML")
+def _told(error: ErrorDetails) -> str:
+    """Where, and what is wrong there."""
+    where = ".".join(map(str, error["loc"])) or "recipe"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"

@@ -1,6 +1,7 @@
 """`python -m edje.train RECIPE --out DIR`: train a model by a recipe; `torchrun` for several GPUs.
 
-The same command goes on where a stopped run was saved last.
+The same command goes on where a stopped run was saved last. Ends with 0, with 1 and a sentence if recipe, data or model
+cannot be used, and with 130 when it was stopped by Ctrl-C or SIGTERM, its state saved.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from edje.checkpoint import CheckpointError
 from edje.data.dataset import DataError
 from edje.feature_files import FeaturesError
 from edje.hub import SourceError
+from edje.images import ImageError
 from edje.optional import PackageMissing
 from edje.recipe import RecipeError, read_recipe
 from edje.towers import TowerError
-from edje.training.devices import devices
+from edje.training.devices import DeviceError, devices
+from edje.training.interrupt import sigterm_as_interrupt
 from edje.training.loop import TrainingStopped
 from edje.training.run import Places, start_run
 from edje.training.state import StateError
@@ -31,7 +34,10 @@ _TOLD = (
     BertError,
     CheckpointError,
     DataError,
+    DeviceError,
     FeaturesError,
+    ImageError,
+    OSError,  # a folder that cannot be written, a full disk
     PackageMissing,
     RecipeError,
     SourceError,
@@ -62,7 +68,7 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        with devices(device) as joined:
+        with sigterm_as_interrupt(), devices(device) as joined:
             wanted = read_recipe(recipe, set_ or ())
             checkpoint = start_run(wanted, Places(out, features), joined, console, save_every)
             if joined.leads:

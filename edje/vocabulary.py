@@ -45,7 +45,12 @@ def character_tokenizer() -> Tokenizer:
 
 def caption_tokenizer(captions: Iterable[str]) -> Tokenizer:
     """Whole words as these captions use them, the frequent ones first, and ASCII letters and digits for all others."""
-    counts = Counter(word for caption in captions for word in canonical_caption(caption).split())
+    # Counted as the tokenizer will see them: without accents, and apart where it parts them.
+    normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for written, count in Counter(word for caption in captions for word in canonical_caption(caption).split()).items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(written)):
+            counts[word] += count
     singles = string.ascii_lowercase + string.digits
     words = [word for word, count in counts.most_common() if count >= _MIN_WORD_COUNT and len(word) > 1]
     return _tokenizer([*SPECIAL_TOKENS, *singles, *(f"##{single}" for single in singles), *words, IMAGE_TOKEN])

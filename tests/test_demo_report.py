@@ -1,4 +1,4 @@
-"""The demo's parts that need no services: Procfile, first stage, pictures, report."""
+"""The demo's processes, as Procfile names them, and its report."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from demo_first_stage import WordOverlap
-from demo_pictures import DETAILS, PHOTOGRAPHS, caption_of, pictures_in, shipped_pictures
-from demo_report import Ranked, Ranking, write_report
-from demo_workers import Worker, parse_procfile
+from demo_rankings import Figures, Option, Question
+from demo_report import Caveat, write_report
+from demo_workers import Worker, parse_procfile, workers_of
+from protocols.events import Result
 from server_process import ServiceError
 
 ROOT = Path(__file__).parent.parent
@@ -43,88 +43,72 @@ def test_a_worker_that_ends_at_once_is_told_with_the_end_of_its_log(tmp_path):
         worker.start()
 
 
-def test_the_caption_with_more_and_rarer_words_of_the_query_is_first():
-    stage = WordOverlap({"a": "a red cup", "b": "a blue dog", "c": "a red dog"})
+def test_each_worker_has_its_own_settings_and_what_all_have(tmp_path):
+    procfile = tmp_path / "Procfile"
+    procfile.write_text("ingest: a\nrerank: b\n")
 
-    assert [name for name, _ in stage.best("a DOG that is red", 3)] == ["c", "a", "b"]
-    assert [name for name, _ in stage.best("a cup, or a dog", 3)] == ["a", "b", "c"]
+    ingest, rerank = workers_of(procfile, {"REDIS_URL": "r"}, {"rerank": {"SLAB_BYTES": "1"}}, "demo-1.", tmp_path)
 
-
-def test_captions_that_share_nothing_stay_in_order():
-    assert WordOverlap({"b": "cup", "a": "dog"}).best("nothing", 2) == [("a", 0.0), ("b", 0.0)]
-
-
-def test_a_caption_is_the_words_of_a_file_name():
-    assert caption_of("holiday/red-cup_of coffee.v2.jpg") == "holiday red cup of coffee v2"
-    assert caption_of("....png") == "....png"
-
-
-def test_the_shipped_pictures_are_real_files_and_enough(tmp_path):
-    pictures = shipped_pictures(tmp_path / "pictures")
-
-    assert len(pictures.files) == len(PHOTOGRAPHS) + len(DETAILS) >= 24
-    assert pictures.image_query in pictures.captions()
-    for file in pictures.files:
-        with Image.open(file.path) as image:
-            image.load()
-
-
-def test_a_folder_of_ones_own_gives_captions_and_queries(tmp_path):
-    for name in ("red-cup.jpg", "black cat.jpg"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-
-    pictures = pictures_in(tmp_path)
-
-    assert sorted(pictures.captions().values()) == ["black cat", "red cup"]
-    assert sorted(pictures.queries) == ["black cat", "red cup"]
-
-
-def test_a_folder_without_pictures_is_a_sentence(tmp_path):
-    with pytest.raises(ServiceError, match="holds 0 image files; the demo needs at least 2"):
-        pictures_in(tmp_path)
+    assert ingest.settings == {"REDIS_URL": "r", "INGEST_TOPIC_PREFIX": "demo-1.", "INGEST_GROUP_ID": "demo-1.ingest"}
+    assert rerank.settings["RERANK_SLAB_BYTES"] == "1"
 
 
 class Elements(HTMLParser):
-    """The elements of a page, and the addresses they load from."""
+    """The elements of a page, their attributes, and the end tags that close nothing or leave something open."""
+
+    EMPTY = frozenset({"meta", "img", "br"})
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.attributes = [], []
+        self.tags, self.attributes, self.misplaced, self._open = [], [], [], []
         self.feed(page)
+        self.misplaced += self._open
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += attributes
+        if tag not in self.EMPTY:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self._open or self._open.pop() != tag:
+            self.misplaced.append(tag)
 
 
 @pytest.fixture
-def hostile_report(tmp_path):
-    picture = tmp_path / "picture.png"
-    Image.new("RGBA", (40, 30), (255, 0, 0, 128)).save(picture)
-    pictures = Ranking(
-        HOSTILE, [Ranked(HOSTILE, HOSTILE, 1, 2, 0.9, picture), Ranked("b", "b", 2, 1, 0.1, picture)], {"score": 1.0}
-    )
-    texts = Ranking(HOSTILE, [Ranked(HOSTILE, HOSTILE, 1, 1, 0.5)], {"score": 1.0}, picture)
+def report(tmp_path):
+    """Writes a report in which everything that comes from outside is hostile; the second candidate is right."""
+    path = tmp_path / "picture.png"
+    Image.new("RGBA", (40, 30), (255, 0, 0, 128)).save(path)
+    results = [Result(index=index, relevance_score=0.5, logit=0.0) for index in (1, 0)]
 
-    def write(trained):
+    def write(*, figures=None, caveat=None, right="right"):
+        images = [Option(HOSTILE, HOSTILE, 0.9, path), Option("right", HOSTILE, 0.1, path)]
+        texts = [Option(HOSTILE, HOSTILE, 0.9), Option("right", HOSTILE, 0.1)]
+        questions = [Question(HOSTILE, images, right), Question(HOSTILE, texts, right, HOSTILE, path)]
         report = tmp_path / "new" / "report.html"
         write_report(
-            report, rankings=[pictures, texts], trained=trained, facts={"Pictures": HOSTILE}, credits=[HOSTILE]
+            report,
+            rankings=[question.ranking(results, {"score": 1.0}) for question in questions],
+            found_by="counting",
+            figures=figures,
+            caveat=caveat,
+            facts={"Pictures": HOSTILE},
         )
         return report.read_text()
 
     return write
 
 
-def test_a_hostile_file_name_is_text_wherever_it_stands(hostile_report):
-    page = Elements(hostile_report(trained=False))
+def test_a_hostile_file_name_is_text_wherever_it_stands(report):
+    page = Elements(report(caveat=Caveat(HOSTILE, HOSTILE)))
 
     assert "script" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
-def test_the_report_needs_nothing_but_itself(hostile_report):
-    page = Elements(hostile_report(trained=False))
+def test_the_report_needs_nothing_but_itself(report):
+    page = Elements(report())
 
     sources = [value for name, value in page.attributes if name in ("src", "href")]
     assert len(sources) == 5
@@ -132,6 +116,35 @@ def test_the_report_needs_nothing_but_itself(hostile_report):
     assert "link" not in page.tags
 
 
-def test_untrained_weights_are_told_and_trained_ones_are_not(hostile_report):
-    assert "The weights are untrained" in hostile_report(trained=False)
-    assert "untrained" not in hostile_report(trained=True)
+def test_every_element_is_closed_where_it_belongs(report):
+    for page in (report(), report(figures=Figures(40, 0.5, 0.9, 16), caveat=Caveat("a", "b"), right=None)):
+        assert Elements(page).misplaced == []
+
+
+def test_every_picture_is_described_in_words(report):
+    page = Elements(report())
+
+    assert page.tags.count("img") == [name for name, _ in page.attributes].count("alt") == 5
+
+
+def test_the_right_candidate_is_marked_in_words_before_and_after(report):
+    page = report()
+
+    assert page.count('class="badge">right<') == 4
+    assert "The right picture: number 2 of 2 before, number 1 after." in page
+    assert "The right text: number 2 of 2 before, number 1 after." in page
+    assert 'badge"' not in report(right=None)
+
+
+def test_the_figures_stand_on_top_where_there_are_any(report):
+    page = report(figures=Figures(40, 0.525, 0.9, 16))
+
+    assert "of 40 questions" in page
+    assert "52.5 %" in page
+    assert "90.0 %" in page
+    assert "questions" not in report(figures=None)
+
+
+def test_what_keeps_the_ranking_from_meaning_anything_is_told(report):
+    assert "<strong>Untrained.</strong> Random numbers." in report(caveat=Caveat("Untrained", "Random numbers."))
+    assert 'note"' not in report()

@@ -57,6 +57,10 @@ def scenes():
     return open_dataset(ScenesSpec(kind="scenes", test_groups=NUM_GROUPS), "test", strict=True)
 
 
+def load(folder, dataset, storage="int8", **options):
+    return load_subject(folder / "model", dataset, "test", storage, features=folder / "features", **options)
+
+
 @pytest.fixture
 def evaluate(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
@@ -65,7 +69,7 @@ def evaluate(folder, monkeypatch):
 
     def run(*options):
         arguments = [folder / "model", "--data", folder / "scenes.toml", "--first-stage", folder / "similarity.npy"]
-        words = [*arguments, "--k", "4", "--resamples", "20", *options]
+        words = [*arguments, "--features", folder / "features", "--k", "4", "--resamples", "20", *options]
         return CliRunner().invoke(app, list(map(str, words)), env={"COLUMNS": "200"})
 
     return run
@@ -184,24 +188,24 @@ def test_an_image_that_does_not_decode_stops_the_evaluation(folder):
     np.save(folder / "three.npy", np.zeros((3, 3), np.float32))
 
     with pytest.raises(DataError, match="image-1"):
-        load_subject(folder / "model", dataset, "test", "int8", first_stage=str(folder / "three.npy"))
+        load(folder, dataset, first_stage=str(folder / "three.npy"))
 
 
 def test_images_without_captions_are_refused(folder):
     with pytest.raises(SubjectUnusable, match="every image needs a caption"):
-        load_subject(folder / "model", replace(scenes(), images=(CaptionedImage("a", ()),)), "test", "int8")
+        load(folder, replace(scenes(), images=(CaptionedImage("a", ()),)))
 
 
 def test_a_first_stage_that_the_checkpoint_does_not_have_is_refused(folder):
     with pytest.raises(SubjectUnusable, match="give the similarities as a"):
-        load_subject(folder / "model", scenes(), "test", "int8", first_stage="maxsim")
+        load(folder, scenes(), first_stage="maxsim")
 
 
 def test_a_model_with_a_late_interaction_has_a_cheap_scorer_a_cascade_and_a_first_stage(tmp_path):
     tiny = VARIANTS["tiny"]
     joint = replace(tiny.joint, kind="minimal", num_layers=1, text_layers=1, visual_layers=1, match_dim=16)
     initialise(replace(tiny, joint=joint), tmp_path / "model", seed=0)
-    subject = load_subject(tmp_path / "model", scenes(), "test", "fp16", first_stage="maxsim")
+    subject = load(tmp_path, scenes(), first_stage="maxsim", storage="fp16")
     captions, images = (indices.ravel() for indices in np.indices(subject.similarity.shape))
 
     cheap = make_scorer("maxsim", subject, "text-to-image")
@@ -216,7 +220,7 @@ def test_a_model_with_a_late_interaction_has_a_cheap_scorer_a_cascade_and_a_firs
 
 
 def test_a_score_does_not_depend_on_the_other_pairs_of_the_call(folder):
-    subject = load_subject(folder / "model", scenes(), "test", "int8", first_stage=str(folder / "similarity.npy"))
+    subject = load(folder, scenes(), first_stage=str(folder / "similarity.npy"))
     scorer = make_scorer("torch", subject, "text-to-image")
     captions, images = np.arange(40), np.arange(40) % 12
 

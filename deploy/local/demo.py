@@ -1,50 +1,51 @@
-"""`make demo`: photographs through a real Kafka and a real Redis to ranked replies, and demo/report.html.
+"""`make demo`: pictures through a real Kafka and a real Redis to ranked replies, and demo/report.html.
 
     python deploy/local/demo.py
-    IMAGES=~/holiday KAFKA_BROKERS=kafka.example:9092 REDIS_URL=redis://redis.example:6379/0 python deploy/local/demo.py
+    IMAGES=~/holiday CHECKPOINT=~/model KAFKA_BROKERS=kafka.example:9092 REDIS_URL=redis://redis.example:6379/0 \\
+        python deploy/local/demo.py
 
-Starts what is needed, shows every step, stops what it started. Ends with 0, or with 1 and a sentence.
+Draws the scenes that the shipped model was trained for, and ends well only if reranking puts right what the first stage
+got wrong. Starts what is needed, shows every step, stops what it started. Ends with 0, or with 1 and a sentence.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from demo_first_stage import WordOverlap
-from demo_pictures import Pictures, pictures_in, shipped_pictures
-from demo_report import Ranked, Ranking, write_report
+from demo_choices import Choices
+from demo_first_stage import FirstStage, WordOverlap
+from demo_index import published_embeddings
+from demo_pictures import Pictures
+from demo_rankings import CheckFailed, figures_of, shown
+from demo_report import write_report
+from demo_requests import Answers, ask_all
+from demo_tables import about_the_texts, ranking_table, summary
 from demo_topics import fresh_topics
-from demo_workers import Worker, parse_procfile
-from edje.checkpoint import read_config
-from protocols.events import Candidate, Query, RerankRequest
+from demo_workers import explaining, start_all, stop_all, workers_of
+from edje.checkpoint import CheckpointError
 from protocols.topics import Topics
-from server_process import ServiceError, tail
+from server_process import ServiceError
 from services import Services
-from workers.client import Client, Reply, connect
+from workers.client import connect
 from workers.errors import WorkerError
 from workers.publish.__main__ import connection
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "demo" / "report.html"
-CACHE = ROOT / "build" / "demo"
-NUM_CANDIDATES = 10
-REPLY_TIMEOUT_S = 60.0
 #: The demo's pictures need a few hundred slots of the slab; the default is made for production.
 SLAB_BYTES = 64 << 20
 
@@ -55,8 +56,8 @@ def main() -> int:
     # SIGTERM ends the demo as Ctrl-C does: everything that was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        run()
-    except (ServiceError, WorkerError) as error:
+        run(Choices.of(os.environ))
+    except (ServiceError, WorkerError, CheckpointError, CheckFailed) as error:
         console.print(f"\nThe demo failed: {error}")
         return 1
     except KeyboardInterrupt:
@@ -65,56 +66,41 @@ def main() -> int:
     return 0
 
 
-def run() -> None:
+def run(choices: Choices) -> None:
     started_at = time.monotonic()
-    prefix = f"demo-{uuid.uuid4().hex[:6]}."
-    topics = Topics(prefix)
+    choices.config()  # before anything is started: there may be none
+    with tempfile.TemporaryDirectory(prefix="edje-demo-") as scratch:
+        pictures, first_stage, answers = ask(choices, Path(scratch))
+        tell(choices, pictures, first_stage, answers, started_at)
+
+
+def ask(choices: Choices, scratch: Path) -> tuple[Pictures, FirstStage, Answers]:
+    """Start everything, have the pictures indexed, ask what there is to ask, stop everything."""
+    topics = Topics(f"demo-{uuid.uuid4().hex[:6]}.")
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edje-demo-")))
         services = stack.enter_context(Services())
         helper = stack.enter_context(ThreadPoolExecutor(1))
-        with step("Kafka (downloaded once, 43 MB), Redis, pictures, model"):
+        with step("Kafka (downloaded once, 43 MB), Redis, pictures"):
             addresses = helper.submit(lambda: (services.brokers, services.redis_url))
-            pictures = chosen_pictures()
-            checkpoint = untrained_checkpoint()
+            pictures = choices.pictures(scratch / "pictures")
             brokers, redis_url = addresses.result()
         kafka = connection(brokers)
-        workers = workers_of(checkpoint, pictures, brokers, redis_url, prefix, logs)
-        stack.enter_context(fresh_topics(kafka, topics, [f"{prefix}{worker.name}" for worker in workers]))
+        common = {"KAFKA_BROKERS": brokers, "REDIS_URL": redis_url}
+        workers = workers_of(ROOT / "Procfile", common, settings_of(choices, pictures), topics.prefix, scratch)
+        groups = [f"{topics.prefix}{worker.name}" for worker in workers]
+        stack.enter_context(fresh_topics(kafka, topics, groups))
         with step(f"Workers that Procfile names: {', '.join(worker.name for worker in workers)}"):
             stack.callback(stop_all, workers)
             start_all(workers)
         with explaining(workers):
             console.print(f"  {len(pictures.files)} images to {topics.images_new}, published by another process")
-            publish(pictures, brokers, prefix)
+            publish(pictures, brokers, topics.prefix)
+            with step("First stage"):
+                first_stage = first_stage_of(choices, pictures, kafka, topics)
+                questions = pictures.questions(first_stage)
             client = stack.enter_context(connect(kafka, topics, read=[topics.rerank_responses]))
-            with step("Requests and replies"):
-                rankings = ask_all(client, pictures)
-    trained = read_config(checkpoint).trained
-    for ranking, reply in rankings:
-        print_ranking(ranking, reply, trained=trained)
-    took_s = time.monotonic() - started_at
-    first = rankings[0][1].response
-    facts = {
-        "Pictures": pictures.origin,
-        "First stage": f"words that query and caption share, rare ones count more; its best {NUM_CANDIDATES} were sent",
-        "Model": f"variant {read_config(checkpoint).name}, digest {first.model}, {'' if trained else 'un'}trained",
-        "Engine": first.engine,
-        "Kafka": "the one named by KAFKA_BROKERS" if os.environ.get("KAFKA_BROKERS") else "Apache Kafka, started here",
-        "Redis": "the one named by REDIS_URL" if os.environ.get("REDIS_URL") else "redis-server, started here",
-        "Whole demo": f"{took_s:.0f} s",
-    }
-    write_report(
-        REPORT,
-        rankings=[ranking for ranking, _ in rankings],
-        trained=trained,
-        facts=facts,
-        credits=pictures.credits,
-    )
-    console.print(f"\nDone in {took_s:.0f} s. The same with the pictures: {REPORT}")
-    if os.environ.get("REDIS_URL"):
-        console.print(f"The pictures' tokens are still in your Redis, under vt:{first.model}:*")
-    console.print("With your own: IMAGES=folder KAFKA_BROKERS=host:9092 REDIS_URL=redis://host:6379/0 make demo")
+            with step(f"{len(questions)} requests and their replies"):
+                return pictures, first_stage, ask_all(client, questions)
 
 
 @contextmanager
@@ -126,75 +112,18 @@ def step(what: str) -> Iterator[None]:
     console.print(f"  {what}: {time.monotonic() - began:.1f} s")
 
 
-def chosen_pictures() -> Pictures:
-    folder = os.environ.get("IMAGES")
-    return pictures_in(Path(folder).expanduser()) if folder else shipped_pictures(CACHE / "pictures")
-
-
-def untrained_checkpoint() -> Path:
-    """A tiny model with random weights, kept from run to run as long as the model's code stays the same."""
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "edje").glob("*.py"))))
-    checkpoint = CACHE / f"tiny-{code.hexdigest()[:12]}"
-    if not checkpoint.exists():
-        unfinished = Path(f"{checkpoint}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        command = [sys.executable, "-m", "edje.init", "tiny", str(unfinished)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise ServiceError(f"no checkpoint could be made: {done.stderr[-2000:]}")
-        unfinished.rename(checkpoint)
-    return checkpoint
-
-
-def workers_of(
-    checkpoint: Path, pictures: Pictures, brokers: str, redis_url: str, prefix: str, logs: Path
-) -> list[Worker]:
-    """Every process of Procfile with its settings; a prefix of its own keeps a borrowed Kafka's topics apart."""
-    particular = {
-        "ingest": {"ALLOWED_SCHEMES": "file", "FILE_ROOTS": str(pictures.folder.resolve())},
-        "rerank": {"SLAB_BYTES": str(SLAB_BYTES)},
+def settings_of(choices: Choices, pictures: Pictures) -> dict[str, dict[str, str]]:
+    """Of each worker, without its name in front."""
+    common = {"CHECKPOINT": str(choices.checkpoint), "NUM_THREADS": "1"}
+    return {
+        "ingest": {
+            **common,
+            "ALLOWED_SCHEMES": "file",
+            "FILE_ROOTS": str(pictures.folder.resolve()),
+            "PUBLISH_EMBEDDING": str(choices.searches_vectors()),
+        },
+        "rerank": {**common, "SLAB_BYTES": str(SLAB_BYTES)},
     }
-    workers = []
-    for name, command in parse_procfile((ROOT / "Procfile").read_text()).items():
-        settings = {
-            "CHECKPOINT": str(checkpoint),
-            "TOPIC_PREFIX": prefix,
-            "GROUP_ID": f"{prefix}{name}",
-            "NUM_THREADS": "1",
-            **particular[name],
-        }
-        ours = {f"{name.upper()}_{setting}": value for setting, value in settings.items()}
-        workers.append(Worker(name, command, logs, {"KAFKA_BROKERS": brokers, "REDIS_URL": redis_url, **ours}))
-    return workers
-
-
-def start_all(workers: Sequence[Worker]) -> None:
-    """Start all at once, because most of the time goes into imports."""
-    with ThreadPoolExecutor(len(workers)) as pool:
-        try:
-            for started in as_completed([pool.submit(worker.start) for worker in workers]):
-                started.result()
-        except BaseException:
-            for worker in workers:
-                worker.give_up()
-            raise
-
-
-def stop_all(workers: Sequence[Worker]) -> None:
-    with ThreadPoolExecutor(len(workers)) as pool:
-        for stopped in [pool.submit(worker.stop) for worker in workers]:
-            stopped.result()
-
-
-@contextmanager
-def explaining(workers: Sequence[Worker]) -> Iterator[None]:
-    """Add to an error what the workers' logs say of it."""
-    try:
-        yield
-    except (ServiceError, WorkerError) as error:
-        problems = [problem for worker in workers if (problem := worker.problem()) is not None]
-        problems = problems or [f"the end of {worker.name}'s log:\n{tail(worker.log, 2_000)}" for worker in workers]
-        raise ServiceError("\n".join([str(error), *problems])) from error
 
 
 def publish(pictures: Pictures, brokers: str, prefix: str) -> None:
@@ -205,67 +134,57 @@ def publish(pictures: Pictures, brokers: str, prefix: str) -> None:
         raise ServiceError("not every image was indexed; the lines above say which and why")
 
 
-def ask_all(client: Client, pictures: Pictures) -> list[tuple[Ranking, Reply]]:
-    """Send every request, then take the replies as they come."""
-    captions = pictures.captions()
-    paths = {file.image_id: file.path for file in pictures.files}
-    first_stage = WordOverlap(captions)
-    asked = []
-    for text in pictures.queries:
-        best = first_stage.best(text, NUM_CANDIDATES)
-        candidates = [Candidate(image_id=image_id, score=score) for image_id, score in best]
-        asked.append((RerankRequest(request_id=new_id(), query=Query(text=text), candidates=candidates), best))
-    best = first_stage.best(captions[pictures.image_query], NUM_CANDIDATES)
-    texts = [Candidate(text=captions[image_id], id=image_id, score=score) for image_id, score in best]
-    image = Query(image_id=pictures.image_query)
-    asked.append((RerankRequest(request_id=new_id(), query=image, candidates=texts), best))
-    sent = [client.publish_request(request) for request, _ in asked]
-    for published in sent:
-        published.result(REPLY_TIMEOUT_S)
-    rankings = []
-    for request, best in asked:
-        reply = client.reply_to(request.request_id, REPLY_TIMEOUT_S)
-        if reply.response.status != "ok":
-            raise ServiceError(f"a request was answered with {reply.response.status}: {reply.response.error}")
-        shows_pictures = request.query.text is not None
-        ranked = [
-            Ranked(
-                name=best[result.index][0],
-                caption=captions[best[result.index][0]],
-                rank=rank,
-                rank_before=result.index + 1,
-                relevance_score=result.relevance_score,
-                path=paths[best[result.index][0]] if shows_pictures else None,
-            )
-            for rank, result in enumerate(reply.response.results, start=1)
-        ]
-        title = request.query.text or captions[pictures.image_query]
-        picture = None if shows_pictures else paths[pictures.image_query]
-        rankings.append((Ranking(title, ranked, reply.response.timings_ms, picture), reply))
-    return rankings
+def first_stage_of(choices: Choices, pictures: Pictures, kafka: Mapping[str, Any], topics: Topics) -> FirstStage:
+    """The checkpoint's own over the vectors that the ingest worker has published, or the words of the captions."""
+    if not choices.searches_vectors():
+        return WordOverlap(pictures.described)
+    from demo_dual_encoder import DualEncoder, pooled_here  # torch takes seconds to import
+
+    pooled = published_embeddings(kafka, topics)
+    # Your Redis has them from an earlier run: an index of vectors would have them too.
+    stored_before = {file.image_id: file.path for file in pictures.files if file.image_id not in pooled}
+    if stored_before:
+        pooled |= pooled_here(choices.checkpoint, stored_before)
+    return DualEncoder.load(choices.checkpoint, {file.image_id: pooled[file.image_id] for file in pictures.files})
 
 
-def new_id() -> str:
-    return f"demo-{uuid.uuid4().hex[:12]}"
-
-
-def print_ranking(ranking: Ranking, reply: Reply, *, trained: bool) -> None:
-    kind = "texts for the image" if ranking.query_picture else "images for the text"
-    table = Table(
-        "rank",
-        "text" if ranking.query_picture else "image",
-        "score",
-        "before",
-        title=Text(f"{kind}: {ranking.query}"),
-        caption=None if trained else Text("UNTRAINED weights: this shows that it works, not how well it ranks"),
-        title_justify="left",
-        caption_justify="left",
+def tell(choices: Choices, pictures: Pictures, first_stage: FirstStage, answers: Answers, started_at: float) -> None:
+    """Print and write what came of it. Raises `CheckFailed` for figures that the shipped model must not have."""
+    caveat, figures, rankings = choices.caveat(), figures_of(answers.rankings), shown(answers.rankings)
+    for ranking in rankings:
+        console.print()
+        console.print(ranking_table(ranking, None if caveat is None else caveat.headline))
+    took_s = time.monotonic() - started_at
+    config = choices.config()
+    write_report(
+        REPORT,
+        rankings=rankings,
+        found_by=first_stage.means,
+        figures=figures,
+        caveat=caveat,
+        facts={
+            "Pictures": pictures.origin,
+            "First stage": f"{first_stage.means}; its best {pictures.num_candidates} were sent",
+            "Model": f"{config.name}, digest {answers.model_digest}, {'' if config.trained else 'un'}trained",
+            "Engine": answers.engine_digest,
+            "Kafka": "the one named by KAFKA_BROKERS" if choices.has_own_kafka else "Apache Kafka, started here",
+            "Redis": "the one named by REDIS_URL" if choices.has_own_redis else "redis-server, started here",
+            "Whole demo": f"{took_s:.0f} s",
+        },
     )
-    for result in ranking.results:
-        score, before = f"{result.relevance_score:.4f}", str(result.rank_before)
-        table.add_row(str(result.rank), Text(result.caption), score, before)
     console.print()
-    console.print(table)
+    if figures is not None:
+        console.print(summary(figures, pictures.num_candidates, len(pictures.files)))
+    for ranking in rankings:
+        if (sentence := about_the_texts(ranking)) is not None:
+            console.print(sentence)
+    console.print(f"\nDone in {took_s:.0f} s. The same with the pictures: {REPORT}")
+    if choices.has_own_redis:
+        console.print(f"The pictures' tokens are still in your Redis, under vt:{answers.model_digest}:*")
+    console.print("Your own: IMAGES=folder CHECKPOINT=folder KAFKA_BROKERS=host:9092 REDIS_URL=redis://host make demo")
+    problem = None if figures is None or not choices.is_checked() else figures.problem()
+    if problem is not None:
+        raise CheckFailed(problem)
 
 
 if __name__ == "__main__":

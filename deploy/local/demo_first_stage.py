@@ -1,7 +1,7 @@
-"""A first stage that needs no model: it counts the words that a query shares with a caption.
+"""Who finds the demo's candidates: whatever ranks images for a text and texts for an image, quickly.
 
-A word counts the more the fewer captions have it. What an installation has here is a vector search; this one is only
-there so that there is an order to rerank.
+`WordOverlap` needs no model and never looks at a picture: it counts the words that a query shares with a caption, the
+rarer the more. It is there so that there is an order to rerank where the checkpoint brings no first stage of its own.
 """
 
 from __future__ import annotations
@@ -10,26 +10,54 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from typing import Protocol
 
 _WORD = re.compile(r"\w+")
 
+#: Names with their scores, best first.
+Found = list[tuple[str, float]]
+
+
+class FirstStage(Protocol):
+    """Best first; equals in the order of their names."""
+
+    #: For people, after "found by".
+    means: str
+
+    def images(self, text: str, top_n: int) -> Found:
+        """The best images for a text."""
+        ...
+
+    def texts(self, image_id: str, texts: Mapping[str, str], top_n: int) -> Found:
+        """The best of these texts, by name, for an image."""
+        ...
+
 
 class WordOverlap:
-    """Scores captions by the words they share with a query."""
+    """Scores captions by the words they share with a query. Implements `FirstStage`."""
+
+    means = "words shared with the caption"
 
     def __init__(self, captions: Mapping[str, str]) -> None:
-        """`captions` by id."""
+        """`captions` by image id."""
+        self._captions = captions
         self._words = {name: words_of(caption) for name, caption in captions.items()}
         frequency = Counter(word for words in self._words.values() for word in words)
         self._weights = {word: math.log(1 + len(captions) / count) for word, count in frequency.items()}
 
-    def best(self, query: str, top_n: int) -> list[tuple[str, float]]:
-        """The best ids with their scores; those that share nothing with the query follow in the order of their ids."""
-        asked = words_of(query)
+    def images(self, text: str, top_n: int) -> Found:
+        asked = words_of(text)
         scores = {
             name: sum(self._weights[word] for word in sorted(words & asked)) for name, words in self._words.items()
         }
-        return sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:top_n]
+        return best_of(scores, top_n)
+
+    def texts(self, image_id: str, texts: Mapping[str, str], top_n: int) -> Found:
+        return WordOverlap(texts).images(self._captions[image_id], top_n)
+
+
+def best_of(scores: Mapping[str, float], top_n: int) -> Found:
+    return sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:top_n]
 
 
 def words_of(text: str) -> frozenset[str]:

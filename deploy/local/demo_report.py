@@ -14,51 +14,45 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageOps
 
+from demo_rankings import Figures, Ranking
+
 TEMPLATE = "demo_report.html"
 #: Twice the size at which they are shown, for dense screens.
 THUMBNAIL_SIZE = (256, 192)
 JPEG_QUALITY = 70
+#: Of the candidates of a question.
+NUM_PICTURES = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked:
-    """One candidate in the reply, with its place before."""
+class Caveat:
+    """What keeps the ranking from meaning anything."""
 
-    name: str
-    caption: str
-    rank: int
-    rank_before: int
-    relevance_score: float
-    path: Path | None = None  # of a picture; a text has none
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """One request and its reply, best first."""
-
-    query: str
-    results: Sequence[Ranked]
-    timings_ms: Mapping[str, float]
-    query_picture: Path | None = None
-
-    def before(self) -> list[Ranked]:
-        """The same candidates in the order of the first stage."""
-        return sorted(self.results, key=lambda result: result.rank_before)
+    headline: str
+    explanation: str
 
 
 def write_report(
     path: Path,
     *,
     rankings: Sequence[Ranking],
-    trained: bool,
+    found_by: str,
+    figures: Figures | None,
+    caveat: Caveat | None,
     facts: Mapping[str, str],
-    credits: Sequence[str],
 ) -> None:
-    """Write the report; `facts` are shown as they are, in a table."""
+    """Write the report; `found_by` is the first stage's means, `facts` are shown as they are, in a table."""
     folder = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
     environment.globals["thumbnail"] = thumbnail
-    page = environment.get_template(TEMPLATE).render(rankings=rankings, trained=trained, facts=facts, credits=credits)
+    page = environment.get_template(TEMPLATE).render(
+        rankings=rankings,
+        found_by=found_by,
+        figures=figures,
+        caveat=caveat,
+        facts=facts,
+        num_pictures=NUM_PICTURES,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 

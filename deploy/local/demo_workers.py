@@ -1,4 +1,4 @@
-"""Starts the processes that Procfile names, as whatever runs a Procfile would, and waits until they are ready."""
+"""Runs the processes that Procfile names, as whatever runs a Procfile would: all are ready, or none is left."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 from server_process import Server, ServiceError, tail
+from workers.errors import WorkerError
 
 _LINE = re.compile(r"([A-Za-z0-9_-]+):\s*(\S.*)")
 
@@ -66,3 +69,47 @@ class Worker(Server):
         if status is None:
             return None
         return f"the {self.name} worker ended with {status}; the end of its log:\n{tail(self.log)}"
+
+
+def workers_of(
+    procfile: Path, settings: Mapping[str, str], particular: Mapping[str, Mapping[str, str]], prefix: str, logs: Path
+) -> list[Worker]:
+    """Every process of Procfile. A prefix of its own keeps a borrowed Kafka's topics and groups apart.
+
+    `settings` are every process's; `particular` are one's own, without the name of the process in front.
+    """
+    workers = []
+    for name, command in parse_procfile(procfile.read_text()).items():
+        own = {"TOPIC_PREFIX": prefix, "GROUP_ID": f"{prefix}{name}", **particular.get(name, {})}
+        named = {f"{name.upper()}_{setting}": value for setting, value in own.items()}
+        workers.append(Worker(name, command, logs, {**settings, **named}))
+    return workers
+
+
+def start_all(workers: Sequence[Worker]) -> None:
+    """Start all at once, because most of the time goes into imports."""
+    with ThreadPoolExecutor(len(workers)) as pool:
+        try:
+            for started in as_completed([pool.submit(worker.start) for worker in workers]):
+                started.result()
+        except BaseException:
+            for worker in workers:
+                worker.give_up()
+            raise
+
+
+def stop_all(workers: Sequence[Worker]) -> None:
+    with ThreadPoolExecutor(len(workers)) as pool:
+        for stopped in [pool.submit(worker.stop) for worker in workers]:
+            stopped.result()
+
+
+@contextmanager
+def explaining(workers: Sequence[Worker]) -> Iterator[None]:
+    """Add to an error what the workers' logs say of it."""
+    try:
+        yield
+    except (ServiceError, WorkerError) as error:
+        problems = [problem for worker in workers if (problem := worker.problem()) is not None]
+        problems = problems or [f"the end of {worker.name}'s log:\n{tail(worker.log, 2_000)}" for worker in workers]
+        raise ServiceError("\n".join([str(error), *problems])) from error

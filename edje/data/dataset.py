@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,14 @@ class Problems:
             short = name if len(name) <= _MAX_NAME_CHARS else f"{name[:_MAX_NAME_CHARS]}…"
             named.append(short if short.isprintable() else ascii(short))
 
+    def add(self, other: Problems, prefix: str) -> None:
+        """Take over another's, names with a prefix."""
+        for kind, count in other._counts.items():
+            named = other._named[kind]
+            for name in named:
+                self.record(kind, f"{prefix}{name}")
+            self._counts[kind] += count - len(named)
+
     @property
     def counts(self) -> dict[str, int]:
         return dict(self._counts)
@@ -95,6 +103,20 @@ class PixelSource(Protocol):
 
     def pixels(self, index: int, size: int, resample: Resample) -> NDArray[np.uint8]:
         """`(3, size, size)` RGB of the image of this number. Raises `ImageError`."""
+        ...
+
+
+@runtime_checkable
+class LabelledSource(Protocol):
+    """Where it is known, besides, what stands in each region of a picture."""
+
+    @property
+    def label_sizes(self) -> tuple[int, ...]:
+        """How many values each label has."""
+        ...
+
+    def labels(self, index: int) -> NDArray[np.int64]:
+        """`(grid * grid, labels)`, row by row: a value of each label for each region."""
         ...
 
 

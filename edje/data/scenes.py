@@ -26,7 +26,19 @@ from edje.data.dataset import SPLITS, CaptionedImage, DataError, Dataset, Proble
 from edje.data.dice import Dice
 from edje.data.scene_captions import SceneCaption, draw_captions
 from edje.data.scene_drawing import draw
-from edje.data.scene_world import SWAPS, Scene, Swap, draw_confusers, draw_scene, word_bag
+from edje.data.scene_world import (
+    COLOURS,
+    GRID,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    SWAPS,
+    Scene,
+    Swap,
+    draw_confusers,
+    draw_scene,
+    word_bag,
+)
 from edje.images import Resample
 
 #: Of ten scenes drawn at random, eight are for training.
@@ -34,6 +46,8 @@ _SPLIT_OF_TENTH: Final[tuple[Split, ...]] = ("train",) * 8 + ("dev", "test")
 #: How many things a scene has; two leave little to say, four make long captions.
 _NUM_THINGS: Final = (2, 3, 3, 3, 4, 4)
 _CONFUSERS: Final = 3
+#: What is known of each cell of a picture.
+_LABELS: Final = {"shape": SHAPES, "colour": COLOURS, "pattern": PATTERNS, "size": SIZES}
 _CAPTIONS_PER_IMAGE: Final = 5
 #: A test scene takes ten tries, and several where a group's captions must be long.
 _MAX_TRIES: Final = 5_000
@@ -60,6 +74,19 @@ class _Drawn:
 
     def pixels(self, index: int, size: int, resample: Resample = "bilinear") -> NDArray[np.uint8]:
         return draw(self.scenes[index], size, *self.key, index)
+
+    @property
+    def label_sizes(self) -> tuple[int, ...]:
+        return tuple(len(values) + 1 for values in _LABELS.values())
+
+    def labels(self, index: int) -> NDArray[np.int64]:
+        """Of each cell the attributes of the thing in it, 0 where there is none."""
+        cells = np.zeros((GRID * GRID, len(_LABELS)), np.int64)
+        for thing in self.scenes[index].things:
+            cells[thing.row * GRID + thing.column] = [
+                values.index(getattr(thing, name)) + 1 for name, values in _LABELS.items()
+            ]
+        return cells
 
 
 def split_of(scene: Scene) -> Split:

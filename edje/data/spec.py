@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edje.data.caption_table import caption_table
 from edje.data.dataset import Dataset, Split
@@ -13,6 +13,7 @@ from edje.data.flickr8k import flickr8k
 from edje.data.karpathy import karpathy
 from edje.data.scene_world import SWAPS, Swap
 from edje.data.scenes import scenes
+from edje.data.several import several
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -61,7 +62,28 @@ class ScenesSpec(_Spec):
         return {"train": self.train_groups, "dev": self.dev_groups, "test": self.test_groups}[split]
 
 
-DataSpec = Annotated[KarpathySpec | TableSpec | Flickr8kSpec | ScenesSpec, Field(discriminator="kind")]
+OneSpec = Annotated[KarpathySpec | TableSpec | Flickr8kSpec | ScenesSpec, Field(discriminator="kind")]
+
+
+class SeveralSpec(_Spec):
+    """Several datasets as one, by names that become part of their images' ids; `train_only` names some of them."""
+
+    kind: Literal["several"]
+    parts: Annotated[dict[str, OneSpec], Field(min_length=1)]
+    train_only: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _known(self) -> SeveralSpec:
+        if unknown := set(self.train_only) - set(self.parts):
+            raise ValueError(f"train_only names {min(unknown)!r}, which is none of {', '.join(self.parts)}")
+        return self
+
+    def parts_of(self, split: Split) -> dict[str, OneSpec]:
+        """Those that have something for this split."""
+        return {name: part for name, part in self.parts.items() if split == "train" or name not in self.train_only}
+
+
+DataSpec = Annotated[KarpathySpec | TableSpec | Flickr8kSpec | ScenesSpec | SeveralSpec, Field(discriminator="kind")]
 
 
 def open_dataset(spec: DataSpec, split: Split, *, strict: bool = False) -> Dataset:
@@ -75,3 +97,6 @@ def open_dataset(spec: DataSpec, split: Split, *, strict: bool = False) -> Datas
             return flickr8k(spec.folder, split, strict=strict)
         case ScenesSpec():
             return scenes(split, spec.seed, spec.num_groups(split), spec.confusers, spec.swaps)
+        case SeveralSpec():
+            wanted = spec.parts_of(split)
+            return several({name: open_dataset(part, split, strict=strict) for name, part in wanted.items()}, split)

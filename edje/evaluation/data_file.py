@@ -1,7 +1,11 @@
-"""Reads which dataset is meant from a TOML file: a recipe with a table `data`, or that table alone."""
+"""Reads which dataset is meant from a TOML file: a recipe with a table `data`, or that table alone.
+
+The `recipe.json` that a training run leaves behind will do as well.
+"""
 
 from __future__ import annotations
 
+import json
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -10,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from edje.data.dataset import DataError
 from edje.data.spec import DataSpec
+from edje.paths import data_from
 
 
 @cache
@@ -18,15 +23,16 @@ def _adapter() -> TypeAdapter[DataSpec]:
 
 
 def read_data_spec(path: Path) -> DataSpec:
-    """The dataset a file names. Raises `DataError`."""
+    """The dataset a file names, relative paths taken from the file's folder. Raises `DataError`."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # not TOML, or not UTF-8
-        raise DataError(f"{path} is no TOML file: {error}") from error
+        raise DataError(f"{path} is no {'JSON' if path.suffix == '.json' else 'TOML'} file: {error}") from error
     try:
-        return _adapter().validate_python(content.get("data", content))
+        return _adapter().validate_python(data_from(path.parent, content.get("data", content)))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the dataset"

@@ -1,6 +1,7 @@
 """What is judged: a checkpoint on a dataset, with its images stored as the service would store them.
 
-The one place in which checkpoint, data and storage meet; everything else here takes arrays and callables.
+The one place in which checkpoint, data and storage meet; everything else here takes arrays and callables. What the
+tower sees is kept on the disk (`edje.features`), so that judging a second model over the same tower costs little.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 
-from edje.data.dataset import Dataset, readable
+from edje.data.dataset import Dataset
 from edje.evaluation.cost import ScorerCost
 from edje.evaluation.errors import SubjectUnusable
 from edje.evaluation.protocol import Scorer
 from edje.evaluation.scorers import CHEAP, FULL
 from edje.evaluation.storage import Storage, StoredTokens, store_tokens
 from edje.evaluation.torch_scorers import TorchScorers, joint_cost, late_interaction_cost
+from edje.feature_files import Features
+from edje.features import extract, extractor_of
+from edje.first_stage import load_first_stage
 from edje.model import Edje
 from edje.text import Tokenizer
 from edje.weights import load_checkpoint
 
 BATCH_IMAGES = 32
+OWN = "checkpoint"  # the first stage that lies in the checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +60,17 @@ def load_subject(
     split: str,
     storage: Storage,
     *,
-    first_stage: str = "checkpoint",
+    features: Path,
+    first_stage: str = OWN,
     device: str = "cpu",
-    on_image: Callable[[int], None] = lambda num_images: None,
+    console: Console | None = None,
 ) -> Subject:
     """Encode and store every image, encode every caption, and have the first stage compare them.
 
-    `first_stage` is `checkpoint` (its own), `maxsim` (its late interaction), or the path of a `.npy` file with
-    (captions, images) similarities in the dataset's order. `on_image` hears how many images are done. Raises
-    `EvaluationError`, `CheckpointError`, or `DataError` for the first thing that is wrong with the data.
+    `features` is the folder for what the tower sees, shared with training. `first_stage` is `checkpoint` (its own),
+    `maxsim` (its late interaction), or the path of a `.npy` file with (captions, images) similarities in the dataset's
+    order. Progress goes to `console`. Raises `EvaluationError`, `CheckpointError`, `FeaturesError`, or `DataError` for
+    the first thing that is wrong with the data.
     """
     captions = tuple(caption for image in dataset.images for caption in image.captions)
     counts = [len(image.captions) for image in dataset.images]
@@ -70,22 +78,27 @@ def load_subject(
         raise SubjectUnusable(f"{dataset.name}, {split}: every image needs a caption, and there must be an image")
     image_of_caption = np.repeat(np.arange(len(counts)), counts)
     given = _read_similarity(Path(first_stage), (len(captions), len(counts))) if first_stage.endswith(".npy") else None
+    if given is None and first_stage not in (OWN, CHEAP):
+        raise SubjectUnusable(f"there is no first stage {first_stage!r}: choose {OWN}, {CHEAP}, or a .npy file")
 
     loaded = load_checkpoint(checkpoint)
+    own = load_first_stage(checkpoint) if first_stage == OWN else None  # before the images: it may be missing
     tokenizer = Tokenizer.load(checkpoint)
     model, config = loaded.model.to(device), loaded.config
-    tokens = _encode_images(model, dataset, config.preprocess.image_size, device, on_image)
-    stored = store_tokens(tokens, storage, loaded.digest)
     text_ids = [tokenizer.encode(caption) for caption in captions]
+    seen = extract(extractor_of(model, config), dataset, features, strict=True, console=console)
+    stored = store_tokens(_encode_images(model, seen, device), storage, loaded.digest)
     torch_scorers = TorchScorers(model, text_ids, stored.tokens, device=device)
     if given is not None:
         similarity = given
-    elif first_stage == CHEAP and torch_scorers.has_late_interaction:
+    elif own is not None:
+        similarity = own.caption_vectors(captions, text_ids) @ own.image_vectors(seen.pooled).T
+    elif torch_scorers.has_late_interaction:
         similarity = torch_scorers.late_interaction_matrix()
     else:
         raise SubjectUnusable(
-            f"{checkpoint} has no first stage {first_stage!r}: give the similarities as a .npy file, or {CHEAP} "
-            "for a model with a late interaction"
+            f"{checkpoint} has no late interaction to search with: choose {OWN}, or give the similarities as a "
+            ".npy file"
         )
     lengths = [len(ids) for ids in text_ids]
     num_visual = stored.tokens.shape[1]
@@ -119,25 +132,13 @@ def _groups(dataset: Dataset) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(name, len(numbers)) for name in names])
 
 
-@torch.no_grad()
-def _encode_images(
-    model: Edje, dataset: Dataset, image_size: int, device: str, on_image: Callable[[int], None]
-) -> NDArray[np.float32]:
+@torch.inference_mode()
+def _encode_images(model: Edje, seen: Features, device: str) -> NDArray[np.float32]:
     """(images, m, d) visual tokens of every image, in the dataset's order."""
     tokens: list[NDArray[np.float32]] = []
-    batch: list[NDArray[np.uint8]] = []
-
-    def flush() -> None:
-        if batch:
-            tokens.append(model.encode_images(torch.from_numpy(np.stack(batch)).to(device))[0].float().cpu().numpy())
-            on_image(len(batch))
-            batch.clear()
-
-    for _, pixels in readable(dataset, image_size, dataset.problems.record, strict=True):
-        batch.append(pixels)
-        if len(batch) == BATCH_IMAGES:
-            flush()
-    flush()
+    for start in range(0, len(seen.tokens), BATCH_IMAGES):
+        patches = torch.from_numpy(seen.tokens[start : start + BATCH_IMAGES].astype(np.float32))
+        tokens.append(model.encode_patches(patches.to(device)).float().cpu().numpy())
     return np.concatenate(tokens)
 
 

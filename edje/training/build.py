@@ -7,21 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from edje.bert import BertShape, load_bert, read_shape, tokenizer_json
-from edje.config import AdapterConfig, EdjeConfig, FirstStageConfig, JointConfig, PreprocessConfig
+from edje.bert_source import read_tokenizer
+from edje.checkpoint import read_tokenizer_json
+from edje.config import EdjeConfig, FirstStageConfig, JointConfig, PreprocessConfig
+from edje.features import extractor_of
+from edje.first_stage import load_first_stage
 from edje.hub import find_source
 from edje.model import Edje, build_edje
-from edje.recipe import Recipe, RecipeError
+from edje.recipe import Recipe, RecipeError, Start
 from edje.tower_sources import FoundTower, tower_from
-from edje.towers import BorrowedTower
-from edje.vocabulary import caption_tokenizer, wordpiece_tokenizer
+from edje.towers import BorrowedTower, graph_of
+from edje.training.schedule import part_of
+from edje.vocabulary import caption_tokenizer
 from edje.weights import load_checkpoint
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 #: The files of a BERT that are needed.
 BERT_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt")
-_TABLE_STD = 0.02  # as in BERT
+_TABLE_STD, _NORM_EPS = 0.02, 1e-12  # as in BERT
 _TABLES = ("words.weight", "positions.weight", "types.weight", ".positions", "query", "probe")
 
 
@@ -41,29 +48,32 @@ def build_from(recipe: Recipe, captions: Iterable[str]) -> Built:
     shape = None if source is None else read_shape(source)
     if source is not None and recipe.vocabulary is None:
         tokenizer = tokenizer_json(source)
-        vocab_size, sep_id = _counted(shape)
+        vocab_size, sep_id = read_shape(source).vocab_size, read_shape(source).sep_id
     else:
         path = recipe.vocabulary
-        made = caption_tokenizer(captions) if path is None else wordpiece_tokenizer(find_source(path, ("vocab.txt",)))
+        made = caption_tokenizer(captions) if path is None else read_tokenizer(find_source(path, TOKENIZER_FILES))
         tokenizer = made.to_str()
-        vocab_size, sep_id = made.get_vocab_size(), made.token_to_id("[SEP]")
+        vocab_size, sep_id = made.get_vocab_size(), made.get_vocab()["[SEP]"]
     found = None if recipe.tower is None else tower_from(recipe.tower, image_size=recipe.image_size)
-    config = EdjeConfig(
-        name=recipe.name,
-        trained=True,
-        preprocess=_preprocess(recipe, found),
-        vision=recipe.vision if found is None else found.config,  # type: ignore[arg-type]  # one of them is given
-        adapter=recipe.adapter,
-        joint=_joint_config(recipe, shape, vocab_size, sep_id),
-    )
-    model = build_edje(config, graph=None if found is None else _graph(found))
+    try:
+        config = EdjeConfig(
+            name=recipe.name,
+            trained=True,
+            preprocess=_preprocess(recipe, found),
+            vision=recipe.vision if found is None else found.config,  # type: ignore[arg-type]  # one of them is given
+            adapter=recipe.adapter,
+            joint=_joint_config(recipe, shape, vocab_size, sep_id),
+        )
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"the parts of the model do not fit together: {error}") from error
+    model = build_edje(config, graph=None if found is None else graph_of(found.module))
     draw_for_training(model, recipe.seed)
     if found is not None:
         model.vision.load_state_dict(found.module.state_dict())
     if source is not None:
         load_bert(source, model.joint, joint.bert_layers, joint.bert_visual_layers)
-    if recipe.start is not None:
-        take_over(model, Path(recipe.start))
     return Built(config, model, tokenizer)
 
 
@@ -102,14 +112,58 @@ def centre_inputs(adapter: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> 
 
 
 @torch.no_grad()
-def take_over(model: Edje, checkpoint: Path) -> None:
-    """Start from another checkpoint's weights, wherever it has one of the same name and shape."""
-    theirs = load_checkpoint(checkpoint).model.state_dict()
-    ours = model.state_dict()
-    shared = {name: tensor for name, tensor in theirs.items() if name in ours and ours[name].shape == tensor.shape}
-    if not shared:
-        raise RecipeError(f"start: {checkpoint} shares no weight with this model")
-    model.load_state_dict(shared, strict=False)
+def take_over(module: nn.Module, start: Start, tokenizer: str) -> None:
+    """Give the training module the named parts of another checkpoint. Raises `RecipeError` if they do not fit."""
+    checkpoint = Path(start.checkpoint)
+    if {"text", "first_stage"} & set(start.parts) and not same_words(tokenizer, read_tokenizer_json(checkpoint)):
+        raise RecipeError(
+            f"start: {checkpoint} has another vocabulary, so its words would be taken for others: "
+            f'set vocabulary = "{checkpoint}"'
+        )
+    theirs = {f"model.{name}": tensor for name, tensor in load_checkpoint(checkpoint).model.state_dict().items()}
+    if "first_stage" in start.parts:
+        tensors: dict[str, torch.Tensor] = load_first_stage(checkpoint).state_dict()
+        theirs |= {f"first_stage.{name}": tensor for name, tensor in tensors.items()}
+    ours = module.state_dict()
+    wanted = {name for name in ours if not name.startswith("heads.") and part_of(name) in start.parts}
+    wrong = sorted(name for name in wanted if name not in theirs or theirs[name].shape != ours[name].shape)
+    if wrong:
+        raise RecipeError(f"start: {checkpoint} has no {wrong[0]} of the shape {tuple(ours[wrong[0]].shape)}")
+    for name in wanted:
+        ours[name].copy_(theirs[name])
+
+
+def draw_heads(heads: nn.Module, seed: int) -> None:
+    """Weights of what only training needs, to begin with."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(heads.named_parameters()):
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+
+
+def load_teacher(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer: str) -> Edje:
+    """A model to distil from into `model`. Raises `RecipeError` if it would read the same batch otherwise."""
+    teacher = load_checkpoint(checkpoint)
+    if extractor_of(teacher.model, teacher.config).digest != extractor_of(model, config).digest:
+        raise RecipeError(f"the teacher {checkpoint} looks through another tower: distil from one that shares it")
+    if not same_words(tokenizer, read_tokenizer_json(checkpoint)):
+        raise RecipeError(f'the teacher {checkpoint} has another vocabulary: set vocabulary = "{checkpoint}"')
+    if teacher.config.preprocess.max_caption_pieces < config.preprocess.max_caption_pieces:
+        raise RecipeError(
+            f"the teacher {checkpoint} reads captions of {teacher.config.preprocess.max_caption_pieces} pieces: set "
+            "max_caption_pieces to that"
+        )
+    return teacher.model
+
+
+def same_words(one: str, other: str) -> bool:
+    """Whether two stored tokenizers give the same ids to the same words."""
+    return one == other or Tokenizer.from_str(one).get_vocab() == Tokenizer.from_str(other).get_vocab()
 
 
 def _preprocess(recipe: Recipe, found: FoundTower | None) -> PreprocessConfig:
@@ -128,9 +182,9 @@ def _preprocess(recipe: Recipe, found: FoundTower | None) -> PreprocessConfig:
 
 def _joint_config(recipe: Recipe, shape: BertShape | None, vocab_size: int, sep_id: int) -> JointConfig:
     joint = recipe.joint
-    sizes = {"dim": joint.dim, "num_heads": joint.num_heads, "hidden_dim": joint.hidden_dim}
+    sizes: dict[str, int | None] = {"dim": joint.dim, "num_heads": joint.num_heads, "hidden_dim": joint.hidden_dim}
     if shape is not None:
-        theirs = {"dim": shape.dim, "num_heads": shape.num_heads, "hidden_dim": shape.hidden_dim}
+        theirs: dict[str, int | None] = {"dim": shape.dim, "num_heads": shape.num_heads, "hidden_dim": shape.hidden_dim}
         wrong = [name for name, size in sizes.items() if size not in (None, theirs[name])]
         if wrong:
             raise RecipeError(f"joint.{wrong[0]}: {joint.bert} has {theirs[wrong[0]]}; leave it out")
@@ -154,6 +208,7 @@ def _joint_config(recipe: Recipe, shape: BertShape | None, vocab_size: int, sep_
         vocab_size=vocab_size,
         sep_id=sep_id,
         max_positions=longest if shape is None else max(shape.max_positions, longest),
+        norm_eps=_NORM_EPS if shape is None else shape.norm_eps,
         kind=joint.kind,
         text_layers=joint.text_layers,
         visual_layers=joint.visual_layers,
@@ -161,17 +216,3 @@ def _joint_config(recipe: Recipe, shape: BertShape | None, vocab_size: int, sep_
         # The standard deviation is known when the first stage is; see `edje.training.run`.
         first_stage=FirstStageConfig(mean=0.0, std=1.0) if joint.reads_first_stage else None,
     )
-
-
-def _counted(shape: BertShape | None) -> tuple[int, int]:
-    assert shape is not None
-    return shape.vocab_size, shape.sep_id
-
-
-def _graph(found: FoundTower) -> bytes | None:
-    from edje.towers import graph_of
-
-    return graph_of(found.module)
-
-
-__all__ = ["AdapterConfig", "Built", "build_from", "centre_inputs", "draw_for_training"]

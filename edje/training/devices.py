@@ -17,6 +17,10 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+class DeviceError(ValueError):
+    """There is no such device; the message says which there are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Devices:
     """This process's device, its rank, and how many there are."""
@@ -41,15 +45,24 @@ class Devices:
         if self.num_devices > 1:
             distributed.barrier()
 
+    def any(self, is_true: bool) -> bool:
+        """Whether it is true of any device; all of them must ask, and all get the same answer."""
+        if self.num_devices == 1:
+            return is_true
+        flag = torch.tensor(float(is_true), device=self.device)
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        return bool(flag)
+
 
 @contextmanager
 def devices(name: str | None) -> Iterator[Devices]:
-    """The device of this name (None: CUDA where there is one), joined with the other processes of a `torchrun`."""
+    """The device of this name (None: CUDA where there is one), joined with the other processes of a `torchrun`.
+
+    Raises `DeviceError`.
+    """
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    if name is None:
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = _device(name or ("cuda" if torch.cuda.is_available() else "cpu"), local_rank)
     if num_devices == 1:
         yield Devices(device)
         return
@@ -63,6 +76,22 @@ def devices(name: str | None) -> Iterator[Devices]:
 def computes_bf16(device: torch.device) -> bool:
     """Whether bf16 is multiplied in hardware there; elsewhere it is slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError
+        if device.type == "cuda":
+            # Each process of one machine has its own; without a number, "cuda" would be the first one for all.
+            device = torch.device("cuda", local_rank if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise DeviceError(f"the device {name!r} cannot be used here: choose one of {', '.join(found)}") from error
+    return device

@@ -11,13 +11,17 @@ from edje.optional import need
 
 
 class Journal:
-    """Appends; a run that is resumed at a step first takes back what was said of later ones."""
+    """Appends. A run that is resumed first takes back what was said after the state it resumes from."""
 
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
+    def __init__(self, folder: Path, *, resume_step: int, num_lines: int) -> None:
+        """`num_lines` had been written when the state was saved, of the `resume_step` steps before it."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [line for line in _whole_lines(path) if line["step"] < resume_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        kept = path.read_bytes().splitlines(keepends=True)[:num_lines] if path.exists() else []
+        draft = path.with_suffix(".new")
+        draft.write_bytes(b"".join(kept))
+        draft.rename(path)
+        self.num_lines = len(kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         writer = need("torch.utils.tensorboard", "train").SummaryWriter
         self._board = writer(str(folder / "tensorboard"), purge_step=resume_step)
@@ -25,6 +29,7 @@ class Journal:
     def say(self, step: int, phase: str, values: Mapping[str, float]) -> None:
         """Record values of one step; steps count through all phases."""
         self._file.write(json.dumps({"step": step, "phase": phase, **values}) + "\n")
+        self.num_lines += 1
         for name, value in values.items():
             self._board.add_scalar(f"{phase}/{name}", value, step)
 
@@ -36,16 +41,3 @@ class Journal:
     ) -> None:
         self._file.close()
         self._board.close()
-
-
-def _whole_lines(path: Path) -> list[dict[str, float]]:
-    """The lines of an earlier run; a last line that a kill cut off does not count."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from edje.recipe import Phase
 from edje.training.devices import Devices, computes_bf16
@@ -61,14 +62,20 @@ def train_phase(
             batch = batch_of(number, np.random.default_rng([seed, phase_number, number]))
             torch.manual_seed(_mixed(seed, phase_number, number, devices.rank))
             is_last = part == phase.accumulate - 1
-            with nullcontext() if is_last or not hasattr(wrapped, "no_sync") else wrapped.no_sync():
+            with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not is_last else nullcontext():
                 with torch.autocast(devices.device.type, torch.bfloat16, enabled=in_bf16):
                     losses: dict[str, Tensor] = wrapped(batch)
-                (total(losses, phase) / phase.accumulate).backward()
-            for name, loss in losses.items():
-                told[name] = told.get(name, torch.zeros((), device=loss.device)) + loss.detach() / phase.accumulate
+                loss = total(losses, phase) / phase.accumulate
+                if not loss.requires_grad:
+                    raise TrainingStopped(
+                        f"phase {phase.name!r} trains {', '.join(phase.train)}, on which none of its losses "
+                        f"({', '.join(phase.losses)}) depends: name other parts or other losses"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+            for name, value in losses.items():
+                told[name] = told.get(name, torch.zeros_like(value)) + value.detach() / phase.accumulate
         norm = nn.utils.clip_grad_norm_(trained, phase.clip_norm)
-        values = {name: float(loss) for name, loss in told.items()} | {"gradient_norm": float(norm)}
+        values = {name: float(value) for name, value in told.items()} | {"gradient_norm": float(norm)}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             raise TrainingStopped(

@@ -31,7 +31,7 @@ def mlm_loss(vocabulary_logits: Tensor, masked_ids: Tensor) -> Tensor:
 
 
 def text_recovery_loss(recovered: Tensor, wanted: Tensor) -> Tensor:
-    """1 - cosine between what the joint encoder makes of the text alone and the first stage's embedding of it; (B, e)."""
+    """1 - cosine between what the joint encoder makes of a text alone and the first stage's embedding of it; (B, e)."""
     return (1 - functional.cosine_similarity(recovered.float(), wanted.float(), dim=-1)).mean()
 
 
@@ -48,6 +48,12 @@ def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> T
             wanted = theirs[exists].float().sigmoid()
             losses.append(functional.binary_cross_entropy_with_logits(ours[exists].float(), wanted))
     return torch.stack(losses).mean()
+
+
+def regions_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Cross-entropy of what is said to stand in each region: for each label (N, R, values) against (N, R, labels)."""
+    losses = [functional.cross_entropy(each.flatten(0, 1).float(), labels[..., n].flatten()) for n, each in enumerate(logits)]
+    return torch.stack(losses).sum()
 
 
 def contrastive_loss(similarity: Tensor, positive: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which pairs are shown as negatives: the first stage's own best mistakes, never a true pair.
 
-Pure: similarities and identities in, indices out. A caption's positives are the images it was written for and the images
-of every equal caption; an image's positives follow from the same matrix, read the other way.
+Pure: similarities and identities in, indices out. A caption's positives are the image it was written for and the images
+of every equal caption; an image's positives follow from the same relation, read the other way.
 """
 
 from __future__ import annotations
@@ -13,18 +13,31 @@ from numpy.typing import NDArray
 NONE = -1
 
 
-def true_pairs(
-    caption_keys: NDArray[np.int64], caption_images: NDArray[np.int64], images: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """(Q,) keys equal for equal captions, (Q,) image of each caption, (N,) images -> (Q, N): True where both match.
+class Truth:
+    """Which captions are true of which images, known for a whole corpus.
 
-    A caption that somebody wrote for two images is true of both.
+    Two images of a batch may share a caption that is not in the batch itself, so a batch alone cannot tell.
     """
-    same = caption_images[:, None] == images[None, :]
-    _, number = np.unique(caption_keys, return_inverse=True)
-    by_caption = np.zeros((number.max(initial=-1) + 1, len(images)), dtype=bool)
-    np.logical_or.at(by_caption, number, same)
-    return by_caption[number]
+
+    def __init__(self, caption_keys: NDArray[np.int64], caption_images: NDArray[np.int64]) -> None:
+        """For each caption a key, equal for equal captions, and the image it was written for."""
+        self._keys, self._images = caption_keys, caption_images
+        pairs = np.unique(np.stack((caption_keys, caption_images), axis=1), axis=0)
+        keys, starts, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+        # Few captions are true of several images; only for these more than an image's number must be compared.
+        self._images_of_key = {
+            int(key): pairs[start : start + count, 1]
+            for key, start, count in zip(keys, starts, counts, strict=True)
+            if count > 1
+        }
+        self._is_shared = np.isin(caption_keys, list(self._images_of_key))
+
+    def of(self, captions: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(Q,) captions and (N,) images by their numbers -> (Q, N)."""
+        positive: NDArray[np.bool_] = self._images[captions][:, None] == images[None, :]
+        for row in np.flatnonzero(self._is_shared[captions]):
+            positive[row] = np.isin(images, self._images_of_key[int(self._keys[captions[row]])])
+        return positive
 
 
 def mine(
@@ -37,8 +50,9 @@ def mine(
 ) -> NDArray[np.int64]:
     """For each row, `per_sample` columns drawn from the `top_k` most similar that are not positive: (Q, per_sample).
 
-    With `top_k` equal to `per_sample` they are the hardest ones, as in the paper. Columns repeat only when there are
-    fewer than `per_sample` to choose from; where there is none at all the row holds `NONE`.
+    With `top_k` equal to `per_sample` they are the hardest ones, as in the paper. A similarity of -inf stands for a
+    column that cannot be compared. Columns repeat only when there are fewer than `per_sample` to choose from; where
+    there is none at all the row holds `NONE`.
     """
     if top_k < per_sample:
         raise ValueError(f"{per_sample} negatives cannot be drawn from the {top_k} most similar")
@@ -53,3 +67,15 @@ def mine(
             places = rng.permutation(found)[:per_sample]
             chosen[row] = best[row, np.resize(places, per_sample)]
     return chosen
+
+
+def draw(lists: NDArray[np.int64], per_sample: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """For each row `per_sample` of its entries, in random order: (Q, M) -> (Q, per_sample).
+
+    Entries that are `NONE` are taken last: they repeat as columns do in `mine`.
+    """
+    shuffled = rng.permuted(lists, axis=1)
+    shuffled = np.take_along_axis(shuffled, np.argsort(shuffled == NONE, axis=1, kind="stable"), axis=1)
+    num_found = np.maximum(1, (shuffled != NONE).sum(axis=1))
+    places = np.arange(per_sample)[None, :] % num_found[:, None]
+    return np.take_along_axis(shuffled, places, axis=1)

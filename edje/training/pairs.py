@@ -7,6 +7,7 @@ and negatives stay within it. A fold of a fifth is also about as large as what i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,92 +15,160 @@ import torch
 from numpy.typing import NDArray
 
 from edje.cca import CcaSettings, fit_cca
-from edje.first_stage import FirstStageModel
-from edje.recipe import FirstStageRecipe
+from edje.first_stage import FirstStage, FirstStageModel
+from edje.recipe import FirstStageRecipe, RecipeError
 from edje.training.corpus import Captions
-from edje.training.negatives import NONE, true_pairs
+from edje.training.negatives import NONE, Truth
 
 Ints = NDArray[np.int64]
 Matrix = NDArray[np.float32]
-#: Captions embedded or compared at a time.
-_CHUNK = 1024
+Vectors = NDArray[np.floating]  # half precision where they lie on the disk
+#: Similarities held at a time: 64 MB.
+_COMPARED = 16_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class FirstStageViews:
-    """Embeddings by caption and by image number, and the fold of each image."""
+    """Embeddings by caption and by image number, and the fold of each."""
 
-    texts: Matrix  # (C, e)
-    images: Matrix  # (N, e)
-    folds: Ints  # (N,), all zero where nothing was cross-fitted
+    texts: Vectors  # (C, e)
+    images: Vectors  # (N, e)
+    text_folds: Ints  # (C,), that of the caption's image; all zero where nothing was cross-fitted
+    image_folds: Ints  # (N,)
+
+    @classmethod
+    def of_one_model(cls, texts: Vectors, images: Vectors, caption_images: Ints, pools: Ints) -> FirstStageViews:
+        """Nothing was cross-fitted; what is compared are the images of one pool (N,), see `search_pools`."""
+        return cls(texts, images, pools[caption_images], pools)
 
     def similarity(self, captions: Ints, images: Ints) -> Matrix:
-        """Everything with everything: (Q,), (N,) -> (Q, N)."""
-        return self.texts[captions] @ self.images[images].T
+        """Everything with everything: (Q,), (N,) -> (Q, N); -inf for what two models embedded."""
+        compared: Matrix = _single(self.texts[captions]) @ _single(self.images[images]).T
+        text_folds, image_folds = self.text_folds[captions], self.image_folds[images]
+        if (image_folds != image_folds[:1]).any() or (text_folds != image_folds[:1]).any():
+            compared[text_folds[:, None] != image_folds[None, :]] = -np.inf
+        return compared
 
     def of_pairs(self, captions: Ints, images: Ints) -> Matrix:
-        """(P,), (P,) -> (P,)"""
-        scores: Matrix = np.einsum("pe,pe->p", self.texts[captions], self.images[images])
+        """(P,), (P,) of one fold each -> (P,)"""
+        scores: Matrix = np.einsum("pe,pe->p", _single(self.texts[captions]), _single(self.images[images]))
         return scores
 
 
-@torch.inference_mode()
-def embed(model: FirstStageModel, captions: Captions, pooled: NDArray[np.floating]) -> tuple[Matrix, Matrix]:
+def _single(vectors: Vectors) -> Matrix:
+    return np.asarray(vectors, np.float32)
+
+
+def search_pools(groups: Sequence[str | None], pool_images: int | None, seed: int) -> Ints:
+    """(N,) numbers that cut the images into random pools of about `pool_images`, groups kept whole; None: one pool.
+
+    The first stage's best mistakes among a thousand images are those that it makes when it searches a thousand.
+    """
+    names = [f"{number}" if group is None else f"group {group}" for number, group in enumerate(groups)]
+    _, members = np.unique(names, return_inverse=True)
+    num_groups = members.max(initial=-1) + 1
+    num_pools = 1 if pool_images is None else max(1, round(len(names) / pool_images))
+    pools: Ints = (np.random.default_rng(seed).permutation(num_groups) % num_pools)[members]
+    return pools
+
+
+def embed(model: FirstStage, captions: Captions, pooled: NDArray[np.floating]) -> tuple[Matrix, Matrix]:
     """Every caption (C, e) and every image (N, e)."""
-    device = model.image_out.weight.device
-    texts = []
-    for start in range(0, len(captions), _CHUNK):
-        ids, lengths = captions.padded(np.arange(start, min(start + _CHUNK, len(captions))))
-        texts.append(model.embed_texts(ids.to(device), lengths.to(device)).cpu().numpy())
-    images = model.embed_images(torch.from_numpy(np.asarray(pooled, np.float32)).to(device)).cpu().numpy()
-    return np.concatenate(texts), images
+    return model.caption_vectors(captions.texts, captions.id_lists()), model.image_vectors(pooled)
 
 
 def cross_fit(
     recipe: FirstStageRecipe, captions: Captions, pooled: NDArray[np.floating], vocab_size: int, seed: int
 ) -> tuple[FirstStageModel, FirstStageViews]:
-    """The first stage fitted on everything, for use, and what models that left a fold out say of that fold."""
+    """The first stage fitted on everything, for use, and what models that left a fold out say of that fold.
+
+    Raises `RecipeError` where there is too little to be fitted on.
+    """
     settings = CcaSettings(recipe.dim, recipe.ridge, recipe.correlation_power, recipe.image_power)
     images = np.asarray(pooled, np.float32)
     words = captions.words()
     used = np.unique(captions.images)
     folds = np.zeros(len(images), np.int64)
     folds[used] = np.random.default_rng(seed).permutation(len(used)) % recipe.folds
+    text_folds = folds[captions.images]
 
     def fit(is_fitted: NDArray[np.bool_]) -> FirstStageModel:
         rows = np.flatnonzero(is_fitted[captions.images])
         numbers, image_of_text = np.unique(captions.images[rows], return_inverse=True)
-        return fit_cca(images[numbers], [words[row] for row in rows], image_of_text, vocab_size, settings)
+        try:
+            model = fit_cca(images[numbers], [words[row] for row in rows], image_of_text, vocab_size, settings)
+            has_words = bool(model.word_weights.any())
+        except (ValueError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # it is there
+            has_words = False
+        if not has_words:
+            raise RecipeError(
+                f"no first stage can be fitted on {len(rows)} captions of {len(numbers)} images: no word is frequent "
+                "enough, or the images look all the same; bring more data"
+            )
+        return model
 
     texts = np.zeros((len(captions), settings.dim), np.float32)
     embedded = np.zeros((len(images), settings.dim), np.float32)
     for fold in range(recipe.folds):
-        model = fit(folds != fold)
-        fold_texts, fold_images = embed(model, captions, images)
-        texts[folds[captions.images] == fold] = fold_texts[folds[captions.images] == fold]
+        fold_texts, fold_images = embed(fit(folds != fold), captions, images)
+        texts[text_folds == fold] = fold_texts[text_folds == fold]
         embedded[folds == fold] = fold_images[folds == fold]
-    return fit(np.ones(len(images), bool)), FirstStageViews(texts, embedded, folds)
+    return fit(np.ones(len(images), bool)), FirstStageViews(texts, embedded, text_folds, folds)
 
 
-def best_mistakes(views: FirstStageViews, captions: Captions, num_kept: int) -> tuple[Ints, Ints]:
+def best_mistakes(views: FirstStageViews, captions: Captions, truth: Truth, num_kept: int) -> tuple[Ints, Ints]:
     """For each caption the images (C, M), for each image the captions (N, M), that the first stage ranks highest and
-    that are not true of it. `NONE` where there are fewer."""
-    best_images = np.full((len(captions), num_kept), NONE, np.int64)
-    best_captions = np.full((len(views.folds), num_kept), NONE, np.int64)
-    for fold in np.unique(views.folds[captions.images]):
-        rows = np.flatnonzero(views.folds[captions.images] == fold)
-        images = np.unique(captions.images[rows])
-        positive = true_pairs(captions.keys[rows], captions.images[rows], images)
-        compared = views.similarity(rows, images)
-        compared[positive] = -np.inf
-        best_images[rows] = _best(compared, images, num_kept)
-        best_captions[images] = _best(compared.T, rows, num_kept)
+    that are not true of it, the worst mistake first. `NONE` where there are fewer."""
+    best_images = mistaken_images(views, captions, truth, np.arange(len(captions)), num_kept)
+    best_captions = np.full((len(views.image_folds), num_kept), NONE, np.int64)
+    for rows, images in _by_fold(views, captions):
+
+        def compared(some: Ints, rows: Ints = rows) -> Matrix:
+            similarity = views.similarity(rows, some)
+            similarity[truth.of(rows, some)] = -np.inf
+            return similarity.T
+
+        best_captions[images] = _best(compared, images, rows, num_kept)
     return best_images, best_captions
 
 
-def _best(compared: Matrix, names: Ints, num_kept: int) -> Ints:
-    num = min(num_kept, compared.shape[1])
-    columns = np.argpartition(-compared, num - 1, axis=1)[:, :num]
-    found = np.where(np.isfinite(np.take_along_axis(compared, columns, 1)), names[columns], NONE)
-    padded: Ints = np.pad(found, ((0, 0), (0, num_kept - num)), constant_values=NONE)
-    return padded
+def mistaken_images(views: FirstStageViews, captions: Captions, truth: Truth, wanted: Ints, num_kept: int) -> Ints:
+    """The first half of `best_mistakes`, for some captions: (Q,) in ascending order -> (Q, M)."""
+    best = np.full((len(wanted), num_kept), NONE, np.int64)
+    for rows, images in _by_fold(views, captions):
+
+        def compared(some: Ints, images: Ints = images) -> Matrix:
+            similarity = views.similarity(some, images)
+            similarity[truth.of(some, images)] = -np.inf
+            return similarity
+
+        asked = np.intersect1d(rows, wanted, assume_unique=True)
+        best[np.searchsorted(wanted, asked)] = _best(compared, asked, images, num_kept)
+    return best
+
+
+def score_spread(views: FirstStageViews, captions: Captions, rows: Ints, best_images: Ints) -> tuple[float, float]:
+    """Mean and deviation of the scores of what the first stage hands over: for these captions (Q,) their own images and
+    its best mistakes (Q, M)."""
+    exists = best_images != NONE
+    mistakes = views.of_pairs(np.repeat(rows, exists.sum(axis=1)), best_images[exists])
+    scores = np.concatenate((mistakes, views.of_pairs(rows, captions.images[rows])))
+    return float(scores.mean()), max(float(scores.std()), 1e-6)
+
+
+def _by_fold(views: FirstStageViews, captions: Captions) -> list[tuple[Ints, Ints]]:
+    """Captions and images of each fold, by their numbers, in ascending order."""
+    folds = [np.flatnonzero(views.text_folds == fold) for fold in np.unique(views.text_folds)]
+    return [(rows, np.unique(captions.images[rows])) for rows in folds]
+
+
+def _best(compare: Callable[[Ints], Matrix], rows: Ints, names: Ints, num_kept: int) -> Ints:
+    """For each row the names of the columns with the highest finite values, in order; `compare` gives some rows."""
+    num = min(num_kept, len(names))
+    best = np.full((len(rows), num_kept), NONE, np.int64)
+    step = max(1, _COMPARED // len(names))
+    for start in range(0, len(rows), step):
+        compared = torch.from_numpy(compare(rows[start : start + step]))
+        values, columns = compared.topk(num, dim=1)  # several times as fast as numpy's partition
+        best[start : start + step, :num] = np.where(values.isfinite().numpy(), names[columns.numpy()], NONE)
+    return best

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edje.training.negatives import NONE, mine, true_pairs
+from edje.training.negatives import NONE, Truth, draw, mine
 
 Ints = NDArray[np.int64]
 
@@ -35,12 +35,21 @@ class Plan:
 
 
 class Epochs:
-    """The order in which captions are shown: every one once an epoch, on exactly one device."""
+    """The order in which captions are shown: every one once an epoch, on exactly one device.
 
-    def __init__(self, num_captions: int, global_batch: int, seed: int) -> None:
+    With `groups` (C,), captions of one group stand together, one of each image: what was made to be confused then meets
+    in a batch, and whatever learns by contrast has to tell it apart.
+    """
+
+    def __init__(
+        self, num_captions: int, global_batch: int, seed: int, images: Ints | None = None, groups: Ints | None = None
+    ) -> None:
         if num_captions < global_batch:
             raise ValueError(f"{num_captions} captions do not fill a batch of {global_batch}")
         self._num_captions = num_captions
+        self._images = images
+        self._groups = groups
+        self._kept: tuple[int, Ints] | None = None  # the order of the epoch that was asked for last
         self._global_batch = global_batch
         self._seed = seed
         self.steps_per_epoch = num_captions // global_batch
@@ -48,8 +57,22 @@ class Epochs:
     def batch(self, step: int) -> Ints:
         """The captions of this step on all devices together; what does not fill a batch is left out of an epoch."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self._seed, epoch]).permutation(self._num_captions)
-        return order[place * self._global_batch : (place + 1) * self._global_batch]
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = epoch, self._order(np.random.default_rng([self._seed, epoch]))
+        return self._kept[1][place * self._global_batch : (place + 1) * self._global_batch]
+
+    def _order(self, rng: np.random.Generator) -> Ints:
+        shuffled = rng.permutation(self._num_captions)
+        if self._images is None or self._groups is None:
+            return shuffled
+        # An image's captions come in rounds, one in each; within a round groups come in an order of their own.
+        images, groups = self._images[shuffled], self._groups[shuffled]
+        by_image = np.argsort(images, kind="stable")
+        _, starts, counts = np.unique(images[by_image], return_index=True, return_counts=True)
+        rounds = np.empty_like(shuffled)
+        rounds[by_image] = np.arange(len(shuffled)) - np.repeat(starts, counts)
+        places = rng.random((rounds.max() + 1, groups.max() + 1))[rounds, groups]
+        return shuffled[np.lexsort((places, rounds))]
 
 
 #: For captions and images of a batch, the negatives of each: (images for each caption, captions for each image).
@@ -59,7 +82,7 @@ Miner = Callable[[Ints, Ints, np.random.Generator], tuple[Ints, Ints]]
 def plan_step(
     batch: Ints,
     images_of: Ints,
-    keys_of: Ints,
+    truth: Truth,
     rank: int,
     num_devices: int,
     miner: Miner | None,
@@ -82,24 +105,20 @@ def plan_step(
     pair_image = np.concatenate((own_image, _places(all_images, image_negatives), np.repeat(own_image, num)))
     missing = (pair_caption == NONE) | (pair_image == NONE)
     pair_caption[missing] = pair_image[missing] = NONE
-    positive = true_pairs(keys_of[own_captions], own_images, own_images)
+    positive = truth.of(own_captions, own_images)
     return Plan(
         all_captions, all_images, own_caption, own_image, pair_caption, pair_image, positive, num if miner else 0
     )
 
 
 def batch_miner(
-    similarity: Callable[[Ints, Ints], NDArray[np.float32]],
-    images_of: Ints,
-    keys_of: Ints,
-    per_sample: int,
-    top_k: int,
+    similarity: Callable[[Ints, Ints], NDArray[np.float32]], truth: Truth, per_sample: int, top_k: int
 ) -> Miner:
     """Negatives from the batch itself, by the first stage's similarity of its captions and images."""
 
     def negatives(captions: Ints, images: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
         compared = similarity(captions, images)
-        positive = true_pairs(keys_of[captions], images_of[captions], images)
+        positive = truth.of(captions, images)
         columns = mine(compared, positive, per_sample=per_sample, top_k=top_k, rng=rng)
         rows = mine(compared.T, positive.T, per_sample=per_sample, top_k=top_k, rng=rng)
         return np.where(columns == NONE, NONE, images[columns]), np.where(rows == NONE, NONE, captions[rows])
@@ -108,14 +127,10 @@ def batch_miner(
 
 
 def corpus_miner(best_images: Ints, best_captions: Ints, per_sample: int) -> Miner:
-    """Negatives from lists of the first stage's best mistakes, (C, M) images and (R, M) captions; see `best_mistakes`."""
-
-    def draw(lists: Ints, rng: np.random.Generator) -> Ints:
-        order = rng.permuted(np.broadcast_to(np.arange(lists.shape[1]), lists.shape), axis=1)[:, :per_sample]
-        return np.take_along_axis(lists, order, axis=1)
+    """Negatives from lists of the first stage's best mistakes, (C, M) images and (N, M) captions."""
 
     def negatives(captions: Ints, images: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
-        return draw(best_images[captions], rng), draw(best_captions[images], rng)
+        return draw(best_images[captions], per_sample, rng), draw(best_captions[images], per_sample, rng)
 
     return negatives
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from edje.recipe import Part, Phase
+from edje.recipe import Part, Phase, RecipeError
 
 #: What belongs to a part, by the beginning of the parameter's name in the training module.
 PREFIXES: Mapping[Part, tuple[str, ...]] = {
@@ -48,7 +48,7 @@ def part_of(name: str) -> Part:
 def parameter_groups(module: nn.Module, phase: Phase) -> list[dict[str, object]]:
     """Groups for AdamW by part and by whether weights decay; also freezes what the phase does not train.
 
-    Matrices decay; biases, norms and scalars do not.
+    Matrices decay; biases, norms and scalars do not. Raises `RecipeError` where nothing is left to train.
     """
     groups: dict[tuple[Part, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -57,6 +57,8 @@ def parameter_groups(module: nn.Module, phase: Phase) -> list[dict[str, object]]
         parameter.requires_grad_(is_trained)
         if is_trained:
             groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise RecipeError(f"phase {phase.name!r} trains nothing: this model has no {' and no '.join(phase.train)}")
     return [
         {"params": parameters, "weight_decay": phase.weight_decay if decays else 0.0, "factor": phase.train[part]}
         for (part, decays), parameters in groups.items()

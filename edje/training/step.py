@@ -24,6 +24,7 @@ from edje.training.losses import (
     distillation_loss,
     itm_loss,
     mlm_loss,
+    regions_loss,
     text_recovery_loss,
 )
 
@@ -38,6 +39,7 @@ class Batch:
     text_lengths: Tensor  # (W,)
     text_states: Tensor | None  # (W, T, d): of frozen text layers, computed long ago
     images: Tensor  # (U, S, D) patch tokens, or uint8 (U, 3, H, W) for a tower in training
+    pooled: Tensor | None  # (U, E) of a frozen tower
     own_caption: Tensor  # (B,)
     own_image: Tensor  # (B,)
     pair_caption: Tensor  # (P,), -1 where there is no pair
@@ -46,17 +48,29 @@ class Batch:
     positive: Tensor  # bool (B, B)
     first_stage_texts: Tensor | None  # (B, e) the first stage's embeddings of the samples' captions
     num_negatives: int
+    labels: Tensor | None = None  # (U, R, labels) of the images' regions, where they are known
 
 
 class TrainingHeads(nn.Module):
-    """What only training needs: words from states (its last map is the word table), and the recovered text."""
+    """What only training needs: words from states (its last map is the word table), the recovered text, and what
+    stands in each region of a picture."""
 
-    def __init__(self, joint: JointConfig, first_stage_dim: int) -> None:
+    def __init__(
+        self, joint: JointConfig, first_stage_dim: int, vision_dim: int = 0, label_sizes: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.transform = nn.Linear(joint.dim, joint.dim)
         self.norm = nn.LayerNorm(joint.dim, eps=joint.norm_eps)
         self.word_bias = nn.Parameter(torch.zeros(joint.vocab_size))
         self.recover = nn.Linear(joint.dim, first_stage_dim)
+        self.labels = nn.ModuleList(nn.Linear(vision_dim, size) for size in label_sizes)
+
+    def regions(self, patches: Tensor, grid: int) -> list[Tensor]:  # (N, S, D) -> for each label (N, grid * grid, values)
+        """Patches are averaged over each region of a square grid, whatever the tower's own grid."""
+        side = math.isqrt(patches.shape[1])
+        square = patches.transpose(1, 2).unflatten(2, (side, side))
+        regions = functional.adaptive_avg_pool2d(square, grid).flatten(2).transpose(1, 2)
+        return [label(regions) for label in self.labels]
 
     def words(self, states: Tensor, table: Tensor) -> Tensor:  # (M, d), (V, d) -> (M, V)
         hidden = self.norm(functional.gelu(self.transform(states)))
@@ -79,7 +93,7 @@ class TrainingStep(nn.Module):
         self._teacher: Edje | None = None
 
     def begin(self, phase: Phase, teacher: Edje | None) -> None:
-        """The losses of the steps that follow. The teacher is no part of this module: it is neither trained nor saved."""
+        """The losses of the steps that follow. The teacher is no part of this module: neither trained nor saved."""
         self._phase = phase
         object.__setattr__(self, "_teacher", teacher)
 
@@ -95,7 +109,7 @@ class TrainingStep(nn.Module):
         assert phase is not None  # `begin` comes first
         wanted = phase.losses
         losses: dict[str, Tensor] = {}
-        patches, pooled = self._see(batch.images)
+        patches, pooled = self._see(batch)
         patches = _dropped(patches, phase.token_dropout, self.training)
         visual = self.model.encode_patches(patches)
         if batch.text_states is None or phase.word_dropout:
@@ -109,7 +123,7 @@ class TrainingStep(nn.Module):
             if "distillation" in wanted:
                 taught = self._taught(patches, batch)
                 blocks = [len(batch.own_caption)] + 2 * [len(batch.own_caption) * batch.num_negatives]
-                losses["distillation"] = distillation_loss(student.split(blocks), taught.split(blocks))
+                losses["distillation"] = distillation_loss(torch.split(student, blocks), torch.split(taught, blocks))
         if "late_interaction" in wanted:
             joint = self.model.joint
             assert isinstance(joint, ApartEncoder)  # the recipe was checked
@@ -120,12 +134,17 @@ class TrainingStep(nn.Module):
             losses["mlm"] = self._masked_words(batch, visual, phase.mask_share)
         if "text_recovery" in wanted:
             losses["text_recovery"] = self._recovered(batch)
+        if "regions" in wanted:
+            assert batch.labels is not None  # the recipe was checked
+            said = self.heads.regions(patches, math.isqrt(batch.labels.shape[1]))
+            losses["regions"] = regions_loss(said, batch.labels)
         if "first_stage" in wanted:
             losses["first_stage"] = self._first_stage(batch, pooled)
         return losses
 
-    def _see(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.model.extract(images) if images.dtype == torch.uint8 else (images, None)
+    def _see(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        is_pixels = batch.images.dtype == torch.uint8
+        return self.model.extract(batch.images) if is_pixels else (batch.images, batch.pooled)
 
     def _read(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self.model.encode_queries(ids, lengths)
@@ -174,7 +193,8 @@ class TrainingStep(nn.Module):
 
     def _first_stage(self, batch: Batch, pooled: Tensor | None) -> Tensor:
         first_stage = self.first_stage
-        assert first_stage is not None and pooled is not None  # the run sees to it
+        assert first_stage is not None  # the recipe was checked
+        assert pooled is not None  # known of a frozen tower, computed by one in training
         own = batch.own_caption
         texts = first_stage.embed_texts(batch.text_ids[own], batch.text_lengths[own])
         images = first_stage.embed_images(pooled[batch.own_image])

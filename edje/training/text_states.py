@@ -4,6 +4,7 @@ text and image apart, where the text layers are not trained."""
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,10 @@ def text_states(
         if name.startswith(("words.", "positions.", "types.", "norm.", "text_layers.")):
             digest.update(f"\n{name}\n".encode() + tensor.cpu().contiguous().numpy().tobytes())
     path = folder / f"text-{digest.hexdigest()[:16]}.npy"
-    if path.exists():
+    try:
         return TextStates(np.load(path, mmap_mode="r"), captions.lengths)
+    except (OSError, ValueError):  # not there, or not whole
+        pass
     was_training = model.training
     model.eval()
     starts = np.concatenate(([0], np.cumsum(captions.lengths)))
@@ -61,7 +64,7 @@ def text_states(
             flat[starts[number] : starts[number + 1]] = row[: captions.lengths[number]]
     model.train(was_training)
     folder.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft.npy")
+    draft = path.with_suffix(f".{os.getpid()}.npy")  # every process of a run on several devices may be at it
     np.save(draft, flat)
     draft.rename(path)
     return TextStates(flat, captions.lengths)

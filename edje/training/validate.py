@@ -12,10 +12,10 @@ from edje.evaluation.comparison import evaluate
 from edje.evaluation.task import text_to_image
 from edje.evaluation.torch_scorers import TorchScorers
 from edje.feature_files import Features
-from edje.first_stage import FirstStageModel
+from edje.first_stage import FirstStage
 from edje.model import Edje
 from edje.text import Tokenizer
-from edje.training.corpus import Captions, read_captions
+from edje.training.corpus import read_captions
 from edje.training.pairs import embed
 
 _BATCH_IMAGES = 64
@@ -23,7 +23,7 @@ _BATCH_IMAGES = 64
 
 def validate(
     model: Edje,
-    first_stage: FirstStageModel,
+    first_stage: FirstStage,
     dataset: Dataset,
     tokenizer: Tokenizer,
     features: Features,
@@ -34,12 +34,14 @@ def validate(
 ) -> dict[str, float]:
     """Recall of text-to-image search over all images of the split, for captions taken evenly from it."""
     captions = read_captions(dataset, tokenizer, features.rows)
-    texts, images = embed(first_stage.eval(), captions, features.pooled)
+    texts, images = embed(first_stage, captions, features.pooled)
     asked = np.unique(np.linspace(0, len(captions) - 1, min(num_captions, len(captions))).astype(np.int64))
-    rows, image_of_caption = _numbered(features.rows, captions, asked)
+    rows = features.rows
+    image_of_caption = np.searchsorted(rows, captions.images[asked])
     similarity = (texts[asked] @ images[rows].T).astype(np.float32)
     tokens = _stored_tokens(model, features, rows, device)
-    text_ids = [captions.ids[row, : captions.lengths[row]].tolist() for row in asked]
+    all_ids = captions.id_lists()
+    text_ids = [all_ids[row] for row in asked]
     scorers = TorchScorers(model, text_ids, tokens, device=str(device))
     k = min(k, len(rows))
     task = text_to_image(similarity, image_of_caption)
@@ -49,12 +51,6 @@ def validate(
         late = evaluate(task, scorers.late_interaction(), k, num_resamples=2)
         told["late_interaction_r1"] = late.row("R@1").reranked.value
     return told
-
-
-def _numbered(
-    rows: NDArray[np.int64], captions: Captions, asked: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return rows, np.searchsorted(rows, captions.images[asked])
 
 
 @torch.inference_mode()

@@ -1,0 +1,77 @@
+"""The service's engine as a scorer of `python -m edje.evaluate`, so that what is judged is what is served.
+
+Run: python -m edje.evaluate CHECKPOINT --data RECIPE --storage int8 --scorer benchmarks.engine_scorer:torch_engine
+
+Stored blobs are decoded into the engine's own slab and pairs go through its contract, as in the rerank worker. Another
+runtime is another function of three lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edje.checkpoint import read_config
+from edje.evaluation.subject import Subject
+from edje.text import Tokenizer
+from protocols.blob import BlobLayout, decode_blobs
+from trt.engine import PairScorer
+from trt.load import Runtime, load_engine
+
+MAX_PAIRS = 256
+#: Blobs decoded at a time; a slab behind a staging buffer takes no more.
+_STAGED = 1024
+
+Scorer = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
+
+
+def torch_engine(subject: Subject) -> Scorer:
+    """The torch runtime on a CPU."""
+    return engine_scorer(subject, "torch", "cpu")
+
+
+def engine_scorer(subject: Subject, runtime: Runtime, device: str) -> Scorer:
+    """Load the checkpoint into an engine with a slot for every image, and score through it."""
+    if not subject.stored.blobs:
+        raise SystemExit("an engine reads stored blobs: give --storage fp16, bf16, int8 or int4")
+    engine = load_engine(
+        runtime,
+        subject.checkpoint,
+        storage=subject.stored.storage,
+        num_slots=len(subject.image_ids),
+        max_pairs=MAX_PAIRS,
+        max_images=1,
+        num_threads=None,
+        device=device,
+    )
+    _fill(engine, subject)
+    tokenizer = Tokenizer.load(subject.checkpoint)
+
+    def score(captions: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits = np.empty(len(captions), np.float32)
+        for start in range(0, len(captions), MAX_PAIRS):
+            part = slice(start, start + MAX_PAIRS)
+            names, numbers = np.unique(captions[part], return_inverse=True)
+            queries = engine.encode_queries([tokenizer.encode(subject.captions[name]) for name in names])
+            first_stage = subject.similarity[captions[part], images[part]] if engine.info.reads_first_stage else None
+            logits[part] = engine.score_pairs(
+                queries, numbers.astype(np.int32), images[part].astype(np.int32), first_stage
+            )
+        return logits
+
+    return score
+
+
+def _fill(engine: PairScorer, subject: Subject) -> None:
+    config = read_config(subject.checkpoint)
+    layout = BlobLayout(subject.model_digest, config.adapter.num_tokens, config.joint.dim, subject.stored.storage)
+    for start in range(0, len(subject.stored.blobs), _STAGED):
+        blobs = subject.stored.blobs[start : start + _STAGED]
+        slots = range(start, start + len(blobs))
+        tokens, scales, rows = engine.slab.stage(slots)
+        for error in decode_blobs(layout, blobs, tokens, scales, rows):
+            if error is not None:
+                raise error
+        engine.slab.publish(slots, rows)

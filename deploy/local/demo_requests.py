@@ -1,0 +1,40 @@
+"""Asks the demo's questions through Kafka: every request first, then the replies as they come."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from demo_rankings import Question, Ranking
+from server_process import ServiceError
+from workers.client import Client
+
+REPLY_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The answer to each question, and what gave them."""
+
+    rankings: Sequence[Ranking]
+    model_digest: str
+    engine_digest: str
+
+
+def ask_all(client: Client, questions: Sequence[Question]) -> Answers:
+    """Raises `ServiceError` for an answer without a ranking, or what the client raises."""
+    requests = [question.request(f"demo-{uuid.uuid4().hex[:12]}") for question in questions]
+    for published in [client.publish_request(request) for request in requests]:
+        published.result(REPLY_TIMEOUT_S)
+    responses = []
+    for request in requests:
+        response = client.reply_to(request.request_id, REPLY_TIMEOUT_S).response
+        if response.status != "ok":
+            raise ServiceError(f"a request was answered with {response.status}: {response.error}")
+        responses.append(response)
+    rankings = [
+        question.ranking(response.results, response.timings_ms)
+        for question, response in zip(questions, responses, strict=True)
+    ]
+    return Answers(rankings, responses[0].model, responses[0].engine)

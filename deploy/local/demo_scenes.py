@@ -1,0 +1,50 @@
+"""The demo's own pictures: drawn scenes that no training meets, in groups of the same words.
+
+Every fifth picture is asked for, by a caption that is true of it and of no other picture in its group.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from demo_pictures import Pictures
+from edje.data.scenes import holdout, write_scenes
+from workers.publish.image_files import image_files
+
+#: Fifty groups of a scene and its three confusers.
+NUM_PICTURES = 200
+#: The model's figures are of the scenes of seed 0: the demo draws others.
+SEED = 1
+#: Not a multiple of four, so that scenes and confusers are asked for alike: 40 queries.
+QUERY_EVERY = 5
+NUM_CANDIDATES = 20
+#: Twice what the shipped model sees, for people who look at the report.
+SIZE = 128
+EXTENSION = ".png"
+
+
+def drawn_scenes(folder: Path, num_pictures: int = NUM_PICTURES, size: int = SIZE) -> Pictures:
+    """Draw the scenes into a new folder. The same pictures and questions each time."""
+    write_scenes(folder, "test", num_pictures, SEED, size)
+    images = holdout(num_pictures, SEED).images
+    ids = [f"{image.image_id}{EXTENSION}" for image in images]
+    captions = {image_id: image.captions[0] for image_id, image in zip(ids, images, strict=True)}
+    asked = ids[::QUERY_EVERY]
+    group = images[0].group
+    return Pictures(
+        folder=folder,
+        files=image_files([folder], keep_extension=True),
+        captions=captions,
+        described={image_id: image.captions[1] for image_id, image in zip(ids, images, strict=True)},
+        queries={captions[image_id]: image_id for image_id in asked},
+        image_query=ids[0],
+        texts={
+            image_id: captions[image_id] for image_id, image in zip(ids, images, strict=True) if image.group == group
+        },
+        num_candidates=NUM_CANDIDATES,
+        origin=(
+            f"{num_pictures} scenes drawn here, in groups of four that are made of the same words; training meets no "
+            "such scene, nor another arrangement of its words"
+        ),
+        right_text=ids[0],
+    )

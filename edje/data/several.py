@@ -1,0 +1,48 @@
+"""Several datasets as one, one after the other. Knows nothing of where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edje.data.dataset import CaptionedImage, DataError, Dataset, Problems
+from edje.images import Resample
+
+_FINGERPRINT_CHARS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    parts: tuple[Dataset, ...]
+    starts: tuple[int, ...]  # number of each part's first image
+
+    def pixels(self, index: int, size: int, resample: Resample) -> NDArray[np.uint8]:
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part].pixels(index - self.starts[part], size, resample)
+
+
+def several(parts: Mapping[str, Dataset], name: str) -> Dataset:
+    """All images of all parts; the id of each, and its group, begin with its part's name. Raises `DataError`."""
+    if not parts:
+        raise DataError(f"none of the datasets has anything for {name}")
+    problems, images, digest = Problems(), list[CaptionedImage](), hashlib.sha256()
+    for part_name, part in parts.items():
+        problems.add(part.problems, f"{part_name}/")
+        digest.update(f"{part_name}\0{part.fingerprint}\n".encode())
+        for image in part.images:
+            group = None if image.group is None else f"{part_name}/{image.group}"
+            images.append(replace(image, image_id=f"{part_name}/{image.image_id}", group=group))
+    starts = (0, *accumulate(len(part.images) for part in parts.values()))[:-1]
+    return Dataset(
+        f"{' + '.join(parts)} {name}",
+        tuple(images),
+        problems,
+        digest.hexdigest()[:_FINGERPRINT_CHARS],
+        _Joined(tuple(parts.values()), starts),
+    )

@@ -1,0 +1,80 @@
+"""What is trained: the model with its tokenizer, the first stage beside it, and what only training needs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from edje.config import EdjeConfig, FirstStageConfig
+from edje.data.dataset import Dataset, LabelledSource
+from edje.first_stage import FirstStage, FirstStageModel, save_first_stage
+from edje.model import Edje
+from edje.recipe import Phase, Recipe
+from edje.text import Tokenizer
+from edje.training.build import build_from, draw_heads, load_teacher, take_over
+from edje.training.candidates import new_first_stage
+from edje.training.devices import Devices
+from edje.training.step import TrainingHeads, TrainingStep
+from edje.weights import save_checkpoint
+
+
+class Learner:
+    """The parts of a recipe's model, on this process's device."""
+
+    def __init__(self, recipe: Recipe, data: Dataset, devices: Devices) -> None:
+        """The data's captions give the vocabulary where the recipe names none."""
+        captions = (each for image in data.images for each in image.captions)
+        built = build_from(recipe, captions)
+        self._tokenizer_json = built.tokenizer_json
+        self._device = devices.device
+        self.config: EdjeConfig = built.config
+        self.tokenizer = Tokenizer(built.tokenizer_json, built.config)
+        self.model: Edje = built.model
+        self.first_stage: FirstStage = new_first_stage(recipe, built.config, devices.device)
+        label_sizes = data.source.label_sizes if isinstance(data.source, LabelledSource) else ()
+        heads = TrainingHeads(built.config.joint, self.first_stage.dim, built.config.vision.dim, label_sizes)
+        draw_heads(heads, recipe.seed)
+        trained = self.first_stage if isinstance(self.first_stage, FirstStageModel) else None
+        cls_id, sep_id, mask_id = (self.tokenizer.id_of(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
+        module = TrainingStep(self.model, trained, heads, (cls_id, sep_id, mask_id))
+        if recipe.start is not None:
+            take_over(module, recipe.start, built.tokenizer_json)
+        self.module = module.to(devices.device)
+
+    @property
+    def reads_first_stage(self) -> bool:
+        """Whether the head reads the first stage's scores."""
+        return self.config.joint.first_stage is not None
+
+    @property
+    def score_spread(self) -> tuple[float, float] | None:
+        """Mean and deviation by which the head standardises the first stage's scores, if it reads them."""
+        first_stage = self.config.joint.first_stage
+        return None if first_stage is None else (first_stage.mean, first_stage.std)
+
+    def standardise(self, mean: float, std: float) -> None:
+        """Tell the head how the first stage's scores are spread."""
+        head = self.model.joint.score_input
+        assert head is not None  # whoever calls has asked `reads_first_stage`
+        head.mean, head.std = mean, std
+        first_stage = FirstStageConfig(mean=mean, std=std, hidden_dim=head.fc1.out_features)
+        self.config = replace(self.config, joint=replace(self.config.joint, first_stage=first_stage))
+
+    def begin(self, phase: Phase) -> None:
+        """Have the module compute this phase's losses. Raises `RecipeError` for a teacher of another kind."""
+        teacher = None
+        if phase.teacher is not None:
+            teacher = load_teacher(Path(phase.teacher), self.config, self.model, self._tokenizer_json)
+            teacher = teacher.to(self._device)
+        self.module.begin(phase, teacher)
+
+    def write(self, checkpoint: Path) -> str:
+        """Leave a checkpoint in the place of an older one, whole or not at all. Returns its digest."""
+        draft = checkpoint.with_name(f".{checkpoint.name}")
+        shutil.rmtree(draft, ignore_errors=True)
+        digest = save_checkpoint(draft, self.config, self.model.eval(), self._tokenizer_json)
+        save_first_stage(draft, self.first_stage)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        draft.rename(checkpoint)
+        return digest

@@ -1,0 +1,112 @@
+"""Steps, devices and signals, without a model."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from edje.recipe import Phase
+from edje.training.devices import DeviceError, Devices, devices
+from edje.training.interrupt import sigterm_as_interrupt, stop_requests
+from edje.training.loop import TrainingStopped, train_phase
+
+
+class OneWeight(nn.Module):
+    """Stands for a training module: its loss is what the batch says of its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+
+    def forward(self, batch):
+        return {"itm": batch(self.weight)}
+
+    def clamp_scales(self):
+        pass
+
+
+def steps_of(losses, **values):
+    """Take a step for each `accumulate` of these losses: the module, and what was said."""
+    phase = phase_with(**values)
+    module, said = OneWeight(), []
+    train_phase(
+        module,
+        torch.optim.SGD([{"params": [module.weight], "factor": 0.5}], lr=1.0),
+        phase,
+        0,
+        seed=0,
+        steps=range(len(losses) // phase.accumulate),
+        num_steps=len(losses),
+        steps_per_epoch=10,
+        batch_of=lambda number, rng: losses[number],
+        devices=Devices(torch.device("cpu")),
+        on_step=lambda step, told: said.append(told),
+    )
+    return module, said
+
+
+def phase_with(**values):
+    fixed = {"name": "rank", "epochs": 1.0, "batch_size": 8, "learning_rate": 1.0, "warmup_steps": 0}
+    parts = {"train": {"adapter": 1.0, "text": 1.0}, "losses": {"itm": 1.0}, "precision": "fp32"}
+    return Phase(**(fixed | parts | values))
+
+
+def test_a_gradient_is_clipped_to_the_norm_asked_for_and_told_as_it_was():
+    module, said = steps_of([lambda weight: (weight * torch.tensor([30.0, 40.0])).sum()], clip_norm=0.5)
+
+    assert module.weight.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert said[0]["gradient_norm"] == pytest.approx(50.0)
+    # The part learns at half the rate.
+    torch.testing.assert_close(module.weight.detach(), torch.tensor([3.0 - 0.15, 4.0 - 0.2]), rtol=1e-4, atol=0)
+
+
+def test_parts_of_a_batch_add_up_to_its_mean():
+    module, said = steps_of(
+        [lambda weight: 2 * weight.sum(), lambda weight: 4 * weight.sum()], accumulate=2, clip_norm=1e9
+    )
+
+    assert module.weight.grad.tolist() == [3.0, 3.0]
+    assert said[0]["itm"] == pytest.approx(7 * 3.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_it_changes_anything(value, monkeypatch):
+    seen = []
+    monkeypatch.setattr(OneWeight, "clamp_scales", lambda self: seen.append(self.weight.tolist()))
+
+    with pytest.raises(TrainingStopped, match=r"step 1 of phase 'rank': itm and gradient_norm not finite .* were not"):
+        steps_of([lambda weight: weight.sum(), lambda weight: (weight * value).sum()])
+
+    assert len(seen) == 1
+
+
+def test_a_loss_that_no_trained_part_moves_is_refused():
+    with pytest.raises(TrainingStopped, match=r"trains adapter, text, on which none of its losses \(itm\)"):
+        steps_of([lambda weight: torch.tensor(1.0)])
+
+
+def test_a_device_that_is_not_there_is_a_sentence():
+    for name in ("abacus", "meta", "cuda:99"):
+        with pytest.raises(DeviceError, match=f"'{name}' cannot be used here: choose one of cpu"), devices(name):
+            pass
+
+
+def test_a_second_signal_does_not_wait():
+    with stop_requests() as stop:
+        assert not stop.asked
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_elsewhere_sigterm_ends_at_once_and_the_old_ways_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+
+    with sigterm_as_interrupt(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+    assert signal.getsignal(signal.SIGTERM) is before
