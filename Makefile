@@ -17,12 +17,12 @@ export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check up bench soak lock clean
+.PHONY: help demo test check up bench soak quality lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## Real images through a real Kafka and a real Redis to ranked replies, and demo/report.html
+demo: $(READY) ## Drawn scenes through a real Kafka and a real Redis to reranked replies, checked, and demo/report.html
 	@$(PYTHON) deploy/local/demo.py
 
 test: $(READY) ## Every test, against a real Kafka and a real Redis
@@ -42,6 +42,9 @@ bench: $(READY) ## Pairs per second and latency of the service, beside a bare lo
 
 soak: $(READY) ## 10,000 requests while workers are killed and Redis restarts, exactly once
 	@$(PYTHON) benchmarks/soak.py --requests 10000 --delivery exactly_once
+
+quality: $(READY) ## What reranking is worth: encoders, tokens, storage types and k on drawn scenes; hours
+	@$(PYTHON) benchmarks/quality.py scenes --seeds 3
 
 lock: $(READY) ## Pin the newest allowed version of every dependency, with hashes
 	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --extra train --output-file $(LOCK)

@@ -38,7 +38,7 @@ class MatchingHead(nn.Module):
 
 
 class FirstStageInput(nn.Module):
-    """A first-stage score as something to add to [CLS], and to the logit; a missing score (NaN) is a state of its own."""
+    """A first-stage score as something to add to [CLS] and to the logit; a missing one (NaN) is a state of its own."""
 
     def __init__(self, config: FirstStageConfig, dim: int) -> None:
         super().__init__()

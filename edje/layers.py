@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
 #: Keys and values of another sequence, already apart by heads: two (B, H, S, D / H).
 KeysValues = tuple[Tensor, Tensor]
 

@@ -156,6 +156,7 @@ class Recipe(_Closed):
     vocabulary: str | None = None  # vocab.txt or a source; None: that of the BERT, or else the training captions' words
     start: Start | None = None
     skip: tuple[str, ...] = ()  # phases that are not run, because what they would give comes with `start`
+    calibrate: bool = False  # at the end the dev split says how much the first stage's score counts
     phase: tuple[Phase, ...]
     k: PositiveInt = 10  # candidates per query in the validation after each phase
     dev_captions: PositiveInt = 1000
@@ -174,6 +175,8 @@ class Recipe(_Closed):
         names = [phase.name for phase in self.phase]
         if not self.phases or len(set(names)) < len(names):
             raise ValueError("phases need names, each its own")
+        if self.calibrate and not self.joint.reads_first_stage:
+            raise ValueError("`calibrate` weighs the first stage's score: it needs joint.reads_first_stage")
         if unknown := set(self.skip) - set(names):
             raise ValueError(f"skip: there is no phase {min(unknown)!r}")
         trains_tower = ["vision" in phase.train for phase in self.phases]

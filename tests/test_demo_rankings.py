@@ -139,6 +139,7 @@ def test_the_table_marks_the_right_candidate_even_when_it_is_last():
     assert list(table.columns[0].cells) == ["1", "2", "3", "4", "8"]
     assert list(table.columns[4].cells) == ["", "", "", "", "<- right"]
     assert str(table.caption) == "nothing is proven"
+    assert len(ranking_table(ranking("ab", "ba"), caveat=None).columns) == 4
 
 
 class Client:

@@ -18,7 +18,7 @@ def ranking_table(ranking: Ranking, caveat: str | None) -> Table:
         "before",
         "image" if shows_images else "text",
         "score",
-        "",
+        *(() if ranking.question.right is None else ("",)),
         title=Text(f"{'images for the text' if shows_images else 'texts for the image'}: {ranking.question.text}"),
         caption=None if caveat is None else Text(caveat),
         title_justify="left",
@@ -46,7 +46,8 @@ def about_the_texts(ranking: Ranking) -> str | None:
     return f"Of {len(ranking.results)} texts made of the same words, the right one came {where} for its image."
 
 
-def _row(ranking: Ranking, result: Ranked) -> tuple[str, str, Text, str, str]:
-    mark = "<- right" if ranking.is_right(result) else ""
-    score = f"{result.relevance_score:.4f}"
-    return str(result.rank), str(result.rank_before), Text(result.option.caption), score, mark
+def _row(ranking: Ranking, result: Ranked) -> list[str | Text]:
+    row = [str(result.rank), str(result.rank_before), Text(result.option.caption), f"{result.relevance_score:.4f}"]
+    if ranking.question.right is not None:
+        row.append("<- right" if ranking.is_right(result) else "")
+    return row

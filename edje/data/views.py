@@ -21,7 +21,7 @@ _MAX_STRETCH = 1.25
 
 
 def view_of(dataset: Dataset, number: int, *, may_mirror: bool = True) -> Dataset:
-    """View `number` of every picture: 0 the picture itself, 1 its mirror image, any other a crop, half of them mirrored.
+    """View `number` of every picture: 0 as it is, 1 its mirror image, any other a crop, half of them mirrored.
 
     `may_mirror` is False where captions speak of left and right.
     """

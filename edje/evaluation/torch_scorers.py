@@ -29,24 +29,25 @@ _ScorePairs = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class TorchScorers:
-    """Text states and visual tokens of everything that is searched, and what scores their pairs."""
+    """Text states and visual tokens of everything that is searched, and what scores their pairs.
 
-    @torch.no_grad()
+    A caption is encoded when it is first asked for, and once.
+    """
+
     def __init__(
         self, model: Edje, text_ids: Sequence[Sequence[int]], tokens: NDArray[np.float32], *, device: str = "cpu"
     ) -> None:
         self._model = model.to(device)
         self._device = torch.device(device)
         self._tokens = torch.from_numpy(tokens).to(self._device)
+        self._text_ids = text_ids
         self._lengths = np.array([len(ids) for ids in text_ids])
-        self._rows = np.empty(len(text_ids), np.int64)
-        self._states: dict[int, Tensor] = {}  # by length: (captions, length, d)
-        for length in map(int, np.unique(self._lengths)):
+        self._rows = np.empty(len(text_ids), np.int64)  # place among the captions of the same length
+        for length in np.unique(self._lengths):
             captions = np.flatnonzero(self._lengths == length)
             self._rows[captions] = np.arange(len(captions))
-            ids = torch.tensor([list(text_ids[int(caption)]) for caption in captions], device=self._device)
-            batches = range(0, len(ids), BATCH_CAPTIONS)
-            self._states[length] = torch.cat([model.encode_queries(ids[at : at + BATCH_CAPTIONS]) for at in batches])
+        self._is_encoded = np.zeros(len(text_ids), bool)
+        self._states: dict[int, Tensor] = {}  # by length: (captions, length, d)
 
     @property
     def _match(self) -> TokenMatch | None:
@@ -84,8 +85,9 @@ class TorchScorers:
         assert match is not None, "asked for by has_late_interaction"
         num_images, num_visual = self._tokens.shape[:2]
         matrix = np.empty((len(self._lengths), num_images), np.float32)
-        for length, states in self._states.items():
+        for length in map(int, np.unique(self._lengths)):
             captions = np.flatnonzero(self._lengths == length)
+            states = self._encoded(length, captions)
             step = max(1, _MATRIX_VALUES // (num_images * length * num_visual))
             for start in range(0, len(captions), step):
                 scores = match.matrix(states[start : start + step], self._tokens, None)
@@ -106,11 +108,25 @@ class TorchScorers:
             pairs = np.flatnonzero(lengths == length)
             for start in range(0, len(pairs), BATCH_PAIRS):
                 some = pairs[start : start + BATCH_PAIRS]
-                text = self._states[length][self._on_device(self._rows[captions[some]])]
+                text = self._encoded(length, captions[some])[self._on_device(self._rows[captions[some]])]
                 visual = self._tokens[self._on_device(images[some])]
                 first = None if similarity is None else self._on_device(similarity[captions[some], images[some]])
                 scores[some] = score(text, visual, first).float().cpu().numpy()
         return scores
+
+    def _encoded(self, length: int, captions: NDArray[np.int64]) -> Tensor:
+        """The states of all captions of this length, of which these at least are known."""
+        missing = np.unique(captions[~self._is_encoded[captions]])
+        for start in range(0, len(missing), BATCH_CAPTIONS):
+            some = missing[start : start + BATCH_CAPTIONS]
+            ids = torch.tensor([list(self._text_ids[int(caption)]) for caption in some], device=self._device)
+            states = self._model.encode_queries(ids)
+            if length not in self._states:
+                num_captions = int((self._lengths == length).sum())
+                self._states[length] = states.new_empty((num_captions, *states.shape[1:]))
+            self._states[length][self._on_device(self._rows[some])] = states
+        self._is_encoded[missing] = True
+        return self._states[length]
 
     def _on_device(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -115,12 +115,12 @@ def centre_inputs(adapter: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> 
 def take_over(module: nn.Module, start: Start, tokenizer: str) -> None:
     """Give the training module the named parts of another checkpoint. Raises `RecipeError` if they do not fit."""
     checkpoint = Path(start.checkpoint)
+    theirs = {f"model.{name}": tensor for name, tensor in load_checkpoint(checkpoint).model.state_dict().items()}
     if {"text", "first_stage"} & set(start.parts) and not same_words(tokenizer, read_tokenizer_json(checkpoint)):
         raise RecipeError(
             f"start: {checkpoint} has another vocabulary, so its words would be taken for others: "
             f'set vocabulary = "{checkpoint}"'
         )
-    theirs = {f"model.{name}": tensor for name, tensor in load_checkpoint(checkpoint).model.state_dict().items()}
     if "first_stage" in start.parts:
         tensors: dict[str, torch.Tensor] = load_first_stage(checkpoint).state_dict()
         theirs |= {f"first_stage.{name}": tensor for name, tensor in tensors.items()}

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from edje.config import EdjeConfig, FirstStageConfig
 from edje.data.dataset import Dataset, LabelledSource
 from edje.first_stage import FirstStage, FirstStageModel, save_first_stage
@@ -60,6 +62,20 @@ class Learner:
         head.mean, head.std = mean, std
         first_stage = FirstStageConfig(mean=mean, std=std, hidden_dim=head.fc1.out_features)
         self.config = replace(self.config, joint=replace(self.config.joint, first_stage=first_stage))
+
+    @property
+    def gain(self) -> float:
+        """How much a standardised first-stage score counts in the logit."""
+        head = self.model.joint.score_input
+        assert head is not None  # whoever asks has asked `reads_first_stage`
+        return float(head.gain)
+
+    @gain.setter
+    def gain(self, gain: float) -> None:
+        head = self.model.joint.score_input
+        assert head is not None
+        with torch.no_grad():
+            head.gain.fill_(gain)
 
     def begin(self, phase: Phase) -> None:
         """Have the module compute this phase's losses. Raises `RecipeError` for a teacher of another kind."""

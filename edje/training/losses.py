@@ -52,7 +52,9 @@ def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> T
 
 def regions_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Cross-entropy of what is said to stand in each region: for each label (N, R, values) against (N, R, labels)."""
-    losses = [functional.cross_entropy(each.flatten(0, 1).float(), labels[..., n].flatten()) for n, each in enumerate(logits)]
+    losses = [
+        functional.cross_entropy(each.flatten(0, 1).float(), labels[..., n].flatten()) for n, each in enumerate(logits)
+    ]
     return torch.stack(losses).sum()
 
 

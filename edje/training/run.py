@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +18,8 @@ from edje.checkpoint import CheckpointError, read_digest
 from edje.data.spec import open_dataset
 from edje.first_stage import FOLDER, read_folder
 from edje.recipe import Phase, Recipe
+from edje.training.calibrate import best_gain, candidates_of
+from edje.training.dev_search import DevSearch, dev_search
 from edje.training.devices import Devices, computes_bf16
 from edje.training.interrupt import stop_requests
 from edje.training.journal import Journal
@@ -77,6 +80,8 @@ class Run:
                 total_step = self._train(number, phase, total_step, journal, saved if place.step else None)
                 saved, place = None, replace(place, step=0)
         if self.devices.leads:
+            if self.recipe.calibrate:
+                self._calibrate()
             digest = self.learner.write(self.places.checkpoint)
             self._say(f"{self.places.checkpoint}: model {digest}")
         self.devices.wait()
@@ -128,7 +133,7 @@ class Run:
             )
         total_step = total_before + num_steps
         if self.devices.leads:
-            told = self._validate()
+            told = validate(self._dev_search())
             self._say(f"{phase.name}: " + ", ".join(f"{name} {value:.3f}" for name, value in told.items()))
             if journal is not None:
                 journal.say(total_step - 1, phase.name, told)
@@ -138,8 +143,8 @@ class Run:
         self.devices.wait()
         return total_step
 
-    def _validate(self) -> dict[str, float]:
-        return validate(
+    def _dev_search(self) -> DevSearch:
+        return dev_search(
             self.learner.model.eval(),
             self.learner.first_stage,
             self.dev_data,
@@ -149,6 +154,17 @@ class Run:
             num_captions=self.recipe.dev_captions,
             device=self.devices.device,
         )
+
+    def _calibrate(self) -> None:
+        """Have the dev split say how much the first stage's score counts."""
+        search = self._dev_search()
+        scores = np.take_along_axis(search.similarity, candidates_of(search), axis=1)
+        spread = float(scores.mean()), max(float(scores.std()), 1e-6)
+        self.learner.standardise(*spread)
+        gain = best_gain(search, self.learner.gain, *spread)
+        self.learner.gain = gain
+        told = validate(search)
+        self._say(f"calibrated, gain {gain:.2f}: " + ", ".join(f"{name} {value:.3f}" for name, value in told.items()))
 
     def _save(self, place: Place, journal: Journal | None, optimizer: torch.optim.Optimizer | None) -> None:
         if self.devices.leads:

@@ -65,7 +65,9 @@ class TrainingHeads(nn.Module):
         self.recover = nn.Linear(joint.dim, first_stage_dim)
         self.labels = nn.ModuleList(nn.Linear(vision_dim, size) for size in label_sizes)
 
-    def regions(self, patches: Tensor, grid: int) -> list[Tensor]:  # (N, S, D) -> for each label (N, grid * grid, values)
+    def regions(
+        self, patches: Tensor, grid: int
+    ) -> list[Tensor]:  # (N, S, D) -> for each label (N, grid * grid, values)
         """Patches are averaged over each region of a square grid, whatever the tower's own grid."""
         side = math.isqrt(patches.shape[1])
         square = patches.transpose(1, 2).unflatten(2, (side, side))
