@@ -113,7 +113,9 @@ class Candidate(TypedDict, total=False):
     image_id: Id | None
     text: CandidateText | None
     id: Annotated[Id | None, Field(description="the name a text has in the results; an image's is its image_id")]
-    score: Annotated[Finite | None, Field(description="of the first stage, higher is better; read by models that were trained with it")]
+    score: Annotated[
+        Finite | None, Field(description="of the first stage, higher is better; read by models trained with it")
+    ]
 
 
 class RerankRequest(Event):

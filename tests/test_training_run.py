@@ -37,6 +37,7 @@ from training_harness import (
     train,
 )
 
+HEAD = TINY[: TINY.index("[[phase]]")]
 CPU = Devices(torch.device("cpu"))
 NUM_STEPS = SEE_STEPS + RANK_STEPS
 #: One step from the finished run's weights, on losses of which each sample has its own share.
@@ -105,9 +106,6 @@ def edje_train(tmp_path, out):
         return CliRunner().invoke(app, list(map(str, words)), env={"COLUMNS": "400"})
 
     return run
-
-
-HEAD = TINY[: TINY.index("[[phase]]")]
 
 
 def begun_by(finished, *parts):
@@ -311,6 +309,7 @@ def assert_close(ours, theirs):
 # Several devices
 
 
+@pytest.mark.timeout(600)  # two processes import torch anew
 def test_two_devices_do_together_what_one_does(finished, out, tmp_path):
     text = one_step_after(finished).replace('"corpus"', '"batch"')
     alone = last_step(tiny_recipe(tmp_path, text=text), out, CPU)

@@ -65,12 +65,10 @@ class TrainingHeads(nn.Module):
         self.recover = nn.Linear(joint.dim, first_stage_dim)
         self.labels = nn.ModuleList(nn.Linear(vision_dim, size) for size in label_sizes)
 
-    def regions(
-        self, patches: Tensor, grid: int
-    ) -> list[Tensor]:  # (N, S, D) -> for each label (N, grid * grid, values)
-        """Patches are averaged over each region of a square grid, whatever the tower's own grid."""
+    def regions(self, patches: Tensor, grid: int) -> list[Tensor]:
+        """(N, S, D) -> for each label (N, grid * grid, values): patches averaged over each region of a square grid."""
         side = math.isqrt(patches.shape[1])
-        square = patches.transpose(1, 2).unflatten(2, (side, side))
+        square = patches.transpose(1, 2).reshape(*patches.shape[::2], side, side)
         regions = functional.adaptive_avg_pool2d(square, grid).flatten(2).transpose(1, 2)
         return [label(regions) for label in self.labels]
 
