@@ -68,7 +68,7 @@ class Learner:
         """How much a standardised first-stage score counts in the logit."""
         head = self.model.joint.score_input
         assert head is not None  # whoever asks has asked `reads_first_stage`
-        return float(head.gain)
+        return head.gain.item()
 
     @gain.setter
     def gain(self, gain: float) -> None:
