@@ -1,7 +1,6 @@
 """What reranking is worth, and what it costs: encoders, numbers of tokens, storage types and k, trained alike.
 
 Run: python benchmarks/quality.py scenes [--seeds 3] [--jobs 2]
-     python benchmarks/quality.py flickr8k --data-folder ../shared/data/flickr8k --tower onnx:../tower.onnx
 
 Every figure is what `python -m edje.evaluate` says of what `python -m edje.train` made, and each command is printed, so
 that any one of them can be run alone. What has been trained or evaluated before is not done again: a run that was
@@ -76,22 +75,6 @@ STUDIES = {
         depths=(5, 10, 20, 50),
         k=20,
     ),
-    "flickr8k": Study(
-        recipe="flickr8k.toml",
-        shared=(),
-        kinds={
-            "full": ('joint.kind="full"', "joint.text_layers=0", "joint.visual_layers=0", "joint.match_dim=0"),
-            "late": ('joint.kind="late"',),
-            "minimal": ('joint.kind="minimal"',),
-            "maxsim": ('joint.kind="maxsim"', "joint.num_layers=0"),
-        },
-        cascade_of="late",
-        cascade_budget=5,
-        tokens=(),
-        tokens_kind="minimal",
-        depths=(5, 10, 20, 50),
-        k=20,
-    ),
 }
 
 
@@ -143,9 +126,7 @@ def recall(report: Report, k: int) -> tuple[float, float]:
 
 
 def shared_start(runner: Runner, study: Study) -> tuple[str, ...]:
-    """Changes by which a run begins with the recipe's own tower and first stage, where the recipe trains them."""
-    if not study.shared:
-        return ()
+    """Changes by which a run begins with the recipe's own tower and first stage."""
     base = runner.train("recipe", 0, ())
     return (f'start={{checkpoint="{base}",parts=["vision","first_stage"]}}', f"skip={json.dumps(study.shared)}")
 
@@ -181,21 +162,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--captions", type=int, help="ask with so many captions only")
-    parser.add_argument("--data-folder", help="of Flickr8k")
-    parser.add_argument("--tower", help="of the recipe flickr8k, such as onnx:PATH")
     parser.add_argument("--set", action="append", default=[], help="a change to the recipe, for every run")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality")
     given = parser.parse_args()
     study = STUDIES[given.study]
-    common = list(given.set)
-    if given.data_folder:
-        common.append(f"data.folder={json.dumps(str(Path(given.data_folder).resolve()))}")
-    if given.tower:
-        common.append(f"tower={json.dumps(given.tower)}")
     folder = ROOT / "build" / "quality" / given.study
     folder.mkdir(parents=True, exist_ok=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    runner = Runner(study, folder, common, given.captions)
+    runner = Runner(study, folder, given.set, given.captions)
 
     start = shared_start(runner, study)
     wanted = list(product(range(given.seeds), study.kinds.items()))

@@ -46,9 +46,9 @@ def build_from(recipe: Recipe, captions: Iterable[str]) -> Built:
     joint = recipe.joint
     source = None if joint.bert is None else find_source(joint.bert, BERT_FILES)
     shape = None if source is None else read_shape(source)
-    if source is not None and recipe.vocabulary is None:
+    if source is not None and shape is not None and recipe.vocabulary is None:
         tokenizer = tokenizer_json(source)
-        vocab_size, sep_id = read_shape(source).vocab_size, read_shape(source).sep_id
+        vocab_size, sep_id = shape.vocab_size, shape.sep_id
     else:
         path = recipe.vocabulary
         made = caption_tokenizer(captions) if path is None else read_tokenizer(find_source(path, TOKENIZER_FILES))

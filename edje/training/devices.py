@@ -60,6 +60,7 @@ def devices(name: str | None) -> Iterator[Devices]:
 
     Raises `DeviceError`.
     """
+    # Not settings of ours: this is how torchrun tells a process of the others.
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(name or ("cuda" if torch.cuda.is_available() else "cpu"), local_rank)
@@ -85,13 +86,14 @@ def _device(name: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
-            raise NotImplementedError
+            raise ValueError("neither a CPU nor a CUDA device")
         if device.type == "cuda":
             # Each process of one machine has its own; without a number, "cuda" would be the first one for all.
             device = torch.device("cuda", local_rank if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    # What torch says of a device that is not there: an assertion without CUDA, else a RuntimeError.
+    except (RuntimeError, AssertionError, ValueError) as error:
         found = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise DeviceError(f"the device {name!r} cannot be used here: choose one of {', '.join(found)}") from error
     return device
