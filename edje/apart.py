@@ -8,6 +8,9 @@ Visual tokens have positions of their own, because they must not depend on a cap
     minimal   they update the text alone; it looks at itself and at the image's states, which stay as stored
     maxsim    there are none: each text token looks for its most similar visual token (ColBERT, arXiv 2004.12832)
 
+Where a visual token lies is said twice: to the visual layers, and again at the meeting. A late interaction asks what a
+token shows wherever it lies, and states that were taught by it no longer tell (docs/LOG.md).
+
 With a `match_dim`, `late` and `minimal` add that similarity to their logit: one checkpoint then also has the cheap
 scorer that a cascade begins with.
 """
@@ -15,6 +18,7 @@ scorer that a cascade begins with.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -83,6 +87,7 @@ class ApartEncoder(TextEmbeddings):
         self.kind = config.kind
         self.visual_positions = table(num_visual_tokens, config.dim)
         self.visual_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.meeting_positions = table(num_visual_tokens, config.dim) if config.num_layers else None
         block = InteractionBlock if config.kind == "minimal" else JointBlock
         self.text_layers = nn.ModuleList(JointBlock(config) for _ in range(config.text_layers))
         self.visual_layers = nn.ModuleList(JointBlock(config) for _ in range(config.visual_layers))
@@ -127,8 +132,8 @@ class ApartEncoder(TextEmbeddings):
         """See `JointEncoder.score`; `visual` is what `encode_visual` gave."""
         logit: Tensor | float = 0.0
         if self.head is not None:
-            first = self._meet(text, visual, text_lengths, cls_only=True)[:, 0]
-            logit = self.head(first, first_stage)
+            *_, last = self._meet(text, visual, text_lengths, cls_only=True)
+            logit = self.head(last[:, 0], first_stage)
         if self.match is not None:
             logit = logit + self.match.pairs(text, visual, text_lengths)
         if self.first_stage is not None:
@@ -147,16 +152,22 @@ class ApartEncoder(TextEmbeddings):
         """The caption's tokens after the last layer, (B, T, d): read with the image, or (None) as they are."""
         if visual is None or not len(self.layers):
             return text
-        return self._meet(text, visual, text_lengths, cls_only=False)[:, : text.shape[1]]
+        return self.read_by_layer(text, visual, text_lengths)[-1]
 
-    def _meet(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None, *, cls_only: bool) -> Tensor:
+    def read_by_layer(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> list[Tensor]:
+        """The same after each layer."""
+        return [hidden[:, : text.shape[1]] for hidden in self._meet(text, visual, text_lengths, cls_only=False)]
+
+    def _meet(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None, *, cls_only: bool) -> Iterator[Tensor]:
+        """What each layer gives, (B, S, d); of the last one only [CLS] if that is enough."""
+        assert self.meeting_positions is not None  # there are layers
         dtype = compute_dtype(self.layers)
         mask = None if text_lengths is None else visible(text_lengths, text.shape[1], visual.shape[1])
-        text, visual = text.to(dtype), visual.to(dtype)
+        text, visual = text.to(dtype), visual.to(dtype) + self.meeting_positions.weight.to(dtype)
         hidden = text if self.kind == "minimal" else torch.cat((text, visual), dim=1)
         last = len(self.layers) - 1
         for number, module in enumerate(self.layers):
             layer = cast(JointBlock, module)
             beside = layer.keys_values(visual) if isinstance(layer, InteractionBlock) else None
             hidden = layer.first(hidden, mask, beside) if cls_only and number == last else layer(hidden, mask, beside)
-        return hidden
+            yield hidden

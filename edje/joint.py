@@ -100,10 +100,16 @@ class JointEncoder(TextEmbeddings):
 
     def read(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None) -> Tensor:
         """The caption's tokens after the last layer, (B, T, d): read with the image, or (None) without one."""
+        return self.read_by_layer(text, visual, text_lengths)[-1]
+
+    def read_by_layer(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None) -> list[Tensor]:
+        """The same after each layer."""
         hidden, mask = self._join(text, visual, text_lengths)
+        after = []
         for layer in self.layers:
             hidden = layer(hidden, mask)
-        return hidden[:, : text.shape[1]]
+            after.append(hidden[:, : text.shape[1]])
+        return after
 
     def _join(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Both sequences as one (B, S, d) in the layers' precision, and what of it may be looked at (B, 1, 1, S)."""

@@ -21,7 +21,9 @@ from edje.recipe_table import change, located
 from edje.vision_config import VitConfig
 
 Part = Literal["vision", "adapter", "text", "visual", "meeting", "first_stage"]
-LossName = Literal["itm", "mlm", "text_recovery", "distillation", "late_interaction", "first_stage", "regions"]
+LossName = Literal[
+    "itm", "mlm", "text_recovery", "distillation", "late_interaction", "first_stage", "regions", "grounding"
+]
 #: Losses that read the first stage's scores or embeddings of the training pairs.
 _ASKS_FIRST_STAGE = {"itm", "distillation", "text_recovery"}
 Weight = Annotated[float, Field(ge=0)]
@@ -199,6 +201,11 @@ class Recipe(_Closed):
                 )
             if "regions" in phase.losses and (self.data.kind != "scenes" or "vision" not in phase.train):
                 raise ValueError("the loss 'regions' teaches a tower what stands where, which only drawn scenes say")
+            if "grounding" in phase.losses and (self.data.kind != "scenes" or self.joint.num_layers in (0, 1)):
+                raise ValueError(
+                    "the loss 'grounding' teaches words, in a joint encoder of two layers or more, what they say of a "
+                    "picture: only drawn scenes know it"
+                )
             if "first_stage" in phase.losses and kind != "dual":
                 raise ValueError(f"a first stage of kind {kind!r} is not trained: the loss 'first_stage' is for 'dual'")
             if not is_known and phase.losses.keys() & _ASKS_FIRST_STAGE:

@@ -6,6 +6,7 @@ On the hot path of the rerank worker: imports neither torch nor the model.
 from __future__ import annotations
 
 import string
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
@@ -61,5 +62,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids with [CLS] and [SEP], at most `max_text_tokens`; the caption alone is cut."""
+        return self._tokenizer.encode(self.as_read(text)).ids
+
+    def as_read(self, text: str) -> str:
+        """The text of which the pieces are made."""
         text = text[: self._max_chars]
-        return self._tokenizer.encode(canonical_caption(text) if self._canonical else text).ids
+        return canonical_caption(text) if self._canonical else text
+
+    def pieces_at(self, text: str, chars: Iterable[int]) -> list[int | None]:
+        """For characters of `as_read(text)` the place, [CLS] being 0, of the piece that holds each; None if cut off."""
+        encoding = self._tokenizer.encode(self.as_read(text))
+        return [encoding.char_to_token(char) for char in chars]

@@ -32,6 +32,7 @@ class PlainEncoder:
         if self.config.kind == "maxsim":
             added, straight = self.first_stage("first_stage", first_stage) if self.config.first_stage else ([0.0], 0.0)
             return logit + added[0] + straight
+        visual = visual + self.weights["meeting_positions.weight"]
         if self.config.kind == "late":
             cls = self.layers("layers", np.concatenate([text, visual]))[0]
         else:

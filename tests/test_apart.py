@@ -83,7 +83,7 @@ def plain_score(name, text, tokens, first_stage=None):
 def test_a_logit_equals_the_plain_reference(name, length):
     text, tokens = random_text(length, length), random_tokens(length, 2)
 
-    torch.testing.assert_close(score(JOINTS[name], text, tokens), plain_score(name, text, tokens), atol=2e-5, rtol=0)
+    torch.testing.assert_close(score(JOINTS[name], text, tokens), plain_score(name, text, tokens), atol=5e-5, rtol=0)
 
 
 @reads_first_stage
@@ -93,7 +93,7 @@ def test_a_logit_with_a_first_stage_score_equals_the_plain_reference(name):
     logits = score(JOINTS[name], text, tokens, [0.1, 0.55, float("nan")])
 
     expected = plain_score(name, text, tokens, [0.1, 0.55, None])
-    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=0)
 
 
 @reads_first_stage
@@ -176,10 +176,25 @@ def test_what_is_stored_of_an_image_has_its_positions_in_it(joint):
     states, stored = joint.encode_queries(text[None]), joint.encode_visual(tokens)
     order = torch.randperm(NUM_VISUAL, generator=torch.Generator().manual_seed(0))
 
-    logit = joint.score(states, stored)
+    again = joint.encode_visual(tokens[:, order])
 
-    torch.testing.assert_close(joint.score(states, stored[:, order]), logit, atol=1e-5, rtol=0)
-    assert (joint.score(states, joint.encode_visual(tokens[:, order])) - logit).abs() > 1e-3
+    assert (again - stored[:, order]).abs().max() > 1e-3
+    assert (joint.score(states, again) - joint.score(states, stored)).abs() > 1e-3
+
+
+def test_a_late_interaction_does_not_ask_where_a_state_lies():
+    joint = JOINTS["maxsim"]
+    states, stored = joint.encode_queries(random_text(5, 6)[None]), joint.encode_visual(random_tokens(5, 1))
+
+    torch.testing.assert_close(joint.score(states, stored.flip(1)), joint.score(states, stored), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in APART if name != "maxsim"])
+def test_the_layers_are_told_again_where_a_state_lies(name):
+    joint = JOINTS[name]
+    states, stored = joint.encode_queries(random_text(5, 6)[None]), joint.encode_visual(random_tokens(5, 1))
+
+    assert (joint.score(states, stored.flip(1)) - joint.score(states, stored)).abs() > 1e-3
 
 
 @apart
@@ -199,7 +214,8 @@ def test_a_minimal_interaction_leaves_the_states_of_the_image_as_they_are():
     joint.score(states, stored)
 
     assert len(seen) == FULL.num_layers
-    assert all(torch.equal(each, stored) for each in seen)
+    where = joint.meeting_positions.weight
+    assert all(torch.equal(each, stored + where) for each in seen)
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edje.training.losses import contrastive_loss, distillation_loss, itm_loss, mlm_loss, text_recovery_loss
+from edje.training.losses import (
+    contrastive_loss,
+    distillation_loss,
+    grounding_loss,
+    itm_loss,
+    mlm_loss,
+    text_recovery_loss,
+)
 
 Array = NDArray[np.float64]
 seeds = st.integers(0, 2**32 - 1)
@@ -110,10 +117,25 @@ def test_masked_words_are_a_softmax_over_the_vocabulary(seed, num_masked, num_wo
     )
 
 
-def test_a_batch_in_which_no_word_was_masked_costs_nothing_and_moves_nothing():
+@settings(max_examples=15, deadline=None)
+@given(seed=seeds, num_named=st.integers(1, 6), num_true=st.integers(1, 6))
+def test_grounding_is_the_sum_over_roles_of_the_mean_cross_entropy(seed, num_named, num_true):
+    rng = np.random.default_rng(seed)
+    values = [rng.integers(0, 9, num_named), rng.integers(0, 2, num_true)]
+
+    check(
+        lambda *logits: grounding_loss(list(zip(logits, map(torch.from_numpy, values), strict=True))),
+        lambda *logits: sum(plain_mlm(each, wanted) for each, wanted in zip(logits, values, strict=True)),
+        rng.normal(size=(num_named, 9)),
+        rng.normal(size=(num_true, 2)),
+    )
+
+
+@pytest.mark.parametrize("loss", [mlm_loss, lambda logits, values: grounding_loss([(logits, values)])])
+def test_a_batch_in_which_no_word_is_asked_for_costs_nothing_and_moves_nothing(loss):
     table = torch.ones(7, 4, requires_grad=True)
 
-    loss = mlm_loss(torch.ones(0, 4) @ table.T, torch.zeros(0, dtype=torch.long))
+    loss = loss(torch.ones(0, 4) @ table.T, torch.zeros(0, dtype=torch.long))
     loss.backward()
 
     assert loss.item() == 0.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, runtime_checkable
+from enum import IntEnum
+from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,25 @@ class PixelSource(Protocol):
         ...
 
 
+class Role(IntEnum):
+    """What is known of a word beside a picture: where that stands which it names, or of which it says how it lies to
+    another, where the other stands, and whether it is true."""
+
+    NAMED = 0
+    SUBJECT = 1
+    OBJECT = 2
+    TRUE = 3
+
+
+class Claim(NamedTuple):
+    """What a word of a caption, given by its first character, says beside a picture: a region, or 0 or 1 for its
+    truth."""
+
+    char: int
+    role: Role
+    value: int
+
+
 @runtime_checkable
 class LabelledSource(Protocol):
     """Where it is known, besides, what stands in each region of a picture."""
@@ -115,8 +135,18 @@ class LabelledSource(Protocol):
         """How many values each label has."""
         ...
 
+    @property
+    def num_regions(self) -> int:
+        """The cells of the square grid that a picture is divided into."""
+        ...
+
     def labels(self, index: int) -> NDArray[np.int64]:
-        """`(grid * grid, labels)`, row by row: a value of each label for each region."""
+        """`(num_regions, labels)`, row by row: a value of each label for each region."""
+        ...
+
+    def claims(self, index: int, caption: str) -> list[Claim]:
+        """What the words of a caption (lower case, no punctuation) say beside the picture, which need not be its own;
+        nothing of what is not in the picture."""
         ...
 
 

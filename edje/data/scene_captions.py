@@ -5,13 +5,27 @@ Knows the world of `edje.data.scene_world` and about sixty words of English; kno
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2, perm
-from typing import Final
+from typing import Final, Literal
 
+from edje.data.dataset import Claim, Role
 from edje.data.dice import Dice
-from edje.data.scene_world import COLOURS, PATTERNS, SHAPES, SIZES, Mention, Relation, Scene, Statement, Thing, holds
+from edje.data.scene_world import (
+    COLOURS,
+    GRID,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    Mention,
+    Relation,
+    Scene,
+    Statement,
+    Thing,
+    holds,
+)
 
 _SIZE_WORDS: Final = {"large": ("large", "big"), "small": ("small", "little", "tiny")}
 _PATTERN_WORDS: Final = {
@@ -27,6 +41,8 @@ _DIRECTIONS: Final = {
     "above": ("above", "over"),
     "below": ("below", "under", "beneath"),
 }
+_NOUN: Final = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
+_DIRECTION: Final = re.compile(r"\b(left|right|above|over|below|under|beneath)\b")
 _VERBS: Final = ("is", "is", "sits", "lies", "can be seen")
 _OPENINGS: Final = ("", "there is ", "we see ", "a picture of ", "an image with ")
 _SAID_OF_KIND: Final = log2(len(SHAPES)) + log2(len(COLOURS))
@@ -66,6 +82,40 @@ def draw_captions(dice: Dice, scene: Scene, others: Sequence[Scene], num_caption
         if _bits(said) >= _MIN_BITS and not any(holds(said, other) for other in others):
             captions.setdefault(caption.text, caption)
     return list(captions.values()) if len(captions) == num_captions else None
+
+
+def claims(text: str, scene: Scene) -> list[Claim]:
+    """What each shape's name and each direction in a caption says beside a scene; the text without punctuation."""
+    things = {(thing.colour, thing.shape): thing for thing in scene.things}
+    nouns = [(match.start(2), match.end(), things.get((match[1], match[2]))) for match in _NOUN.finditer(text)]
+    found = [Claim(start, Role.NAMED, _cell(thing)) for start, _, thing in nouns if thing is not None]
+    for match in _DIRECTION.finditer(text):
+        num_before = sum(start < match.start() for start, _, _ in nouns)
+        if len(nouns) < 2 or num_before == len(nouns):
+            continue  # not a sentence of ours
+        subject = num_before - 1
+        if num_before == 0:  # above a star is a circle
+            subject = 1
+        elif num_before == 2 and "which" not in text[nouns[1][1] : match.start()]:
+            subject = 0  # a circle is left of a star and above a cross
+        one, other = nouns[subject][2], nouns[num_before][2]
+        if one is not None and other is not None:
+            found.append(Claim(match.start(), Role.SUBJECT, _cell(one)))
+            found.append(Claim(match.start(), Role.OBJECT, _cell(other)))
+            found.append(Claim(match.start(), Role.TRUE, _is_true(match[1], one, other)))
+    return found
+
+
+def _cell(thing: Thing) -> int:
+    return thing.row * GRID + thing.column
+
+
+def _is_true(word: str, one: Thing, other: Thing) -> bool:
+    """Whether the one thing lies to the other as the word for a direction says."""
+    direction = next(name for name, phrases in _DIRECTIONS.items() if any(word in phrase for phrase in phrases))
+    kind: Literal["left", "above"] = "left" if direction in ("left", "right") else "above"
+    first, second = (one, other) if direction == kind else (other, one)
+    return Relation(kind, 0, 1).fits(first, second)
 
 
 def _bits(statement: Statement) -> float:

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edje.data.dataset import SPLITS, CaptionedImage, DataError, Dataset, Problems, Split
+from edje.data.dataset import SPLITS, CaptionedImage, Claim, DataError, Dataset, Problems, Split
 from edje.data.dice import Dice
-from edje.data.scene_captions import SceneCaption, draw_captions
+from edje.data.scene_captions import SceneCaption, claims, draw_captions
 from edje.data.scene_drawing import draw
 from edje.data.scene_world import (
     COLOURS,
@@ -79,14 +79,21 @@ class _Drawn:
     def label_sizes(self) -> tuple[int, ...]:
         return tuple(len(values) + 1 for values in _LABELS.values())
 
+    @property
+    def num_regions(self) -> int:
+        return GRID * GRID
+
     def labels(self, index: int) -> NDArray[np.int64]:
         """Of each cell the attributes of the thing in it, 0 where there is none."""
-        cells = np.zeros((GRID * GRID, len(_LABELS)), np.int64)
+        cells = np.zeros((self.num_regions, len(_LABELS)), np.int64)
         for thing in self.scenes[index].things:
             cells[thing.row * GRID + thing.column] = [
                 values.index(getattr(thing, name)) + 1 for name, values in _LABELS.items()
             ]
         return cells
+
+    def claims(self, index: int, caption: str) -> list[Claim]:
+        return claims(caption, self.scenes[index])
 
 
 def split_of(scene: Scene) -> Split:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from edje.data.dataset import LabelledSource
+from edje.training.claims import ClaimReader
 from edje.training.corpus import Captions, ImageRows
 from edje.training.devices import Devices
 from edje.training.negatives import Truth
@@ -34,6 +35,7 @@ class Batches:
     num_negatives: int
     devices: Devices
     labels: LabelledSource | None = None  # None where nobody learns what stands where
+    claims: ClaimReader | None = None  # None where nobody learns what words say
 
     def __call__(self, number: int, rng: np.random.Generator) -> Batch:
         """This device's share of batch `number`; the generator must be in the same state on every device."""
@@ -62,6 +64,7 @@ class Batches:
             texts = torch.from_numpy(self.views.texts[plan.captions[plan.own_caption]]).to(device)
         numbers = (plan.own_caption, plan.own_image, plan.pair_caption, plan.pair_image)
         own_caption, own_image, pair_caption, pair_image = (torch.from_numpy(each).to(device) for each in numbers)
+        beside, claims = self._claims(plan)
         return Batch(
             text_ids=ids.to(device),
             text_lengths=lengths.to(device),
@@ -77,6 +80,8 @@ class Batches:
             first_stage_texts=texts,
             num_negatives=plan.num_negatives,
             labels=self._labels(plan),
+            beside=beside,
+            claims=claims,
         )
 
     def _labels(self, plan: Plan) -> torch.Tensor | None:
@@ -84,3 +89,10 @@ class Batches:
             return None
         labels = np.stack([self.labels.labels(int(number)) for number in plan.images])
         return torch.from_numpy(labels).to(self.devices.device)
+
+    def _claims(self, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.claims is None:
+            return None, None
+        claims = self.claims(plan.captions[plan.own_caption], plan.images[plan.own_image])
+        device = self.devices.device
+        return torch.from_numpy(claims.beside).to(device), torch.from_numpy(claims.rows).to(device)

@@ -29,6 +29,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 #: The files of a BERT that are needed.
 BERT_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt")
 _TABLE_STD, _NORM_EPS = 0.02, 1e-12  # as in BERT
+_MEETING_STD = 1.0  # as large as the states it is added to
 _TABLES = ("words.weight", "positions.weight", "types.weight", ".positions", "query", "probe")
 
 
@@ -90,6 +91,8 @@ def draw_for_training(model: Edje, seed: int) -> None:
             parameter.zero_()
         elif parameter.ndim == 1:
             parameter.fill_(1.0)
+        elif name.endswith("meeting_positions.weight"):
+            parameter.normal_(0.0, _MEETING_STD, generator=generator)
         else:
             std = _TABLE_STD if name.endswith(_TABLES) else parameter[0].numel() ** -0.5
             parameter.normal_(0.0, std, generator=generator)

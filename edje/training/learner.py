@@ -34,8 +34,14 @@ class Learner:
         self.tokenizer = Tokenizer(built.tokenizer_json, built.config)
         self.model: Edje = built.model
         self.first_stage: FirstStage = new_first_stage(recipe, built.config, devices.device)
-        label_sizes = data.source.label_sizes if isinstance(data.source, LabelledSource) else ()
-        heads = TrainingHeads(built.config.joint, self.first_stage.dim, built.config.vision.dim, label_sizes)
+        source = data.source if isinstance(data.source, LabelledSource) else None
+        heads = TrainingHeads(
+            built.config.joint,
+            self.first_stage.dim,
+            built.config.vision.dim,
+            source.label_sizes if source else (),
+            source.num_regions if source else 0,
+        )
         draw_heads(heads, recipe.seed)
         trained = self.first_stage if isinstance(self.first_stage, FirstStageModel) else None
         cls_id, sep_id, mask_id = (self.tokenizer.id_of(token) for token in ("[CLS]", "[SEP]", "[MASK]"))

@@ -23,6 +23,7 @@ from edje.recipe import Phase, Recipe, RecipeError
 from edje.training.batches import Batches
 from edje.training.build import centre_inputs
 from edje.training.candidates import miner_for, views_for
+from edje.training.claims import ClaimReader
 from edje.training.corpus import Captions, FeatureViews, ImageRows, Ints, PixelRows, decodable, read_captions
 from edje.training.devices import Devices
 from edje.training.kept_vectors import Half, kept_vectors
@@ -95,12 +96,13 @@ class Lessons:
             miner=miner,
             num_negatives=phase.negatives.per_sample,
             devices=self._devices,
-            labels=self._labels(phase),
+            labels=self._source() if "regions" in phase.losses else None,
+            claims=(
+                ClaimReader(self._source(), captions, self._learner.tokenizer) if "grounding" in phase.losses else None
+            ),
         )
 
-    def _labels(self, phase: Phase) -> LabelledSource | None:
-        if "regions" not in phase.losses:
-            return None
+    def _source(self) -> LabelledSource:
         source = self._data.source
         assert isinstance(source, LabelledSource)  # the recipe was checked
         return source

@@ -58,6 +58,16 @@ def regions_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
     return torch.stack(losses).sum()
 
 
+def grounding_loss(by_role: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Cross-entropy of what words are said to say: for each role (M, values) against (M,); summed over roles."""
+    return torch.stack(
+        [
+            functional.cross_entropy(logits.float(), values) if len(values) else logits.sum()  # zero
+            for logits, values in by_role
+        ]
+    ).sum()
+
+
 def contrastive_loss(similarity: Tensor, positive: Tensor) -> Tensor:
     """Both directions of InfoNCE over scaled similarities (Q, N); `positive` (Q, N) marks every true pair.
 

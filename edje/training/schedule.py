@@ -21,7 +21,14 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
         "model.joint.text_layers.",
     ),
     "visual": ("model.joint.visual_positions.", "model.joint.visual_norm.", "model.joint.visual_layers."),
-    "meeting": ("model.joint.layers.", "model.joint.match.", "model.joint.head.", "model.joint.first_stage.", "heads."),
+    "meeting": (
+        "model.joint.layers.",
+        "model.joint.match.",
+        "model.joint.head.",
+        "model.joint.meeting_positions.",
+        "model.joint.first_stage.",
+        "heads.",
+    ),
     "first_stage": ("first_stage.",),
 }
 

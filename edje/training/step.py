@@ -16,12 +16,14 @@ from torch.nn import functional
 
 from edje.apart import ApartEncoder
 from edje.config import JointConfig
+from edje.data.dataset import Role
 from edje.first_stage import FirstStageModel
 from edje.model import Edje
 from edje.recipe import Phase
 from edje.training.losses import (
     contrastive_loss,
     distillation_loss,
+    grounding_loss,
     itm_loss,
     mlm_loss,
     regions_loss,
@@ -49,14 +51,21 @@ class Batch:
     first_stage_texts: Tensor | None  # (B, e) the first stage's embeddings of the samples' captions
     num_negatives: int
     labels: Tensor | None = None  # (U, R, labels) of the images' regions, where they are known
+    beside: Tensor | None = None  # (B,) samples beside whose images captions are read as well
+    claims: Tensor | None = None  # (M, 4) of these 2 B pairs: pair, place of a piece, role, value; see `Claims`
 
 
 class TrainingHeads(nn.Module):
-    """What only training needs: words from states (its last map is the word table), the recovered text, and what
-    stands in each region of a picture."""
+    """What only training needs: words from states (its last map is the word table), the recovered text, what stands in
+    each region of a picture, and what words say of them."""
 
     def __init__(
-        self, joint: JointConfig, first_stage_dim: int, vision_dim: int = 0, label_sizes: tuple[int, ...] = ()
+        self,
+        joint: JointConfig,
+        first_stage_dim: int,
+        vision_dim: int = 0,
+        label_sizes: tuple[int, ...] = (),
+        num_regions: int = 0,
     ) -> None:
         super().__init__()
         self.transform = nn.Linear(joint.dim, joint.dim)
@@ -64,6 +73,8 @@ class TrainingHeads(nn.Module):
         self.word_bias = nn.Parameter(torch.zeros(joint.vocab_size))
         self.recover = nn.Linear(joint.dim, first_stage_dim)
         self.labels = nn.ModuleList(nn.Linear(vision_dim, size) for size in label_sizes)
+        values = [2 if role == Role.TRUE else num_regions for role in Role]
+        self.claims = nn.ModuleList(nn.Linear(joint.dim, size) for size in values if num_regions)
 
     def regions(self, patches: Tensor, grid: int) -> list[Tensor]:
         """(N, S, D) -> for each label (N, grid * grid, values): patches averaged over each region of a square grid."""
@@ -138,6 +149,8 @@ class TrainingStep(nn.Module):
             assert batch.labels is not None  # the recipe was checked
             said = self.heads.regions(patches, math.isqrt(batch.labels.shape[1]))
             losses["regions"] = regions_loss(said, batch.labels)
+        if "grounding" in wanted:
+            losses["grounding"] = self._grounded(text, visual, batch)
         if "first_stage" in wanted:
             losses["first_stage"] = self._first_stage(batch, pooled)
         return losses
@@ -183,6 +196,22 @@ class TrainingStep(nn.Module):
         read = self.model.joint.read(self._read(ids, lengths), visual[batch.own_image], lengths)
         states = read[hidden].to(self.heads.transform.weight.dtype)
         return mlm_loss(self.heads.words(states, self.model.joint.words.weight), batch.text_ids[own][hidden])
+
+    def _grounded(self, text: Tensor, visual: Tensor, batch: Batch) -> Tensor:
+        """The mean over all layers whose words another layer reads."""
+        assert batch.beside is not None  # the recipe was checked
+        assert batch.claims is not None
+        captions = batch.own_caption.repeat(2)
+        images = torch.cat((batch.own_image, batch.own_image[batch.beside]))
+        *states, _ = self.model.joint.read_by_layer(text[captions], visual[images], batch.text_lengths[captions])
+        losses = []
+        for each in states:
+            by_role = []
+            for role, head in enumerate(self.heads.claims):
+                pair, place, _, value = batch.claims[batch.claims[:, 2] == role].unbind(1)
+                by_role.append((head(each[pair, place].to(self.heads.transform.weight.dtype)), value))
+            losses.append(grounding_loss(by_role))
+        return torch.stack(losses).mean()
 
     def _recovered(self, batch: Batch) -> Tensor:
         own = batch.own_caption
