@@ -53,20 +53,28 @@ STUDIES = {
         recipe="scenes.toml",
         shared=("see",),
         kinds={
-            # Without a late interaction it is grounded as in the paper: by matching and by masked words.
+            # It has no late interaction: matching takes its place from the beginning.
             "full": (
                 'joint.kind="full"',
-                "joint.num_layers=4",
+                "joint.num_layers=5",
                 "joint.text_layers=0",
                 "joint.visual_layers=0",
                 "joint.match_dim=0",
-                "phase.1.losses={itm=1.0,mlm=1.0}",
-                'phase.1.negatives={source="batch",per_sample=1}',
-                "phase.2.losses={itm=1.0}",
+                "phase.1.losses={itm=1.0,grounding=0.5}",
+                'phase.1.negatives={source="batch",per_sample=1,top_k=3}',
+                "phase.2.losses={itm=1.0,grounding=0.25}",
             ),
-            "late": ('joint.kind="late"', "joint.num_layers=2", "joint.text_layers=2", "joint.visual_layers=2"),
-            "minimal": ('joint.kind="minimal"', "joint.num_layers=2", "joint.text_layers=2", "joint.visual_layers=2"),
-            "maxsim": ('joint.kind="maxsim"', "joint.num_layers=0", "joint.text_layers=4", "joint.visual_layers=4"),
+            "late": ('joint.kind="late"',),
+            "minimal": (),
+            # Its words never meet the image, so there is nothing in which to ground them.
+            "maxsim": (
+                'joint.kind="maxsim"',
+                "joint.num_layers=0",
+                "joint.text_layers=4",
+                "joint.visual_layers=4",
+                "phase.1.losses={late_interaction=1.0}",
+                "phase.2.losses={itm=1.0,late_interaction=0.25}",
+            ),
         },
         cascade_of="late",
         cascade_budget=5,
