@@ -22,19 +22,23 @@ from protocols.topics import Topics
 from trt.engine import EngineInfo, QueryStates, check_pairs, check_texts
 from trt.slab import HostSlab, SlotLayout
 from workers.dead_letters import DeadLetters
+from workers.interval import Interval
 from workers.job import Finished
 from workers.memory_store import MemoryStore
 from workers.metrics import Metrics
 from workers.ports import Headers, Outgoing, Partition, Record
 from workers.rerank.admission import AdmissionLimits
+from workers.rerank.backlog import Backlog
 from workers.rerank.batching import MicroBatcher
 from workers.rerank.job import RerankBounds, RerankJob
 from workers.rerank.loading import SlabLoader
 from workers.rerank.ranking import relevance
 from workers.rerank.replies import Replies
 from workers.rerank.scoring import BatchScorer
-from workers.rerank.state import ReadyPiece
-from workers.tracing import reply_headers
+from workers.rerank.spans import RerankSpans
+from workers.rerank.state import Read, ReadyPiece
+from workers.telemetry.bus_spans import BusSpans
+from workers.telemetry.tracer import Tracer
 
 TOPICS = Topics("")
 PARTITION = Partition(TOPICS.rerank_requests, 0)
@@ -118,20 +122,24 @@ class HandExecutor(Executor):
 class HandFetches:
     """Reads the store when told to, in any order."""
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(self, store: MemoryStore, clock: Callable[[], float]) -> None:
         self._store = store
-        self.waiting: list[tuple[Future[list[bytes | None]], Sequence[str]]] = []
+        self._clock = clock
+        self.waiting: list[tuple[Future[Read], Sequence[str]]] = []
+        self.started_at: dict[int, float] = {}  # by future
         self.asked: list[str] = []
 
-    def start(self, keys: Sequence[str]) -> Future[list[bytes | None]]:
-        future: Future[list[bytes | None]] = Future()
+    def start(self, keys: Sequence[str]) -> Future[Read]:
+        future: Future[Read] = Future()
         self.waiting.append((future, keys))
+        self.started_at[id(future)] = self._clock()
         self.asked.extend(keys)
         return future
 
     def land(self, number: int = 0) -> None:
         future, keys = self.waiting.pop(number)
-        future.set_result(self._store.get_many(keys))
+        interval = Interval(self.started_at[id(future)], self._clock())
+        future.set_result(Read(self._store.get_many(keys), interval, num_attempts=1))
 
 
 class Rig:
@@ -153,13 +161,16 @@ class Rig:
         reads_first_stage: bool = False,
         layout: BlobLayout = LAYOUT,
         encode: Callable[[str], Sequence[int]] = encode_text,
+        make_tracer: Callable[[Rig], Tracer] = lambda rig: Tracer.off(rig.metrics.bad_traceparents.inc),
     ) -> None:
         self.now = START
         self.store = MemoryStore()
         self.metrics = Metrics()
         self.engine = engine or Engine(num_slots, max_batch_pairs, reads_first_stage=reads_first_stage)
         self.executor = HandExecutor()
-        self.fetches = HandFetches(self.store)
+        self.fetches = HandFetches(self.store, lambda: self.now)
+        tracer = make_tracer(self)
+        spans = RerankSpans(tracer, BusSpans(tracer, topic=PARTITION.topic, group_id="g"), "e1")
         self.num_slots = num_slots
         self.loader = SlabLoader(
             slab=self.engine.slab,
@@ -168,6 +179,7 @@ class Rig:
             start_fetch=self.fetches.start,
             wake=lambda: None,
             metrics=self.metrics,
+            spans=spans,
         )
         self.job = RerankJob(
             limits=AdmissionLimits(
@@ -191,10 +203,12 @@ class Rig:
                 dead_letters=DeadLetters(TOPICS.dead_letter, max_message_bytes, self.metrics),
                 model_digest=layout.model_digest,
                 engine_digest="e1",
-                reply_headers=reply_headers,
                 metrics=self.metrics,
+                spans=spans,
             ),
             metrics=self.metrics,
+            spans=spans,
+            backlog=Backlog(),
             wall_clock=lambda: WALL_START + self.now - START,
         )
         self.finished: list[Finished] = []

@@ -99,6 +99,7 @@ class Service:
         self.checkpoint = checkpoint
         self.topics = Topics(prefix)
         self.workers: list[Worker] = []
+        self.variables: dict[str, str] = {}  # of every worker that is started from now on
         self._prefix = prefix
         self._folder = folder
         self._taps: list[Tap] = []
@@ -126,7 +127,7 @@ class Service:
             "session_timeout_ms": 6_000,  # the least that a broker takes unless told otherwise
         } | ({"slab_bytes": "8MiB"} if kind == "rerank" else {})
         variables = {f"{kind.upper()}_{name.upper()}": str(value) for name, value in (chosen | settings).items()}
-        variables |= {"KAFKA_BROKERS": self.brokers, "REDIS_URL": self.redis_url}
+        variables |= {"KAFKA_BROKERS": self.brokers, "REDIS_URL": self.redis_url, **self.variables}
         worker = Worker(kind, variables, self._folder / f"{kind}-{len(self.workers)}.log")
         self.workers.append(worker)
         return worker

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Of a process that starts or answers, on a machine that does much else.
 LIMIT_S = 60.0
 #: What would otherwise leak from the developer's shell into a worker.
-_PREFIXES = ("RERANK_", "INGEST_", "KAFKA_", "REDIS_")
+_PREFIXES = ("RERANK_", "INGEST_", "KAFKA_", "REDIS_", "OTEL_")
 
 
 def eventually(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> float:
@@ -131,3 +131,15 @@ class Worker:
             self._watchdog.kill()
             self._watchdog.wait()
             self._watchdog.stdin.close()
+
+
+#: What `/readyz` waits for after the store.
+BUS = ("broker answers", "consumer group joined")
+
+
+def waits_for(worker: Worker, *conditions: str, why: str) -> bool:
+    """Whether `/readyz` says that these are missing, and why the first of them is."""
+    status, text = worker.get("/readyz")
+    lines = text.splitlines()
+    said = [line.removeprefix("waits for: ").partition(" (")[0] for line in lines]
+    return status == 503 and said == list(conditions) and why in lines[0]

@@ -19,6 +19,7 @@ from workers.delivery import ExactlyOnce
 from workers.errors import TopicRefused, Transient
 from workers.job import Finished
 from workers.ports import Outgoing, Partition
+from workers.telemetry.bus_spans import BusSpans
 
 pytestmark = pytest.mark.services
 
@@ -201,10 +202,11 @@ def test_the_other_requests_of_a_transaction_are_answered(kafka):
     class Uncounted:
         def count_commit(self) -> None: ...
         def count_retry(self, kind: str) -> None: ...
+        def observe_publish(self, seconds: float, span: object) -> None: ...
 
     with ThreadPoolExecutor(1) as executor:
         outbox = kafka.transactional_outbox(inbox)
-        delivery = ExactlyOnce(outbox, executor, lambda: None, 0.0, Uncounted())
+        delivery = ExactlyOnce(outbox, executor, lambda: None, 0.0, Uncounted(), BusSpans.off())
         for number, record in enumerate(records):
             delivery.begin(record)
             reply = Outgoing(

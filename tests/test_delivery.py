@@ -15,6 +15,7 @@ from workers.delivery import RETRY_CAP_S, AtLeastOnce, ExactlyOnce, retry_pause_
 from workers.errors import Misconfigured, TooLarge, TopicRefused, Transient
 from workers.job import Finished
 from workers.ports import Outgoing, Partition, Record
+from workers.telemetry.bus_spans import BusSpans
 
 A, B = Partition("in", 0), Partition("in", 1)
 LATER = 1000.0  # past every retry
@@ -34,11 +35,18 @@ def reply(value: bytes = b"reply", fallback: bytes | None = b"too large") -> Out
 class Counted(Counter):
     """What the delivery says it did."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.published: list[tuple[float, object]] = []  # seconds, and the span of the record
+
     def count_commit(self) -> None:
         self["commit"] += 1
 
     def count_retry(self, kind: str) -> None:
         self[f"retry {kind}"] += 1
+
+    def observe_publish(self, seconds: float, span: object) -> None:
+        self.published.append((seconds, span))
 
 
 class HeldOutbox:
@@ -82,13 +90,15 @@ class HeldExecutor(Executor):
 
 
 class AtLeastOnceBench:
-    def __init__(self, *, interval_s: float = 0.0) -> None:
+    def __init__(self, *, interval_s: float = 0.0, spans: BusSpans | None = None) -> None:
         self.broker = MemoryBroker(num_partitions=2)
         self.inbox = MemoryInbox(self.broker, topic="in", group_id="g")
         self.outbox = HeldOutbox()
         self.wakes = 0
         self.counts = Counted()
-        self.delivery = AtLeastOnce(self.inbox, self.outbox, self.wake, interval_s, self.counts)
+        self.delivery = AtLeastOnce(
+            self.inbox, self.outbox, self.wake, interval_s, self.counts, spans or BusSpans.off()
+        )
 
     def wake(self) -> None:
         self.wakes += 1
@@ -290,12 +300,16 @@ def test_the_pause_before_a_retry_has_a_ceiling(attempt):
 
 
 class ExactlyOnceBench:
-    def __init__(self, *, interval_s: float = 0.0, max_message_bytes: int = 1000) -> None:
+    def __init__(
+        self, *, interval_s: float = 0.0, max_message_bytes: int = 1000, spans: BusSpans | None = None
+    ) -> None:
         self.broker = MemoryBroker(num_partitions=2, max_message_bytes=max_message_bytes)
         self.executor = HeldExecutor()
         self.outbox = MemoryTransactionalOutbox(self.broker, group_id="g")
         self.counts = Counted()
-        self.delivery = ExactlyOnce(self.outbox, self.executor, lambda: None, interval_s, self.counts)
+        self.delivery = ExactlyOnce(
+            self.outbox, self.executor, lambda: None, interval_s, self.counts, spans or BusSpans.off()
+        )
 
     def begin(self, *offsets: int, partition: Partition = A) -> None:
         for offset in offsets:

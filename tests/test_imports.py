@@ -83,6 +83,23 @@ def test_only_composition_roots_name_an_adapter():
     assert naming <= ROOTS
 
 
+def test_what_records_and_exports_stays_behind_the_tracer():
+    importers = {
+        path
+        for path, names in SOURCES.items()
+        if any(name.startswith(("opentelemetry.sdk", "opentelemetry.exporter")) for name in names)
+    }
+
+    assert importers
+    assert [path for path in importers if not path.startswith("workers/telemetry/")] == []
+
+
+def test_the_names_of_telemetry_know_nothing_of_the_rest():
+    ours = {name for name in SOURCES["workers/telemetry/names.py"] if name.split(".")[0] in MAY_IMPORT}
+
+    assert ours == set()
+
+
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_worker_is_known_to_itself_alone(worker):
     outside = [

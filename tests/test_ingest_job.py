@@ -21,12 +21,14 @@ from protocols.encoding import MSGPACK, decode, encode
 from protocols.events import ImageIndexed, ImageNew
 from protocols.keys import blob_key
 from protocols.topics import Topics
+from tracing_harness import Recorded
 from trt.engine import EngineBroken, EngineInfo
 from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured, Poison, TooLarge, TopicRefused, Transient
 from workers.ingest.image_batcher import ImageBatcher
 from workers.ingest.job import IngestJob
 from workers.ingest.outcomes import IngestOutcomes
+from workers.ingest.spans import IngestSpans
 from workers.ingest.stages import IngestRetries, IngestStages
 from workers.ingest.state import IngestLimits
 from workers.job import Finished
@@ -34,7 +36,8 @@ from workers.memory_store import MemoryStore
 from workers.metrics import Metrics
 from workers.ports import Partition, Record
 from workers.retrying import Retry
-from workers.tracing import reply_headers, trace_id_of
+from workers.telemetry.bus_spans import BusSpans
+from workers.tracing import trace_id_of
 
 PARTITION = Partition("images.new", 0)
 LAYOUT = BlobLayout(model_digest="m1", num_tokens=2, token_dim=4, storage="fp16")
@@ -199,10 +202,17 @@ def make() -> Iterator[Callable[..., Bench]]:
     benches: list[Bench] = []
 
     def build(
-        limits: IngestLimits = LIMITS, *, layout: BlobLayout = LAYOUT, max_wait_s: float = 0.01, embedding: bool = False
+        limits: IngestLimits = LIMITS,
+        *,
+        layout: BlobLayout = LAYOUT,
+        max_wait_s: float = 0.01,
+        embedding: bool = False,
+        recorded: Recorded | None = None,
     ) -> Bench:
         engine, store, web, metrics, woken = Engine(), Store(), Web(), Metrics(), threading.Event()
         retried: list[str] = []
+        tracer = (recorded or Recorded()).tracer(time.monotonic)
+        spans = IngestSpans(tracer, BusSpans(tracer, topic="images.new", group_id="g"))
 
         def retry(kind: str) -> Retry:
             return Retry(on_retry=lambda: retried.append(kind))
@@ -223,13 +233,13 @@ def make() -> Iterator[Callable[..., Bench]]:
         outcomes = IngestOutcomes(
             topics=Topics(),
             layout=layout,
-            child_headers=reply_headers,
             dead_letters=DeadLetters(Topics().dead_letter, 2_000, metrics),
             publish_embedding=embedding,
             metrics=metrics,
+            spans=spans,
         )
         batcher = ImageBatcher(max_images=engine.info.max_images, max_wait_s=max_wait_s)
-        job = IngestJob(stages=stages, batcher=batcher, outcomes=outcomes, limits=limits, metrics=metrics)
+        job = IngestJob(stages=stages, batcher=batcher, outcomes=outcomes, limits=limits, metrics=metrics, spans=spans)
         benches.append(Bench(job, engine, store, web, metrics, woken, retried))
         return benches[-1]
 
@@ -268,7 +278,7 @@ def test_an_image_is_stored_and_announced(make, msgpack):
     event = bench.indexed()["img"]
     assert (event.model, event.num_tokens, event.dtype, event.num_bytes) == ("m1", 2, "fp16", LAYOUT.blob_bytes)
     assert event.content_sha256 == hashlib.sha256(picture(7)).hexdigest()
-    assert set(event.timings_ms) == {"decode", "encode", "store"}
+    assert set(event.timings_ms) == {"look_up", "decode", "encode", "store"}
     assert event.embedding is None
     assert not event.skipped
     assert bench.store.shade("img") == 7.0
@@ -282,7 +292,7 @@ def test_an_image_is_fetched_from_its_address(make):
     bench.until_idle()
 
     assert bench.store.shade("img") == 9.0
-    assert set(bench.indexed()["img"].timings_ms) == {"fetch", "decode", "encode", "store"}
+    assert set(bench.indexed()["img"].timings_ms) == {"fetch", "look_up", "decode", "encode", "store"}
 
 
 def test_the_embedding_is_published_where_it_is_wanted(make):

@@ -12,6 +12,7 @@ from workers.delivery import AtLeastOnce
 from workers.job import Finished
 from workers.loop import MAX_RECORDS_PER_TURN, MAX_WAIT_S, Loop, Wake
 from workers.ports import Outgoing, Partition, Record
+from workers.telemetry.bus_spans import BusSpans
 
 P0, P1 = Partition("in", 0), Partition("in", 1)
 
@@ -57,7 +58,7 @@ class Bench:
         self.loop = Loop(
             inbox=self.inbox,
             job=self.job,
-            delivery=AtLeastOnce(self.inbox, MemoryOutbox(self.broker), self.wake, 1.0, Mock()),
+            delivery=AtLeastOnce(self.inbox, MemoryOutbox(self.broker), self.wake, 1.0, Mock(), BusSpans.off()),
             wake=self.wake,
             clock=lambda: self.now,
             drain_grace_s=10.0,

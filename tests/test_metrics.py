@@ -82,9 +82,9 @@ def test_rerank_methods_reach_their_instruments():
     metrics.count_slab_lookups(hits=3, misses=2)
     metrics.count_bad_blobs("missing", 2)
     metrics.count_blob_bytes(24_912)
-    metrics.observe_batch(num_pairs=128, num_tokens=9_728, seconds=0.004)
-    metrics.observe_queue_wait(0.001)
-    metrics.observe_image("decode", 0.01)
+    metrics.observe_batch(num_pairs=128, num_tokens=9_728, max_tokens=16_384, seconds=0.004)
+    metrics.observe_queue_wait(0.001, None)
+    metrics.observe_image("decode", 0.01, None)
     metrics.count_retry("store_read")
 
     value = metrics.registry.get_sample_value

@@ -28,11 +28,13 @@ from rerank_harness import (
     said,
 )
 from strategies import rerank_requests
+from tracing_harness import Recorded
 from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
 from workers.delivery import AtLeastOnce
 from workers.errors import Misconfigured, TooLarge, TopicRefused
 from workers.loop import Loop, Wake
 from workers.ports import Outgoing
+from workers.telemetry.bus_spans import BusSpans
 from workers.tracing import TRACEPARENT, TRACESTATE, trace_id_of
 
 PARENT = b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01"
@@ -206,7 +208,7 @@ def test_a_reply_says_which_model_and_engine_it_came_from():
 
 
 def test_every_kind_of_reply_continues_the_trace_of_its_request():
-    rig = Rig()
+    rig = Rig(make_tracer=lambda rig: Recorded().tracer())
     rig.put({"i1": 1, "nan": NAN_IMAGE})
     headers = ((TRACEPARENT, PARENT), (TRACESTATE, b"a=1"))
     late = "2001-01-01T00:00:00Z"
@@ -319,7 +321,7 @@ def test_from_the_broker_and_back_everything_is_answered_and_committed():
     loop = Loop(
         inbox=inbox,
         job=rig.job,
-        delivery=AtLeastOnce(inbox, MemoryOutbox(broker), wake, 0.0, rig.metrics),
+        delivery=AtLeastOnce(inbox, MemoryOutbox(broker), wake, 0.0, rig.metrics, BusSpans.off()),
         wake=wake,
         clock=lambda: rig.now,
         drain_grace_s=60.0,

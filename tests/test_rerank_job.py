@@ -496,7 +496,9 @@ def test_the_stages_of_a_request_add_up_to_its_total():
     rig.run()
 
     timings = rig.replies()[-1].timings_ms
-    assert timings == pytest.approx({"queue": 10, "fetch": 20, "score": 5, "total": 35}, abs=0.01)
+    assert timings == pytest.approx(
+        {"inbox": 0, "queue": 10, "fetch": 20, "batch_wait": 5, "score": 0, "total": 35}, abs=0.01
+    )
 
 
 def test_replies_and_pairs_are_counted_by_what_they_came_to():

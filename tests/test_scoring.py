@@ -15,6 +15,7 @@ from workers.ports import Record
 from workers.rerank.admission import AdmissionLimits, PieceLayout, admit
 from workers.rerank.scoring import MAX_BATCHES, BatchScorer, batch_arrays, first_stage_scores
 from workers.rerank.state import ActiveRequest, Piece, ReadyPiece
+from workers.telemetry.tracer import Tracer
 
 LIMITS = AdmissionLimits("m1", 1000, 100, 100, 0.0, "replies", (), reads_first_stage=False)
 READS_SCORES = replace(LIMITS, reads_first_stage=True)
@@ -24,7 +25,8 @@ def active(sent: dict, limits: AdmissionLimits = LIMITS) -> ActiveRequest:
     from protocols.events import RerankRequest
 
     plan = admit(RerankRequest.model_validate(sent), limits, encode_text, now=0.0, wall_now=0.0)
-    return ActiveRequest.of(Record(PARTITION, 0, None, b"", (), 0), plan, 0.0)
+    record, trace = Record(PARTITION, 0, None, b"", (), 0), Tracer.off().begin(())
+    return ActiveRequest.of(record, trace, plan, 0.0, num_tokens=0)
 
 
 def ready(owner: ActiveRequest, pairs: list[int], slots: list[int]) -> ReadyPiece:
@@ -97,7 +99,7 @@ def test_logits_come_back_in_the_order_of_the_pieces():
     (batch,) = scorer.turn()
     dog, cat = encode_text("a dog"), encode_text("cat")
     assert batch.logits.tolist() == [logit_of(dog, 4), logit_of(dog, 2), logit_of(cat, 9)]
-    assert (batch.pieces, batch.num_tokens, batch.engine_s) == (pieces, 30, 0.25)
+    assert (batch.pieces, batch.num_tokens, batch.interval.seconds) == (pieces, 30, 0.25)
     assert len(woken) == 1
     assert scorer.turn() == []
 

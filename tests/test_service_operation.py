@@ -11,7 +11,7 @@ import pytest
 
 from server_process import free_port
 from service_harness import SMALL_GIF, Service
-from service_worker import LIMIT_S, ROOT, eventually
+from service_worker import BUS, LIMIT_S, ROOT, eventually, waits_for
 from workers.read_settings import variable_names
 from workers.settings import IngestSettings, RerankSettings
 
@@ -53,14 +53,6 @@ INGEST = {
 }
 
 
-BUS = ("broker answers", "consumer group joined")
-
-
-def waits_for(*conditions: str) -> str:
-    """The body of `/readyz` while these are missing."""
-    return "".join(f"waits for: {condition}\n" for condition in conditions)
-
-
 def run(kind: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RERANK_", "INGEST_"))}
     return subprocess.run(
@@ -84,7 +76,7 @@ def test_a_worker_is_ready_only_once_its_store_answers_and_says_what_it_waits_fo
     redis.kill()
     worker = service.start("rerank")
 
-    eventually(lambda: worker.get("/readyz") == (503, waits_for("store answers", *BUS)), "waits")
+    eventually(lambda: waits_for(worker, "store answers", *BUS, why="Connection refused"), "the store is waited for")
     assert worker.get("/livez") == (200, "alive\n")
     redis.start()
     worker.wait_ready()
@@ -99,7 +91,7 @@ def test_a_worker_waits_for_its_broker_and_a_term_signal_ends_it_meanwhile(make_
     service = make_service(kafka_brokers, redis_url)
     service.brokers = f"127.0.0.1:{free_port()}"
     worker = service.start("rerank")
-    eventually(lambda: worker.get("/readyz") == (503, waits_for(*BUS)), "the broker is waited for")
+    eventually(lambda: waits_for(worker, *BUS, why="no Kafka broker answers"), "the broker is waited for")
 
     worker.terminate()
 

@@ -99,7 +99,7 @@ def test_images_from_every_source_are_indexed_and_ranked_both_ways(
     ]
     scores = [result.relevance_score for result in to_images.results]
     assert scores == sorted(scores, reverse=True)
-    assert {"queue", "fetch", "score", "total"} == set(to_images.timings_ms)
+    assert {"inbox", "queue", "fetch", "batch_wait", "score", "total"} == set(to_images.timings_ms)
     to_texts = RerankResponse.model_validate_json(replies["to-texts"][0].value)
     assert to_texts.status == "ok"
     assert len(to_texts.results) == 2

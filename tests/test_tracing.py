@@ -1,11 +1,19 @@
-"""The trace context from a message to its answer, against the propagator of the OpenTelemetry API."""
+"""The trace context in the headers of a message, against the propagator of the OpenTelemetry API."""
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from workers.tracing import MAX_STATE_BYTES, reply_headers, trace_id_of
+from workers.tracing import (
+    MAX_STATE_BYTES,
+    TraceContext,
+    context_headers,
+    names_context,
+    new_context,
+    read_context,
+    trace_id_of,
+)
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE}-{SPAN}-01".encode()
@@ -16,29 +24,33 @@ def span_context_by_opentelemetry(headers) -> trace.SpanContext:
     return trace.get_current_span(context).get_span_context()
 
 
-def test_an_answer_stays_in_the_trace_with_a_span_of_its_own():
+def test_a_context_is_read_whatever_else_the_message_carries():
     headers = (("content-type", b"application/json"), ("traceparent", PARENT), ("tracestate", b"vendor=1"))
 
-    answer = span_context_by_opentelemetry(reply_headers(headers))
-
-    assert trace.format_trace_id(answer.trace_id) == TRACE == trace_id_of(headers)
-    assert trace.format_span_id(answer.span_id) != SPAN
-    assert answer.trace_flags == trace.TraceFlags.SAMPLED
-    assert answer.trace_state.get("vendor") == "1"
+    assert read_context(headers) == TraceContext(TRACE.encode(), SPAN.encode(), 1, b"vendor=1")
+    assert read_context(headers).is_sampled
+    assert trace_id_of(headers) == TRACE
 
 
-def test_nothing_but_the_trace_context_is_carried_over():
-    headers = (("content-type", b"application/msgpack"), ("traceparent", PARENT), ("baggage", b"a=b"))
+def test_a_context_that_is_written_is_the_one_that_was_read():
+    headers = (("traceparent", PARENT), ("tracestate", b"vendor=1"))
 
-    assert [name for name, _ in reply_headers(headers)] == ["traceparent"]
+    assert context_headers(read_context(headers)) == headers
 
 
-def test_a_message_without_context_begins_a_trace_of_its_own():
-    answers = [span_context_by_opentelemetry(reply_headers((("tracestate", b"vendor=1"),))) for _ in range(2)]
+def test_a_new_context_is_valid_and_unlike_any_other():
+    one, other = (span_context_by_opentelemetry(context_headers(new_context())) for _ in range(2))
 
-    assert trace_id_of(()) is None
-    assert all(answer.is_valid and not answer.trace_state for answer in answers)
-    assert answers[0].trace_id != answers[1].trace_id
+    assert one.is_valid
+    assert other.is_valid
+    assert one.trace_id != other.trace_id
+
+
+def test_a_message_without_a_context_is_told_from_one_with_a_broken_one():
+    assert read_context((("tracestate", b"vendor=1"),)) is None
+    assert not names_context((("tracestate", b"vendor=1"),))
+    assert read_context((("traceparent", b"garbage"),)) is None
+    assert names_context((("traceparent", b"garbage"),))
 
 
 def test_of_two_contexts_the_last_counts():
@@ -49,7 +61,7 @@ def test_of_two_contexts_the_last_counts():
 
 def test_a_state_too_long_or_unprintable_is_left_out():
     for state in (b"a=" + b"x" * MAX_STATE_BYTES, b"a=\xff", b"a=1\n"):
-        assert len(reply_headers((("traceparent", PARENT), ("tracestate", state)))) == 1
+        assert read_context((("traceparent", PARENT), ("tracestate", state))).state == b""
 
 
 parents = st.from_regex(r"[ \t]?[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[a-z]{1,3}|[ \t]?)", fullmatch=True)
@@ -69,8 +81,9 @@ def test_what_is_a_context_and_what_is_not_is_what_opentelemetry_says(value):
     headers = (("traceparent", value),)
     theirs = span_context_by_opentelemetry(headers)
 
-    assert trace_id_of(headers) == (trace.format_trace_id(theirs.trace_id) if theirs.is_valid else None)
-    answer = span_context_by_opentelemetry(reply_headers(headers))
-    assert answer.is_valid
-    if theirs.is_valid:
-        assert (answer.trace_id, answer.trace_flags) == (theirs.trace_id, theirs.trace_flags)
+    context = read_context(headers)
+    assert (context is not None) == theirs.is_valid
+    if context is not None:
+        written = span_context_by_opentelemetry(context_headers(context))
+        assert (written.trace_id, written.span_id) == (theirs.trace_id, theirs.span_id)
+        assert written.trace_flags == theirs.trace_flags == context.flags

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NewType, Protocol
+from typing import Any, Literal, NewType, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +129,23 @@ class PairScorer(Protocol):
 
         Raises `LimitExceeded` for more than `max_pairs` or a slot the slab does not have.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCopies:
+    """How long one call copied between host and device."""
+
+    to_device_s: float
+    to_host_s: float
+
+
+@runtime_checkable
+class TellsCopies(Protocol):
+    """A scorer whose runtime can tell copies from computing; asked on the thread that scores, after each call."""
+
+    def last_copies(self) -> DeviceCopies | None:
+        """Of the last `score_pairs`; None where host and device are one."""
         ...
 
 

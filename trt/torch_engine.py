@@ -7,7 +7,7 @@ interaction in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edje.weights import Checkpoint
+from trt.copy_clock import CopyClock
 from trt.dequantize import dequantise
-from trt.engine import EngineBroken, EngineInfo, QueryStates, check_images, check_pairs, check_texts
+from trt.engine import DeviceCopies, EngineBroken, EngineInfo, QueryStates, check_images, check_pairs, check_texts
 from trt.grouping import groups_by_length
 from trt.identity import engine_digest
 from trt.torch_slab import GatherSlab
@@ -64,6 +65,7 @@ class TorchEngine:
                 if isinstance(part, nn.ModuleList):  # the layers: of text, of image, of both
                     part.to(dtype)
         self.slab = slab
+        self._copies = CopyClock(_timing_event) if device.type == "cuda" else None
         self._group_pairs = CPU_GROUP_PAIRS if device.type == "cpu" else max_pairs
         self.info = EngineInfo(
             runtime="torch",
@@ -127,15 +129,21 @@ class TorchEngine:
         check_pairs(self.info, pair_query, pair_slot, len(encoded.lengths), first_stage)
         if not self.info.reads_first_stage:
             first_stage = None
+        if self._copies is not None:
+            self._copies.start()
         logits = np.empty(len(pair_query), np.float32)
         lengths = encoded.lengths[pair_query]
         with _broken_device():
             for group in groups_by_length(lengths, self._group_pairs):
                 scores = None if first_stage is None else first_stage[group]
-                logits[group] = _to_host(
-                    self._score_group(encoded.states, pair_query[group], pair_slot[group], lengths[group], scores)
-                )
+                scored = self._score_group(encoded.states, pair_query[group], pair_slot[group], lengths[group], scores)
+                with self._copies.to_host() if self._copies is not None else nullcontext():
+                    logits[group] = _to_host(scored)
         return logits
+
+    def last_copies(self) -> DeviceCopies | None:
+        """By events of the device; None on a CPU, which copies nothing."""
+        return None if self._copies is None else self._copies.copies()
 
     def _score_group(
         self,
@@ -152,7 +160,8 @@ class TorchEngine:
         return self._model.score(text, visual, None if equal else self._on_device(lengths), scores)
 
     def _on_device(self, numbers: NDArray[Any]) -> Tensor:
-        return torch.tensor(numbers).to(self._device)
+        with self._copies.to_device() if self._copies is not None else nullcontext():
+            return torch.tensor(numbers).to(self._device)
 
 
 def device_name(device: torch.device) -> str:
@@ -169,6 +178,10 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     in_hardware = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if in_hardware else torch.float32
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _to_host(tensor: Tensor) -> NDArray[np.float32]:

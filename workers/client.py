@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import structlog
+from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from protocols.dead_letters import DeadLetter
@@ -24,7 +25,8 @@ from workers.bus.outbox import KafkaOutbox
 from workers.bus.reader import KafkaReader
 from workers.errors import WorkerError
 from workers.ports import Headers, Outbox, Outgoing, Record
-from workers.tracing import reply_headers, trace_id_of
+from workers.telemetry import names
+from workers.tracing import trace_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -129,8 +131,19 @@ class Client:
         return self.reply_to(request.request_id, timeout_s)
 
     def _publish(self, topic: str, event_id: str, event: Event, content_type: str) -> Future[None]:
-        headers = ((CONTENT_TYPE_HEADER, content_type.encode()), *_trace_headers())
-        return self._outbox.send(Outgoing(topic, event_id.encode(), encode(event, content_type), headers))
+        # A span of the program's own tracing, where it has set any up; else nothing is recorded, no header is written
+        # and the worker begins the trace.
+        attributes = {
+            names.SYSTEM.name: "kafka",
+            names.OPERATION.name: "send",
+            names.OPERATION_TYPE.name: "send",
+            names.TOPIC.name: topic,
+            names.CONVERSATION.name: event_id,
+        }
+        tracer = trace.get_tracer("edje.client")
+        with tracer.start_as_current_span(f"send {topic}", kind=trace.SpanKind.PRODUCER, attributes=attributes):
+            headers = ((CONTENT_TYPE_HEADER, content_type.encode()), *_trace_headers())
+            return self._outbox.send(Outgoing(topic, event_id.encode(), encode(event, content_type), headers))
 
     def _receive_until(self, has_come: Callable[[], bool], timeout_s: float) -> bool:
         give_up_at = time.monotonic() + timeout_s
@@ -210,7 +223,7 @@ def _decoded(kind: type[EventT], record: Record) -> EventT:
 
 
 def _trace_headers() -> Headers:
-    """The caller's trace where it is in one, else a new one."""
+    """The caller's trace where it is in one."""
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
-    return tuple((name, value.encode()) for name, value in carrier.items()) or reply_headers(())
+    return tuple((name, value.encode()) for name, value in carrier.items())

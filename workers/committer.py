@@ -5,13 +5,15 @@ Knows the inbox by its port only; time is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from workers.errors import Transient
-from workers.ports import Inbox, Partition
+from workers.interval import Interval
+from workers.ports import Inbox, Partition, SpanIds
+from workers.telemetry.bus_spans import BusSpans
 
 #: First pause before something that failed is tried again.
 RETRY_BASE_S = 0.1
@@ -24,6 +26,24 @@ class Counts(Protocol):
 
     def count_retry(self, kind: Literal["publish", "commit"]) -> None: ...
 
+    def observe_publish(self, seconds: float, span: SpanIds | None) -> None:
+        """From a record's outcome until the broker has all of it; `span` is that of its processing."""
+        ...
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What one commit records."""
+
+    offsets: dict[Partition, int] = field(default_factory=dict)
+    num_events: int = 0
+    spans: list[SpanIds] = field(default_factory=list)  # of those events that are recorded
+
+    def add(self, offsets: Mapping[Partition, int], num_events: int, spans: Iterable[SpanIds]) -> None:
+        self.offsets.update(offsets)
+        self.num_events += num_events
+        self.spans.extend(spans)
+
 
 @dataclass(slots=True)
 class Committer:
@@ -33,42 +53,49 @@ class Committer:
     interval_s: float
     wake: Callable[[], None]
     counts: Counts
-    _waiting: dict[Partition, int] = field(default_factory=dict)
-    _flying: dict[Partition, int] = field(default_factory=dict)
+    spans: BusSpans
+    _waiting: _Batch = field(default_factory=_Batch)
+    _flying: _Batch = field(default_factory=_Batch)
     _commit: Future[None] | None = None
+    _began_at: float = 0.0
     _due: float = 0.0
 
-    def add(self, offsets: dict[Partition, int]) -> None:
-        self._waiting.update(offsets)
+    def add(self, offsets: Mapping[Partition, int], num_events: int, spans: Iterable[SpanIds]) -> None:
+        """`spans` are those of the events that are recorded."""
+        self._waiting.add(offsets, num_events, spans)
 
     def turn(self, now: float) -> None:
         if self._commit is not None and self._commit.done():
             commit, self._commit = self._commit, None
+            flying, self._flying = self._flying, _Batch()
             try:
                 commit.result()
-                self.counts.count_commit()
             except Transient:
                 self.counts.count_retry("commit")
-                self._waiting = {**self._flying, **self._waiting}
+                flying.add(self._waiting.offsets, self._waiting.num_events, self._waiting.spans)
+                self._waiting = flying
                 self._due = now + max(self.interval_s, RETRY_BASE_S)
-            self._flying = {}
-        if self._waiting and self._commit is None and now >= self._due:
-            self._flying, self._waiting = self._waiting, {}
+            else:
+                self.counts.count_commit()
+                self.spans.committed(flying.spans, flying.num_events, Interval(self._began_at, now))
+        if self._waiting.offsets and self._commit is None and now >= self._due:
+            self._flying, self._waiting = self._waiting, _Batch()
             self._due = now + self.interval_s
-            self._commit = self.inbox.commit(self._flying)
+            self._began_at = now
+            self._commit = self.inbox.commit(self._flying.offsets)
             self._commit.add_done_callback(lambda _: self.wake())
 
     def hurry(self) -> None:
         self._due = 0.0
 
     def wants_turn_in_s(self, now: float) -> float | None:
-        return max(0.0, self._due - now) if self._waiting and self._commit is None else None
+        return max(0.0, self._due - now) if self._waiting.offsets and self._commit is None else None
 
     def settled(self, partitions: Collection[Partition] | None) -> bool:
-        outstanding = {*self._waiting, *self._flying}
+        outstanding = {*self._waiting.offsets, *self._flying.offsets}
         return not (outstanding if partitions is None else outstanding & set(partitions))
 
     def drop(self, partitions: Collection[Partition]) -> None:
         for partition in partitions:
-            self._waiting.pop(partition, None)
-            self._flying.pop(partition, None)
+            self._waiting.offsets.pop(partition, None)
+            self._flying.offsets.pop(partition, None)

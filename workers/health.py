@@ -30,7 +30,7 @@ class Health:
     def __init__(self, *, waits_for: Iterable[str], stall_limit_s: float) -> None:
         """`waits_for` are the conditions, in words, that must all be met before the worker is ready."""
         self._lock = threading.Lock()
-        self._missing = dict.fromkeys(waits_for)
+        self._missing = dict.fromkeys(waits_for, "")  # each with why, where that is known
         self._stall_limit_s = stall_limit_s
         self._last_turn: float | None = None
         self._draining = False
@@ -39,6 +39,13 @@ class Health:
         """Note that one of the conditions holds now. Raises `KeyError` for one that nobody waits for."""
         with self._lock:
             del self._missing[condition]
+
+    def explain(self, condition: str, reason: str) -> None:
+        """Note why one of the conditions does not hold yet. Raises `KeyError` for one that nobody waits for."""
+        with self._lock:
+            if condition not in self._missing:
+                raise KeyError(condition)
+            self._missing[condition] = reason
 
     def turned(self, now: float) -> None:
         """Note that the loop has turned; a plain write, because this is called in every turn."""
@@ -51,7 +58,10 @@ class Health:
     def unready_reasons(self) -> list[str]:
         """Why the worker is not ready; empty when it is."""
         with self._lock:
-            reasons = [f"waits for: {condition}" for condition in self._missing]
+            reasons = [
+                f"waits for: {condition}" + (f" ({reason})" if reason else "")
+                for condition, reason in self._missing.items()
+            ]
         return [*reasons, "draining"] if self._draining else reasons
 
     def stall(self, now: float) -> str | None:

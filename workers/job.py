@@ -10,15 +10,19 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from workers.ports import Outgoing, Partition, Record
+from workers.ports import Outgoing, Partition, Record, SpanIds
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The one outcome of a record: the messages to publish before its offset may be committed."""
+    """The one outcome of a record: the messages to publish before its offset may be committed.
+
+    `span` is that of its processing, where that is recorded.
+    """
 
     record: Record
     messages: tuple[Outgoing, ...]
+    span: SpanIds | None = None
 
 
 class Job(Protocol):

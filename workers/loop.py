@@ -91,7 +91,7 @@ class Loop:
         self._note_revocations(now)
         self._deliver(now)  # first, because it makes room
         if not self._stopping and self._accept(now):
-            self._deliver(now)
+            self._deliver(self._clock())  # read again, because accepting takes time that is a request's
         if self._stopping:
             self._delivery.hurry()
         self._delivery.turn(now)

@@ -1,20 +1,26 @@
 """What a worker counts and times, as Prometheus instruments in a registry of its own.
 
 Each instrument is an attribute; the methods are the words in which the rest of a worker speaks about them, so that a
-hot path costs one call. Knows nothing of how the numbers are served (`workers.health`).
+hot path costs one call. What is called how is `workers.telemetry.names`; knows nothing of how the numbers are served
+(`workers.health`) or exported (`workers.telemetry.metric_export`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Generic, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from trt.engine import EngineInfo
-from workers.ports import Partition
+from workers.interval import Interval
+from workers.ports import Partition, SpanIds
+from workers.telemetry import names
+from workers.telemetry.names import Metric
 
 T = TypeVar("T", Counter, Histogram)
 
@@ -23,17 +29,13 @@ RetryKind = Literal["connect", "publish", "commit", "store_read", "store_write",
 #: What a message came to; `dead_letter` also where an error reply went out with it.
 Outcome = Literal["ok", "partial", "expired", "error", "dead_letter", "skipped"]
 #: Stages of an image on its way into the store.
-IngestStage = Literal["fetch", "decode", "encode", "store"]
+IngestStage = Literal["fetch", "look_up", "decode", "encode", "store"]
+#: The trace of a sampled request, to lead from a slow bucket to one that fell into it.
+Exemplar = dict[str, str]
 
 #: Values of one label. Ours are words from the code; should one ever come from outside, the rest are counted as this.
 MAX_LABEL_VALUES = 64
 OTHER = "other"
-
-#: From a tenth of a millisecond, the wait for a batch on a fast GPU, to the patience of a retried fetch.
-SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-PAIRS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
-TOKENS = (256, 1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
-IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class ByLabel(Generic[T]):
@@ -52,6 +54,20 @@ class ByLabel(Generic[T]):
         return child
 
 
+class _KnownGauge(Collector):
+    """A gauge that is not exposed while nobody knows its value: 0 would be a claim."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+        self.value: float | None = None
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily(self._metric.name, self._metric.meaning)
+        if self.value is not None:
+            family.add_metric([], self.value)
+        yield family
+
+
 class Metrics:
     """All instruments of a worker; ingest and rerank use those that concern them."""
 
@@ -61,66 +77,58 @@ class Metrics:
         PlatformCollector(registry=self.registry)
 
         # every worker
-        self.events = ByLabel(self._counter("edje_events", "Messages that have their outcome.", "outcome"))
-        self.dead_letters = ByLabel(self._counter("edje_dead_letters", "Messages dead-lettered, by cause.", "code"))
-        self.retries = ByLabel(self._counter("edje_retries", "Attempts that failed and were made again.", "kind"))
-        self.commits = self._counter("edje_commits", "Offset commits and transactions that the broker has recorded.")
-        self.inflight_events = self._gauge("edje_inflight_events", "Messages taken and not yet finished.")
-        self.lag = Gauge(
-            "edje_consumer_lag_events",
-            "Messages of an assigned partition beyond the last one taken.",
-            ("topic", "partition"),
-            registry=self.registry,
+        self.events = ByLabel(self._counter(names.EVENTS))
+        self.dead_letters = ByLabel(self._counter(names.DEAD_LETTERS))
+        self.retries = ByLabel(self._counter(names.RETRIES))
+        self.commits = self._counter(names.COMMITS)
+        self.inflight_events = self._gauge(names.INFLIGHT_EVENTS)
+        self.lag = self._gauge(names.LAG)
+        self.loop_turns = self._counter(names.LOOP_TURNS)
+        self.engine = Info(
+            names.ENGINE_INFO.name.removesuffix("_info"), names.ENGINE_INFO.meaning, registry=self.registry
         )
-        self.loop_turns = self._counter("edje_loop_turns", "Turns of the worker's loop.")
-        self.engine = Info("edje_engine", "The engine in use.", registry=self.registry)
+        self.stage_seconds = ByLabel(self._histogram(names.STAGE_SECONDS))
+        self.spans_dropped = self._counter(names.SPANS_DROPPED)
+        self.bad_traceparents = self._counter(names.BAD_TRACEPARENTS)
 
         # rerank
-        self.replies = ByLabel(self._counter("edje_replies", "Replies made, by status.", "status"))
-        self.replies_replaced = self._counter(
-            "edje_replies_replaced", "Replies that the broker refused and an error reply took the place of."
-        )
-        self.pairs = self._counter("edje_pairs", "Pairs in replies that went out with a ranking.")
-        self.inflight_pairs = self._gauge("edje_inflight_pairs", "Pairs of requests in work.")
-        self.reply_seconds = self._histogram(
-            "edje_reply_seconds", "From taking a request to its reply, replies without a ranking left out.", SECONDS
-        )
-        self.queue_wait_seconds = self._histogram(
-            "edje_queue_wait_seconds", "From taking a request to the start of its first piece.", SECONDS
-        )
-        self.fetch_seconds = self._histogram("edje_fetch_seconds", "One read of blobs from the store.", SECONDS)
-        self.batch_seconds = self._histogram("edje_batch_seconds", "One micro-batch on the engine.", SECONDS)
-        self.batch_pairs = self._histogram("edje_batch_pairs", "Pairs in a micro-batch.", PAIRS)
-        self.batch_tokens = self._histogram("edje_batch_tokens", "Text and visual tokens in a micro-batch.", TOKENS)
-        self.slab_hits = self._counter("edje_slab_hits", "Images wanted that had a slot.")
-        self.slab_misses = self._counter("edje_slab_misses", "Images wanted that had to be fetched.")
-        self.slab_evictions = self._counter("edje_slab_evictions", "Images that lost their slot to another.")
-        self.slab_slots_used = self._gauge("edje_slab_slots_used", "Slots of the token slab that hold an image.")
-        self.bad_blobs = ByLabel(
-            self._counter("edje_bad_blobs", "Images without a usable blob, by what was wrong.", "reason")
-        )
-        self.blob_bytes = self._counter("edje_store_read_bytes", "Bytes of blobs read from the store.")
+        self.replies = ByLabel(self._counter(names.REPLIES))
+        self.replies_replaced = self._counter(names.REPLIES_REPLACED)
+        self.pairs = self._counter(names.PAIRS_TOTAL)
+        self.inflight_pairs = self._gauge(names.INFLIGHT_PAIRS)
+        self.backlog = _KnownGauge(names.BACKLOG_SECONDS)
+        self.registry.register(self.backlog)
+        self.reply_seconds = self._histogram(names.REPLY_SECONDS)
+        self.queue_wait_seconds = self._histogram(names.QUEUE_WAIT_SECONDS)
+        self.fetch_seconds = self._histogram(names.FETCH_SECONDS)
+        self.batch_seconds = self._histogram(names.BATCH_SECONDS)
+        self.batch_pairs = self._histogram(names.BATCH_PAIRS)
+        self.batch_tokens = self._histogram(names.BATCH_TOKENS)
+        self.batch_fill = self._histogram(names.BATCH_FILL)
+        self.slab_hits = self._counter(names.SLAB_HITS)
+        self.slab_misses = self._counter(names.SLAB_MISSES)
+        self.slab_evictions = self._counter(names.SLAB_EVICTIONS)
+        self.slab_slots_used = self._gauge(names.SLAB_SLOTS_USED)
+        self.bad_blobs = ByLabel(self._counter(names.BAD_BLOBS))
+        self.blob_bytes = self._counter(names.STORE_READ_BYTES)
 
         # ingest
-        stages = Histogram(
-            "edje_image_seconds", "One image in one stage.", ("stage",), buckets=SECONDS, registry=self.registry
-        )
-        self.image_seconds = ByLabel(stages)
-        self.batch_images = self._histogram("edje_batch_images", "Images in a batch on the engine.", IMAGES)
-        self.inflight_bytes = self._gauge("edje_inflight_bytes", "Bytes of images in work.")
-        self.store_write_bytes = self._counter("edje_store_write_bytes", "Bytes of blobs written to the store.")
+        self.image_seconds = ByLabel(self._histogram(names.IMAGE_SECONDS))
+        self.batch_images = self._histogram(names.BATCH_IMAGES)
+        self.inflight_bytes = self._gauge(names.INFLIGHT_BYTES)
+        self.store_write_bytes = self._counter(names.STORE_WRITE_BYTES)
 
         self._lagging: set[Partition] = set()
         self._num_evicted = 0
 
-    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
-        return Counter(name, meaning, labels, registry=self.registry)
+    def _counter(self, metric: Metric) -> Counter:
+        return Counter(metric.name, metric.meaning, metric.labels, registry=self.registry)
 
-    def _gauge(self, name: str, meaning: str) -> Gauge:
-        return Gauge(name, meaning, registry=self.registry)
+    def _gauge(self, metric: Metric) -> Gauge:
+        return Gauge(metric.name, metric.meaning, metric.labels, registry=self.registry)
 
-    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, meaning, buckets=buckets, registry=self.registry)
+    def _histogram(self, metric: Metric) -> Histogram:
+        return Histogram(metric.name, metric.meaning, metric.labels, buckets=metric.buckets, registry=self.registry)
 
     def count_event(self, outcome: Outcome) -> None:
         self.events[outcome].inc()
@@ -134,24 +142,35 @@ class Metrics:
     def count_commit(self) -> None:
         self.commits.inc()
 
-    def count_reply(self, status: str, *, seconds: float | None, num_pairs: int) -> None:
+    def count_reply(
+        self, status: str, *, seconds: float | None, num_pairs: int, exemplar: Exemplar | None = None
+    ) -> None:
         """`seconds` is None where the request never got as far as being timed."""
         self.replies[status].inc()
         if num_pairs:
             self.pairs.inc(num_pairs)
         if seconds is not None:
-            self.reply_seconds.observe(seconds)
+            self.reply_seconds.observe(seconds, exemplar)
 
-    def observe_queue_wait(self, seconds: float) -> None:
-        self.queue_wait_seconds.observe(seconds)
+    def observe_queue_wait(self, seconds: float, exemplar: Exemplar | None) -> None:
+        self.queue_wait_seconds.observe(seconds, exemplar)
 
-    def observe_batch(self, *, num_pairs: int, num_tokens: int, seconds: float) -> None:
+    def observe_stages(self, stages: Mapping[str, Interval], exemplar: Exemplar | None) -> None:
+        for stage, interval in stages.items():
+            self.stage_seconds[stage].observe(interval.seconds, exemplar)
+
+    def observe_publish(self, seconds: float, span: SpanIds | None) -> None:
+        exemplar = None if span is None else {"trace_id": f"{span.trace_id:032x}"}
+        self.stage_seconds[names.PUBLISH].observe(seconds, exemplar)
+
+    def observe_batch(self, *, num_pairs: int, num_tokens: int, max_tokens: int, seconds: float) -> None:
         self.batch_pairs.observe(num_pairs)
         self.batch_tokens.observe(num_tokens)
+        self.batch_fill.observe(num_tokens / max_tokens)
         self.batch_seconds.observe(seconds)
 
-    def observe_image(self, stage: IngestStage, seconds: float) -> None:
-        self.image_seconds[stage].observe(seconds)
+    def observe_image(self, stage: IngestStage, seconds: float, exemplar: Exemplar | None) -> None:
+        self.image_seconds[stage].observe(seconds, exemplar)
 
     def count_evictions(self, num_evicted: int) -> None:
         """`num_evicted` is the number since the worker's start."""

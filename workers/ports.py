@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from workers.errors import Misconfigured, Refused, TooLarge
+from workers.interval import Interval
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -20,6 +21,22 @@ class Partition(NamedTuple):
 
     topic: str
     number: int
+
+
+class SpanIds(NamedTuple):
+    """Where a span stands in its trace."""
+
+    trace_id: int
+    span_id: int
+    parent_id: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Poll:
+    """The poll that brought some records; its times are in the loop's clock."""
+
+    interval: Interval
+    num_records: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +49,13 @@ class Record:
     value: bytes
     headers: Headers
     timestamp_ms: int
+    poll: Poll | None = field(
+        default=None, compare=False
+    )  # None where nothing was polled: the in-memory twin has records at once
+
+    def polled_at(self, taken_at: float) -> float:
+        """When it was there to be taken; at the latest when it was."""
+        return taken_at if self.poll is None else min(self.poll.interval.ended_at, taken_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +63,7 @@ class Outgoing:
     """One message to publish.
 
     `if_refused` makes the message that is published instead where the broker refuses this one, or None.
+    `span` is the span that its headers name, where its sending is recorded.
     """
 
     topic: str
@@ -46,6 +71,7 @@ class Outgoing:
     value: bytes
     headers: Headers = ()
     if_refused: Callable[[Refused], Outgoing | None] | None = None
+    span: SpanIds | None = None
 
     def instead(self, refused: Refused) -> Outgoing:
         """The message to publish in place of this one. Raises `Misconfigured` where there is none."""

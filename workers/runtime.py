@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -27,22 +27,27 @@ from workers.bus.inbox import KafkaInbox
 from workers.bus.outbox import KafkaOutbox
 from workers.bus.transactions import KafkaTransactionalOutbox
 from workers.delivery import AtLeastOnce, Delivery, ExactlyOnce
-from workers.errors import Misconfigured
+from workers.errors import Misconfigured, Transient
 from workers.health import Health, HealthServer
 from workers.job import Job
 from workers.logs import set_up_logs
 from workers.loop import Loop, Wake
 from workers.metrics import Metrics, RetryKind
-from workers.ports import Inbox, TokenStore
+from workers.ports import Inbox, Partition, TokenStore
 from workers.read_settings import near_misses, read_settings, secrets_of
 from workers.retrying import Retry
 from workers.settings import WorkerSettings
 from workers.show_config import show_config
 from workers.store import RedisStore
+from workers.telemetry.bus_spans import BusSpans
+from workers.telemetry.metric_export import MetricExport
+from workers.telemetry.setup import start_metric_export, start_tracing
+from workers.telemetry.tracer import Tracer
 
 log = structlog.get_logger(__name__)
 
 S = TypeVar("S", bound=WorkerSettings)
+T = TypeVar("T")
 
 #: What a worker waits for before it is ready, in the words of `/readyz`.
 ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS = "engine loaded and warm", "store answers", "broker answers"
@@ -61,6 +66,7 @@ class Shared(Generic[S]):
     topics: Topics
     store: TokenStore
     metrics: Metrics
+    tracer: Tracer
     wake: Wake
     clock: Callable[[], float]
 
@@ -73,9 +79,11 @@ class Built:
     """A job with its engine warm, and how its gauges are brought up to date."""
 
     job: Job
+    spans: BusSpans
     input_topic: str
     group_id: str
-    refresh_gauges: Callable[[], None]
+    refresh_gauges: Callable[[Mapping[Partition, int]], None]
+    """Takes the lag of each assigned partition."""
 
 
 Build = Callable[[Shared[S]], AbstractContextManager[Built]]
@@ -138,16 +146,16 @@ def _run(name: str, settings: S, build: Build[S], stack: ExitStack) -> None:
     server = stack.enter_context(
         HealthServer(health, metrics.registry, clock=clock, host=settings.http_host, port=settings.http_port)
     )
+    tracer = start_tracing(name, settings, metrics, clock, stack)
+    metric_export = start_metric_export(name, settings, metrics, stack)
     store = RedisStore(settings.redis_url.get_secret_value())
     stack.callback(store.close)
-    shared = Shared(settings, Topics(settings.topic_prefix), store, metrics, wake, clock)
+    shared = Shared(settings, Topics(settings.topic_prefix), store, metrics, tracer, wake, clock)
 
     built = stack.enter_context(build(shared))
     health.met(ENGINE_WARM)
-    shared.retry("connect")("store", store.ping)
-    health.met(STORE_ANSWERS)
-    inbox, delivery = shared.retry("connect")("kafka", lambda: _connect(name, shared, built, stack))
-    health.met(BROKER_ANSWERS)
+    _when_it_answers(shared, health, STORE_ANSWERS, store.ping)
+    inbox, delivery = _when_it_answers(shared, health, BROKER_ANSWERS, lambda: _connect(name, shared, built, stack))
 
     loop = Loop(
         inbox=inbox,
@@ -157,11 +165,30 @@ def _run(name: str, settings: S, build: Build[S], stack: ExitStack) -> None:
         clock=clock,
         drain_grace_s=settings.drain_grace_s,
         revoke_grace_s=settings.revoke_grace_s,
-        on_turn=_Housekeeping(health, server, metrics, inbox, built),
+        on_turn=_Housekeeping(health, server, metrics, metric_export, inbox, built),
     )
     signals.loop = loop
     log.info("joining the group", topic=built.input_topic, group=built.group_id, delivery=settings.delivery)
     loop.run()
+    built.spans.flush()
+
+
+def _when_it_answers(shared: Shared[S], health: Health, condition: str, call: Callable[[], T]) -> T:
+    """Try until it succeeds, and have `/readyz` say why it does not.
+
+    Refused credentials are waited for as well: a worker that says what is wrong is found sooner than one that restarts.
+    """
+
+    def attempt() -> T:
+        try:
+            return call()
+        except (Transient, Misconfigured) as error:
+            health.explain(condition, str(error))
+            raise Transient(str(error)) from error
+
+    answer = shared.retry("connect")(condition, attempt)
+    health.met(condition)
+    return answer
 
 
 def _connect(name: str, shared: Shared[S], built: Built, stack: ExitStack) -> tuple[Inbox, Delivery]:
@@ -191,13 +218,13 @@ def _connect(name: str, shared: Shared[S], built: Built, stack: ExitStack) -> tu
             )
             executor = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="transaction"))
             opened.callback(transactional.close, CLOSE_S)  # first, because it ends a transaction that waits
-            delivery = ExactlyOnce(
-                transactional, executor, wake, settings.transaction_interval_ms / 1000, shared.metrics
-            )
+            interval_s = settings.transaction_interval_ms / 1000
+            delivery = ExactlyOnce(transactional, executor, wake, interval_s, shared.metrics, built.spans)
         else:
             outbox = KafkaOutbox(connection, max_message_bytes=settings.max_message_bytes)
             opened.callback(outbox.close, CLOSE_S)
-            delivery = AtLeastOnce(inbox, outbox, wake, settings.commit_interval_ms / 1000, shared.metrics)
+            interval_s = settings.commit_interval_ms / 1000
+            delivery = AtLeastOnce(inbox, outbox, wake, interval_s, shared.metrics, built.spans)
         stack.push(opened.pop_all())
     return inbox, delivery
 
@@ -213,8 +240,17 @@ def transactional_id(group_id: str) -> str:
 class _Housekeeping:
     """Tells health and metrics of every turn of the loop, the costlier things now and then."""
 
-    def __init__(self, health: Health, server: HealthServer, metrics: Metrics, inbox: Inbox, built: Built) -> None:
+    def __init__(
+        self,
+        health: Health,
+        server: HealthServer,
+        metrics: Metrics,
+        metric_export: MetricExport | None,
+        inbox: Inbox,
+        built: Built,
+    ) -> None:
         self._health, self._server, self._metrics, self._inbox, self._built = health, server, metrics, inbox, built
+        self._metric_export = metric_export
         self._has_joined = False
         self._due = 0.0
         self._num_turns = 0
@@ -231,8 +267,12 @@ class _Housekeeping:
         self._due = now + GAUGES_S
         if not self._server.is_serving():
             raise RuntimeError("the thread that serves health and metrics has died")
+        if self._metric_export is not None and not self._metric_export.is_running():
+            raise RuntimeError("the thread that exports metrics has died")
         self._metrics.loop_turns.inc(self._num_turns)
         self._num_turns = 0
         self._metrics.inflight_events.set(self._built.job.num_active())
-        self._metrics.set_lag(self._inbox.lag())
-        self._built.refresh_gauges()
+        lag = self._inbox.lag()
+        self._metrics.set_lag(lag)
+        self._built.refresh_gauges(lag)
+        self._built.spans.refresh()

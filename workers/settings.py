@@ -127,6 +127,45 @@ class WorkerSettings(KafkaSettings):
     stall_limit_s: PositiveFloat = Field(10.0, description="A loop that has not turned for so long is not alive.")
     log_format: Literal["console", "json"] = Field("console", description="Lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that is logged.")
+    span_file: Path | None = Field(None, description="Spans go here too, a line each; a file per process.")
+    span_file_bytes: PositiveBytes = Field(
+        ByteSize(64 * MIB), description="A full span file becomes <name>.1, in place of the one before."
+    )
+    otlp_endpoint: SecretStr | None = Field(
+        None,
+        validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        description="Collector for spans and metrics, OTLP over HTTP; none: neither is sent.",
+    )
+    otlp_traces_endpoint: SecretStr | None = Field(
+        None, validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", description="Whole address for spans alone."
+    )
+    otlp_metrics_endpoint: SecretStr | None = Field(
+        None, validation_alias="OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", description="Whole address for metrics alone."
+    )
+    otel_sdk_disabled: bool = Field(
+        False, validation_alias="OTEL_SDK_DISABLED", description="Record and send neither spans nor metrics."
+    )
+    otel_traces_sampler: Literal[
+        "always_on",
+        "always_off",
+        "traceidratio",
+        "parentbased_always_on",
+        "parentbased_always_off",
+        "parentbased_traceidratio",
+    ] = Field(
+        "parentbased_always_on",
+        validation_alias="OTEL_TRACES_SAMPLER",
+        description="Which messages are traced; parentbased: what the producer says, where it says anything.",
+    )
+    otel_traces_sampler_arg: float = Field(
+        1.0, ge=0, le=1, validation_alias="OTEL_TRACES_SAMPLER_ARG", description="The share, for traceidratio."
+    )
+    otel_max_queue_spans: PositiveInt = Field(
+        2048, validation_alias="OTEL_BSP_MAX_QUEUE_SIZE", description="Spans that wait to be sent; more are dropped."
+    )
+    otel_metric_export_interval_ms: PositiveInt = Field(
+        60_000, validation_alias="OTEL_METRIC_EXPORT_INTERVAL", description="Metrics are sent this often."
+    )
 
     @check(mode="after")
     def _limits_agree(self) -> Self:
@@ -151,7 +190,10 @@ class RerankSettings(WorkerSettings):
     piece_pairs: PositiveInt = Field(128, le=1024, description="Pairs of the pieces a big request is cut into.")
     slab_bytes: PositiveBytes = Field(ByteSize(1024 * MIB), description="Memory of the token slab on the device.")
     fetch_threads: PositiveInt = Field(2, le=64, description="Threads that read the store, a connection each.")
-    deadline_tolerance_ms: NonNegativeFloat = Field(0.0, description="How far the producers' clocks may be off.")
+    deadline_tolerance_ms: NonNegativeFloat = Field(
+        0.0,
+        description="A deadline counts as passed so much later, for producers whose clocks are behind this worker's.",
+    )
     allowed_reply_topics: Words = Field(
         (), description="Patterns of the reply topics a request may name; none: <responses> and <responses>.*"
     )

@@ -1,4 +1,4 @@
-"""`make demo`: pictures through a real Kafka and a real Redis to ranked replies, and demo/report.html.
+"""`make demo`: pictures through a real Kafka and a real Redis to ranked replies, demo/report.html and a trace.
 
     python deploy/local/demo.py
     IMAGES=~/holiday CHECKPOINT=~/model KAFKA_BROKERS=kafka.example:9092 REDIS_URL=redis://redis.example:6379/0 \\
@@ -35,6 +35,7 @@ from demo_report import write_report
 from demo_requests import Answers, ask_all
 from demo_tables import about_the_texts, ranking_table, summary
 from demo_topics import fresh_topics
+from demo_trace import show_trace
 from demo_workers import explaining, start_all, stop_all, workers_of
 from edje.checkpoint import CheckpointError
 from protocols.topics import Topics
@@ -46,6 +47,8 @@ from workers.publish.__main__ import connection
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "demo" / "report.html"
+#: What the rerank worker recorded, and one request of it as a page.
+SPANS, TRACE = REPORT.with_name("spans.jsonl"), REPORT.with_name("trace.html")
 #: The demo's pictures need a few hundred slots of the slab; the default is made for production.
 SLAB_BYTES = 64 << 20
 
@@ -69,6 +72,8 @@ def main() -> int:
 def run(choices: Choices) -> None:
     started_at = time.monotonic()
     choices.config()  # before anything is started: there may be none
+    SPANS.parent.mkdir(exist_ok=True)
+    SPANS.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="edje-demo-") as scratch:
         pictures, first_stage, answers = ask(choices, Path(scratch))
         tell(choices, pictures, first_stage, answers, started_at)
@@ -122,7 +127,7 @@ def settings_of(choices: Choices, pictures: Pictures) -> dict[str, dict[str, str
             "FILE_ROOTS": str(pictures.folder.resolve()),
             "PUBLISH_EMBEDDING": str(choices.searches_vectors()),
         },
-        "rerank": {**common, "SLAB_BYTES": str(SLAB_BYTES)},
+        "rerank": {**common, "SLAB_BYTES": str(SLAB_BYTES), "SPAN_FILE": str(SPANS)},
     }
 
 
@@ -178,6 +183,8 @@ def tell(choices: Choices, pictures: Pictures, first_stage: FirstStage, answers:
     for ranking in rankings:
         if (sentence := about_the_texts(ranking)) is not None:
             console.print(sentence)
+    console.print("\nWhere the time of one of these requests went:")
+    show_trace(console, SPANS, [answers.request_id_of(ranking) for ranking in rankings], TRACE)
     console.print(f"\nDone in {took_s:.0f} s. The same with the pictures: {REPORT}")
     if choices.has_own_redis:
         console.print(f"The pictures' tokens are still in your Redis, under vt:{answers.model_digest}:*")

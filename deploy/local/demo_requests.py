@@ -15,11 +15,16 @@ REPLY_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The answer to each question, and what gave them."""
+    """The answer to each question with the id of its request, and what gave them."""
 
     rankings: Sequence[Ranking]
+    request_ids: Sequence[str]
     model_digest: str
     engine_digest: str
+
+    def request_id_of(self, ranking: Ranking) -> str:
+        """The request that this very answer came to."""
+        return next(name for name, each in zip(self.request_ids, self.rankings, strict=True) if each is ranking)
 
 
 def ask_all(client: Client, questions: Sequence[Question]) -> Answers:
@@ -37,4 +42,5 @@ def ask_all(client: Client, questions: Sequence[Question]) -> Answers:
         question.ranking(response.results, response.timings_ms)
         for question, response in zip(questions, responses, strict=True)
     ]
-    return Answers(rankings, responses[0].model, responses[0].engine)
+    request_ids = [request.request_id for request in requests]
+    return Answers(rankings, request_ids, responses[0].model, responses[0].engine)

@@ -12,7 +12,7 @@ from kafka.structs import OffsetAndMetadata
 
 from workers.bus.errors import MISCONFIGURED, translated
 from workers.errors import Transient
-from workers.ports import Outgoing, Partition, Record
+from workers.ports import Outgoing, Partition, Poll, Record
 
 #: The broker hung up this often before a first connection was ready: it does so at once, in about two seconds in all.
 MAX_CUT_OFF = 5
@@ -88,7 +88,7 @@ def kafka_offsets(offsets: Mapping[Partition, int]) -> dict[TopicPartition, Offs
     return {TopicPartition(*partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
 
 
-def to_record(partition: Partition, record: Any) -> Record:
+def to_record(partition: Partition, record: Any, poll: Poll | None = None) -> Record:
     """Our form of a consumed record; any client may have written a null where we have bytes."""
     return Record(
         partition=partition,
@@ -97,4 +97,5 @@ def to_record(partition: Partition, record: Any) -> Record:
         value=record.value if record.value is not None else b"",
         headers=tuple((name, value if value is not None else b"") for name, value in record.headers),
         timestamp_ms=record.timestamp,
+        poll=poll,
     )

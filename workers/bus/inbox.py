@@ -27,7 +27,8 @@ from workers.bus.clients import kafka_offsets, started, to_record
 from workers.bus.errors import translating
 from workers.bus.records import read_forgivingly
 from workers.errors import Transient
-from workers.ports import Partition, Record, Revocation
+from workers.interval import Interval
+from workers.ports import Partition, Poll, Record, Revocation
 
 log = structlog.get_logger(__name__)
 
@@ -196,9 +197,11 @@ class KafkaInbox:
             self._consumer.pause(*assigned)
         elif self._consumer.paused():
             self._consumer.resume(*self._consumer.paused())
+        began_at = time.monotonic()
         try:
             with translating():
                 polled = self._consumer.poll(timeout_ms=0 if full else int(POLL_S * 1000))
+                ended_at = time.monotonic()
                 self._join_on()
                 self._look_around()
         except Transient as error:
@@ -207,9 +210,10 @@ class KafkaInbox:
                 self._room.wait(POLL_S)
             return
         if polled:
+            poll = Poll(Interval(began_at, ended_at), sum(map(len, polled.values())))
             with self._lock:
                 for partition, records in polled.items():
-                    arrived = [to_record(Partition(*partition), record) for record in records]
+                    arrived = [to_record(Partition(*partition), record, poll) for record in records]
                     self._waiting.extend(arrived)
                     self._waiting_bytes += sum(len(record.value) for record in arrived)
             self._wake()

@@ -17,11 +17,12 @@ from workers.ingest.fetch_http import FetchLimits
 from workers.ingest.image_batcher import ImageBatcher
 from workers.ingest.job import IngestJob
 from workers.ingest.outcomes import IngestOutcomes
+from workers.ingest.spans import IngestSpans
 from workers.ingest.stages import IngestRetries, IngestStages
 from workers.ingest.state import ImageInWork, IngestLimits
 from workers.runtime import Built, Shared, run_worker
 from workers.settings import IngestSettings
-from workers.tracing import reply_headers
+from workers.telemetry.bus_spans import BusSpans
 
 
 @contextmanager
@@ -33,6 +34,8 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
     info = engine.info
     metrics.set_engine(info)
     layout = BlobLayout(info.model_digest, info.num_visual_tokens, info.token_dim, settings.storage)
+    bus = BusSpans(shared.tracer, topic=shared.topics.images_new, group_id=settings.group_id)
+    spans = IngestSpans(shared.tracer, bus)
     stages = IngestStages(
         engine=engine,
         store=shared.store,
@@ -58,10 +61,10 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
         outcomes=IngestOutcomes(
             topics=shared.topics,
             layout=layout,
-            child_headers=reply_headers,
             dead_letters=DeadLetters(shared.topics.dead_letter, settings.max_message_bytes, metrics),
             publish_embedding=settings.publish_embedding,
             metrics=metrics,
+            spans=spans,
         ),
         limits=IngestLimits(
             max_image_bytes=settings.max_image_bytes,
@@ -70,9 +73,10 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
             fetch_threads=settings.fetch_threads,
         ),
         metrics=metrics,
+        spans=spans,
     )
     try:
-        yield Built(job, shared.topics.images_new, settings.group_id, lambda: None)
+        yield Built(job, bus, shared.topics.images_new, settings.group_id, lambda lag: None)
     finally:
         job.close()
 

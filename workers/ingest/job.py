@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from workers.ingest.image_batcher import ImageBatcher
 from workers.ingest.outcomes import IngestOutcomes
-from workers.ingest.stages import Content, Decoded, Encoded, IngestStages, Refusal, Written
+from workers.ingest.spans import IngestSpans
+from workers.ingest.stages import Content, Decoded, Encoded, IngestStages, LookedUp, Refusal, Written
 from workers.ingest.state import ImageInWork, IngestLimits
+from workers.interval import Interval
 from workers.job import Finished
 from workers.metrics import IngestStage, Metrics
-from workers.ports import Partition, Record
+from workers.ports import Partition, Record, SpanIds
 
 #: One batch on the engine and one stacked behind it, so that the engine does not wait for the loop between two.
 _MAX_BATCHES = 2
@@ -39,12 +41,14 @@ class IngestJob:
         outcomes: IngestOutcomes,
         limits: IngestLimits,
         metrics: Metrics,
+        spans: IngestSpans,
     ) -> None:
         self._stages = stages
         self._batcher = batcher
         self._outcomes = outcomes
         self._limits = limits
         self._metrics = metrics
+        self._spans = spans
         self._active: dict[tuple[Partition, int], ImageInWork] = {}
         self._behind: dict[str, deque[ImageInWork]] = {}  # by image id in work: the later events of the same id
         self._to_fetch: deque[tuple[str, ImageInWork]] = deque()
@@ -67,11 +71,13 @@ class IngestJob:
         return len(self._active)
 
     def accept(self, record: Record, now: float) -> None:
+        self._now = now
+        trace = self._spans.bus.begin(record)
         event = self._outcomes.read(record)
         if isinstance(event, Refusal):
-            self._finished.append(self._outcomes.refused(record, event))
+            self._finished.append(self._outcomes.unreadable(record, trace, event, now))
             return
-        image = ImageInWork(record, event.image_id, event.uri, data=event.data or b"")
+        image = ImageInWork(record, trace, now, event.image_id, event.uri, data=event.data or b"")
         self._active[record.partition, record.offset] = image
         self._num_in_work += 1
         self._hold(image)
@@ -135,8 +141,8 @@ class IngestJob:
 
     def _fetched(self, image: ImageInWork, content: Content | Refusal) -> None:
         self._num_fetching -= 1
-        if isinstance(content, Content):
-            self._time(image, "fetch", content.seconds)
+        if isinstance(content, Content) and content.interval is not None:
+            self._time(image, "fetch", content.interval)
         self._has_content(image, content)
 
     def _has_content(self, image: ImageInWork, content: Content | Refusal) -> None:
@@ -159,9 +165,11 @@ class IngestJob:
             partial(self._looked_up, images),
         )
 
-    def _looked_up(self, images: list[ImageInWork], are_stored: list[bool]) -> None:
+    def _looked_up(self, images: list[ImageInWork], found: LookedUp) -> None:
         self._is_looking_up = False
-        for image, is_stored in zip(images, are_stored, strict=True):
+        self._spans.looked_up(images, found.interval, found.num_bytes)
+        for image, is_stored in zip(images, found.are_stored, strict=True):
+            self._time(image, "look_up", found.interval)
             if image.is_dropped:
                 self._end_before_batcher(image)
             elif is_stored:
@@ -174,7 +182,7 @@ class IngestJob:
         if image.is_dropped or isinstance(decoded, Refusal):
             self._end_before_batcher(image, None if isinstance(decoded, Decoded) else decoded)
             return
-        self._time(image, "decode", decoded.seconds)
+        self._time(image, "decode", decoded.interval)
         self._num_before_batcher -= 1
         image.data, image.pixels = b"", decoded.pixels
         self._hold(image)
@@ -202,18 +210,22 @@ class IngestJob:
         for image in images:
             image.pixels = None
             self._hold(image)
-            self._time(image, "encode", encoded.seconds)
+            self._time(image, "encode", encoded.interval)
+        batch = self._spans.encoded(images, encoded.interval)
         self._stages.write(
             [image.image_id for image in images],
             [image.sha256 for image in images],
             encoded,
-            partial(self._written, images, encoded.embeddings),
+            partial(self._written, images, encoded.embeddings, batch),
         )
 
-    def _written(self, images: list[ImageInWork], embeddings: NDArray[np.float32], written: Written) -> None:
+    def _written(
+        self, images: list[ImageInWork], embeddings: NDArray[np.float32], batch: SpanIds | None, written: Written
+    ) -> None:
+        self._spans.written(batch, written.interval, written.num_blobs)
         self._metrics.store_write_bytes.inc(written.num_bytes)
         for image, embedding, refusal in zip(images, embeddings, written.refusals, strict=True):
-            self._time(image, "store", written.seconds)
+            self._time(image, "store", written.interval)
             if image.is_dropped:
                 self._end(image)
             elif refusal is not None:
@@ -221,25 +233,16 @@ class IngestJob:
             else:
                 self._index(image, skipped=False, embedding=embedding)
 
-    def _time(self, image: ImageInWork, stage: IngestStage, seconds: float) -> None:
-        image.timings_s[stage] = seconds
-        self._metrics.observe_image(stage, seconds)
+    def _time(self, image: ImageInWork, stage: IngestStage, interval: Interval) -> None:
+        image.stages[stage] = interval
+        self._metrics.observe_image(stage, interval.seconds, image.trace.exemplar())
 
     def _index(self, image: ImageInWork, *, skipped: bool, embedding: NDArray[np.float32] | None) -> None:
-        self._finished.append(
-            self._outcomes.indexed(
-                image.record,
-                image.image_id,
-                image.sha256,
-                timings_s=image.timings_s,
-                skipped=skipped,
-                embedding=embedding,
-            )
-        )
+        self._finished.append(self._outcomes.indexed(image, self._now, skipped=skipped, embedding=embedding))
         self._end(image)
 
     def _refuse(self, image: ImageInWork, refusal: Refusal) -> None:
-        self._finished.append(self._outcomes.refused(image.record, refusal))
+        self._finished.append(self._outcomes.refused(image, refusal, self._now))
         self._end(image)
 
     def _end_before_batcher(self, image: ImageInWork, refusal: Refusal | None = None) -> None:

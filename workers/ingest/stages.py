@@ -23,6 +23,7 @@ from protocols.blob import BlobError, BlobLayout, content_sha256_of, encode_blob
 from protocols.keys import blob_key
 from trt.engine import ImageEncoder
 from workers.errors import Misconfigured, Poison, Transient
+from workers.interval import Interval
 from workers.ports import TokenStore
 from workers.retrying import Retry
 
@@ -66,7 +67,7 @@ class Content:
 
     data: bytes
     sha256: bytes
-    seconds: float
+    interval: Interval | None = None  # of its fetch; None where it came with the event
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Decoded:
     """An image as the engine takes it."""
 
     pixels: NDArray[np.uint8]  # (3, size, size)
-    seconds: float
+    interval: Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,16 @@ class Encoded:
 
     tokens: NDArray[np.float32]  # (n, m, d)
     embeddings: NDArray[np.float32]  # (n, e)
-    seconds: float
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """Which images of a look-up the store has in a good blob of this very content, in its order."""
+
+    are_stored: list[bool]
+    interval: Interval
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +102,8 @@ class Written:
 
     refusals: Sequence[Refusal | None]
     num_bytes: int
-    seconds: float
+    num_blobs: int
+    interval: Interval
 
 
 class IngestStages:
@@ -142,9 +153,9 @@ class IngestStages:
 
     def digest(self, data: bytes, then: Callable[[Content], None]) -> None:
         """Name bytes that came with the event. Not behind the fetches, which may wait for strangers."""
-        self._start(self._decoding, lambda: Content(data, hashlib.sha256(data).digest(), 0.0), then)
+        self._start(self._decoding, lambda: Content(data, hashlib.sha256(data).digest()), then)
 
-    def look_up(self, image_ids: Sequence[str], sha256s: Sequence[bytes], then: Callable[[list[bool]], None]) -> None:
+    def look_up(self, image_ids: Sequence[str], sha256s: Sequence[bytes], then: Callable[[LookedUp], None]) -> None:
         """Ask the store, until it answers, which of these images it has in a good blob of this very content."""
         self._start(self._looking_up, lambda: self._are_stored(image_ids, sha256s), then)
 
@@ -197,12 +208,15 @@ class IngestStages:
             return Refusal(type(error).__name__, error.code, str(error), num_attempts)
         except Transient as error:
             return Refusal(type(error).__name__, "image_unavailable", str(error), num_attempts)
-        return Content(data, hashlib.sha256(data).digest(), self._clock() - started)
+        return Content(data, hashlib.sha256(data).digest(), Interval(started, self._clock()))
 
-    def _are_stored(self, image_ids: Sequence[str], sha256s: Sequence[bytes]) -> list[bool]:
+    def _are_stored(self, image_ids: Sequence[str], sha256s: Sequence[bytes]) -> LookedUp:
+        started = self._clock()
         keys = [blob_key(self._layout.model_digest, image_id) for image_id in image_ids]
         blobs = self._retries.store_read("token blobs", lambda: self._store.get_many(keys))
-        return [self._is_same(blob, sha256) for blob, sha256 in zip(blobs, sha256s, strict=True)]
+        are_stored = [self._is_same(blob, sha256) for blob, sha256 in zip(blobs, sha256s, strict=True)]
+        num_bytes = sum(len(blob) for blob in blobs if blob is not None)
+        return LookedUp(are_stored, Interval(started, self._clock()), num_bytes)
 
     def _is_same(self, blob: bytes | None, sha256: bytes) -> bool:
         if blob is None:
@@ -218,12 +232,12 @@ class IngestStages:
             pixels = decode_image(data, self._image_size, self._image_limits, self._resample)
         except ImageError as error:
             return Refusal(type(error).__name__, error.code, str(error))
-        return Decoded(pixels, self._clock() - started)
+        return Decoded(pixels, Interval(started, self._clock()))
 
     def _encode(self, pixels: Sequence[NDArray[np.uint8]]) -> Encoded:
         started = self._clock()
         tokens, embeddings = self._engine.encode_images(np.stack(pixels))
-        return Encoded(tokens, embeddings, self._clock() - started)
+        return Encoded(tokens, embeddings, Interval(started, self._clock()))
 
     def _write(self, image_ids: Sequence[str], sha256s: Sequence[bytes], encoded: Encoded) -> Written:
         started = self._clock()
@@ -242,4 +256,5 @@ class IngestStages:
                 refusals.append(None)
         if blobs:
             self._retries.store_write("token blobs", lambda: self._store.put_many(blobs))
-        return Written(refusals, sum(map(len, blobs.values())), self._clock() - started)
+        num_bytes = sum(map(len, blobs.values()))
+        return Written(refusals, num_bytes, len(blobs), Interval(started, self._clock()))

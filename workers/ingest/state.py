@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.errors import Misconfigured
-from workers.ports import Record
+from workers.interval import Interval
+from workers.ports import Record, SpanIds
+from workers.telemetry.tracer import MessageTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,15 @@ class ImageInWork:
     """One event on its way to its outcome."""
 
     record: Record
+    trace: MessageTrace
+    taken_at: float
     image_id: str
     uri: str | None
     data: bytes = b""
     sha256: bytes = b""
     pixels: NDArray[np.uint8] | None = None  # (3, size, size)
-    timings_s: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, Interval] = field(default_factory=dict)
+    batches: list[SpanIds] = field(default_factory=list)  # the spans of its batches, where it is recorded
     num_bytes: int = 0  # as counted last
     is_dropped: bool = False
 

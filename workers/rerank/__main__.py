@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -15,17 +15,20 @@ from trt.engine import Engine, EngineInfo
 from trt.load import load_engine, slots_in
 from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured
+from workers.ports import Partition
 from workers.rerank.admission import AdmissionLimits
+from workers.rerank.backlog import Backlog
 from workers.rerank.batching import MicroBatcher
 from workers.rerank.blob_fetches import BlobFetches
 from workers.rerank.job import RerankBounds, RerankJob
 from workers.rerank.loading import SlabLoader
 from workers.rerank.replies import Replies
 from workers.rerank.scoring import MAX_BATCHES, BatchScorer
+from workers.rerank.spans import RerankSpans
 from workers.rerank.state import ReadyPiece
 from workers.runtime import Built, Shared, run_worker
 from workers.settings import RerankSettings
-from workers.tracing import reply_headers
+from workers.telemetry.bus_spans import BusSpans
 
 
 @contextmanager
@@ -36,7 +39,11 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
     info = engine.info
     metrics.set_engine(info)
     layout = BlobLayout(info.model_digest, info.num_visual_tokens, info.token_dim, settings.storage)
-    fetches = BlobFetches(shared.store, shared.retry("store_read"), settings.fetch_threads, metrics.fetch_seconds)
+    bus = BusSpans(shared.tracer, topic=shared.topics.rerank_requests, group_id=settings.group_id)
+    spans = RerankSpans(shared.tracer, bus, info.engine_digest)
+    fetches = BlobFetches(
+        shared.store, shared.retry("store_read"), settings.fetch_threads, metrics.fetch_seconds, shared.clock
+    )
     scorer = BatchScorer(engine, ThreadPoolExecutor(1, thread_name_prefix="engine"), wake, shared.clock)
     loader = SlabLoader(
         slab=engine.slab,
@@ -45,6 +52,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         start_fetch=fetches.start,
         wake=wake,
         metrics=metrics,
+        spans=spans,
     )
     job = RerankJob(
         limits=limits_of(settings, shared, info),
@@ -67,20 +75,23 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
             dead_letters=DeadLetters(shared.topics.dead_letter, settings.max_message_bytes, metrics),
             model_digest=info.model_digest,
             engine_digest=info.engine_digest,
-            reply_headers=reply_headers,
             metrics=metrics,
+            spans=spans,
         ),
         metrics=metrics,
+        spans=spans,
+        backlog=Backlog(),
         wall_clock=time.time,
     )
 
-    def refresh_gauges() -> None:
+    def refresh_gauges(lag: Mapping[Partition, int]) -> None:
         metrics.inflight_pairs.set(job.num_inflight_pairs())
+        metrics.backlog.value = job.backlog_s(sum(lag.values()))
         metrics.slab_slots_used.set(loader.slots_used())
         metrics.count_evictions(loader.slots_evicted())
 
     try:
-        yield Built(job, shared.topics.rerank_requests, settings.group_id, refresh_gauges)
+        yield Built(job, bus, shared.topics.rerank_requests, settings.group_id, refresh_gauges)
     finally:
         fetches.close()
         scorer.close()

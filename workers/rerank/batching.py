@@ -50,7 +50,7 @@ class MicroBatcher(Generic[P]):
     """Ready pieces, by bucket."""
 
     def __init__(self, *, max_tokens: int, max_pairs: int, max_wait_s: float) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._max_pairs = max_pairs
         self._max_wait_s = max_wait_s
         self._buckets: dict[int, _Bucket[P]] = {}
@@ -83,7 +83,7 @@ class MicroBatcher(Generic[P]):
         return self._fill(number)
 
     def _is_full(self, bucket: _Bucket[P]) -> bool:
-        return bucket.num_tokens >= self._max_tokens or bucket.num_pairs >= self._max_pairs
+        return bucket.num_tokens >= self.max_tokens or bucket.num_pairs >= self._max_pairs
 
     def _fill(self, number: int) -> list[P]:
         batch: list[P] = []
@@ -91,7 +91,7 @@ class MicroBatcher(Generic[P]):
         while bucket.heap:
             piece = bucket.heap[0][2]
             pairs, tokens = piece.num_pairs, piece.num_pairs * piece.tokens_per_pair
-            if batch and (num_pairs + pairs > self._max_pairs or num_tokens + tokens > self._max_tokens):
+            if batch and (num_pairs + pairs > self._max_pairs or num_tokens + tokens > self.max_tokens):
                 break
             heapq.heappop(bucket.heap)
             batch.append(piece)

@@ -15,12 +15,14 @@ from workers.errors import Poison
 from workers.job import Finished
 from workers.metrics import Metrics
 from workers.ports import Partition, Record
-from workers.rerank.admission import AdmissionLimits, Encode, admit, reply_topic_of
+from workers.rerank.admission import AdmissionLimits, Encode, PieceLayout, admit, reply_topic_of
+from workers.rerank.backlog import Backlog
 from workers.rerank.batching import MicroBatcher
 from workers.rerank.fairness import FairQueue
 from workers.rerank.loading import SlabLoader
 from workers.rerank.replies import Replies
 from workers.rerank.scoring import BatchScorer
+from workers.rerank.spans import RerankSpans
 from workers.rerank.state import ActiveRequest, Deadlines, Piece, ReadyPiece
 
 #: Pieces in the queue before those of closed requests are first looked for.
@@ -51,6 +53,8 @@ class RerankJob:
         scorer: BatchScorer,
         replies: Replies,
         metrics: Metrics,
+        spans: RerankSpans,
+        backlog: Backlog,
         wall_clock: Callable[[], float],
     ) -> None:
         self._limits = limits
@@ -62,12 +66,15 @@ class RerankJob:
         self._scorer = scorer
         self._replies = replies
         self._metrics = metrics
+        self._spans = spans
+        self._backlog = backlog
         self._wall_clock = wall_clock
         self._active: dict[tuple[Partition, int], ActiveRequest] = {}
         self._queue: FairQueue[Piece] = FairQueue()
         self._deadlines = Deadlines()
         self._finished: list[Finished] = []
         self._num_inflight_pairs = 0
+        self._num_inflight_tokens = 0
         self._sweep_at = MIN_SWEEP_PIECES
         self._made_room = False  # since pieces were last started
 
@@ -81,18 +88,26 @@ class RerankJob:
         """Pairs of the requests in work, one for each candidate."""
         return self._num_inflight_pairs
 
+    def backlog_s(self, lag_events: int) -> float | None:
+        """Seconds of work that wait here and, with this lag, in the partitions of this worker; None: not known yet."""
+        return self._backlog.seconds(num_tokens=self._num_inflight_tokens, lag_events=lag_events)
+
     def accept(self, record: Record, now: float) -> None:
+        trace = self._spans.bus.begin(record)
         reply_topic = self._limits.reply_topic
         try:
             request = self._replies.read(record)
             reply_topic = reply_topic_of(request, self._limits)
             plan = admit(request, self._limits, self._encode, now=now, wall_now=self._wall_clock())
         except Poison as poison:
-            self._finished.append(self._replies.refused(record, poison, reply_topic))
+            self._finished.append(self._replies.refused(record, trace, poison, reply_topic, now))
             return
-        active = ActiveRequest.of(record, plan, now)
+        num_tokens = sum(map(self._tokens_of, plan.pieces))
+        active = ActiveRequest.of(record, trace, plan, now, num_tokens=num_tokens)
         self._active[record.partition, record.offset] = active
         self._num_inflight_pairs += plan.num_candidates
+        self._num_inflight_tokens += num_tokens
+        self._backlog.accepted(num_tokens)
         if active.is_late(now):
             self._expire(active, now)
             return
@@ -101,8 +116,7 @@ class RerankJob:
         for layout in plan.pieces:
             images = plan.images if len(plan.images) <= 1 else [plan.images[pair] for pair in layout.pairs]
             piece = Piece(active, layout, images=images)
-            cost = len(layout.pairs) * self._tokens_per_pair(piece)
-            piece.rank = self._queue.push(piece, flow=id(active), cost=cost, priority=plan.priority)
+            piece.rank = self._queue.push(piece, flow=id(active), cost=self._tokens_of(layout), priority=plan.priority)
         self._queue.end_flow(id(active))
         self._sweep_queue()
         if not plan.pieces:
@@ -114,20 +128,31 @@ class RerankJob:
             self._queue.discard(lambda piece: piece.request.is_closed)
             self._sweep_at = max(MIN_SWEEP_PIECES, 2 * len(self._queue))
 
-    def _tokens_per_pair(self, piece: Piece) -> int:
-        return piece.layout.bucket + self._num_visual_tokens
+    def _tokens_per_pair(self, layout: PieceLayout) -> int:
+        return layout.bucket + self._num_visual_tokens
+
+    def _tokens_of(self, layout: PieceLayout) -> int:
+        return len(layout.pairs) * self._tokens_per_pair(layout)
 
     def turn(self, now: float) -> list[Finished]:
         for batch in self._scorer.turn():
+            self._spans.scored(batch)
+            self._metrics.observe_batch(
+                num_pairs=batch.num_pairs,
+                num_tokens=batch.num_tokens,
+                max_tokens=self._batcher.max_tokens,
+                seconds=batch.interval.seconds,
+            )
+            self._backlog.scored(batch.num_tokens, batch.interval.seconds)
             start = 0
             for ready in batch.pieces:
                 stop = start + ready.num_pairs
                 active = ready.piece.request
                 active.logits[ready.pairs] = batch.logits[start:stop]
                 active.scored[ready.pairs] = True
+                active.scoring_at, active.scored_at = batch.interval
                 self._end(ready.piece, now)
                 start = stop
-            self._metrics.observe_batch(num_pairs=start, num_tokens=batch.num_tokens, seconds=batch.engine_s)
         self._expire_the_late(now)
         self._take_loaded(now)  # first, because fetches that have ended make room for others
         self._start_pieces(now)
@@ -152,9 +177,9 @@ class RerankJob:
             self._queue.pop()
             if piece.num_fetches == 0:
                 num_ready += len(piece.layout.pairs)
-            if active.started_at == 0.0:
+            if active.started_at is None:
                 active.started_at = now
-                self._metrics.observe_queue_wait(now - active.accepted_at)
+                self._metrics.observe_queue_wait(now - active.accepted_at, active.trace.exemplar())
 
     def _take_loaded(self, now: float) -> None:
         for piece in self._loader.turn():
@@ -162,13 +187,14 @@ class RerankJob:
 
     def _make_ready(self, piece: Piece, now: float) -> None:
         active = piece.request
-        active.fetched_at = now
+        active.fetched_at = max(now, piece.read_at)  # a fast store answers within one turn, which has one `now`
+        active.num_unready_pieces -= 1
         pairs, slots = piece.present()
         if active.is_closed or not pairs:
             self._end(piece, now)
             return
         assert piece.rank is not None  # set when it was queued
-        ready = ReadyPiece(piece, pairs, slots, len(pairs), self._tokens_per_pair(piece))
+        ready = ReadyPiece(piece, pairs, slots, len(pairs), self._tokens_per_pair(piece.layout))
         self._batcher.add(ready, piece.layout.bucket, piece.rank, now)
 
     def _start_batches(self, now: float) -> None:
@@ -195,7 +221,12 @@ class RerankJob:
         self._made_room = True
         active = piece.request
         active.num_open_pieces -= 1
-        if active.num_open_pieces == 0 and not active.is_closed:
+        if active.is_closed:
+            return
+        num_tokens = self._tokens_of(piece.layout)
+        active.num_open_tokens -= num_tokens
+        self._num_inflight_tokens -= num_tokens
+        if active.num_open_pieces == 0:
             self._answer(active, now)
 
     def _answer(self, active: ActiveRequest, now: float) -> None:
@@ -214,6 +245,7 @@ class RerankJob:
         active.is_closed = True
         del self._active[active.record.partition, active.record.offset]
         self._num_inflight_pairs -= active.plan.num_candidates
+        self._num_inflight_tokens -= active.num_open_tokens
 
     def wants_turn_in_s(self, now: float) -> float | None:
         waits = []

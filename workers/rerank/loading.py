@@ -18,8 +18,8 @@ from protocols.keys import blob_keys
 from trt.engine import TokenSlab
 from workers.metrics import Metrics
 from workers.rerank.slots import SlotTable
-from workers.rerank.state import Fetch, Piece
-from workers.tracing import trace_id_of
+from workers.rerank.spans import RerankSpans
+from workers.rerank.state import Fetch, Piece, Read
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 MAX_NAMED_REQUESTS = 4
 
 #: Fetches blobs by key somewhere else; the future fails only with what ends the worker.
-StartFetch = Callable[[Sequence[str]], "Future[list[bytes | None]]"]
+StartFetch = Callable[[Sequence[str]], "Future[Read]"]
 
 
 class SlabLoader:
@@ -42,6 +42,7 @@ class SlabLoader:
         start_fetch: StartFetch,
         wake: Callable[[], None],
         metrics: Metrics,
+        spans: RerankSpans,
     ) -> None:
         self._slab = slab
         self._layout = layout
@@ -49,8 +50,9 @@ class SlabLoader:
         self._start_fetch = start_fetch
         self._wake = wake
         self._metrics = metrics
+        self._spans = spans
         self._fetch_of: dict[str, Fetch] = {}  # by image, while it is loading
-        self._landed: deque[tuple[Fetch, Future[list[bytes | None]]]] = deque()
+        self._landed: deque[tuple[Fetch, Future[Read]]] = deque()
         self._ready: list[Piece] = []
         self.num_fetching = 0
 
@@ -90,7 +92,7 @@ class SlabLoader:
         future = self._start_fetch(blob_keys(self._layout.model_digest, absent))
         future.add_done_callback(lambda done: self._land(fetch, done))
 
-    def _land(self, fetch: Fetch, done: Future[list[bytes | None]]) -> None:
+    def _land(self, fetch: Fetch, done: Future[Read]) -> None:
         # Runs on the fetching thread: hand over and wake, nothing else.
         self._landed.append((fetch, done))
         self._wake()
@@ -100,7 +102,13 @@ class SlabLoader:
         while self._landed:
             fetch, done = self._landed.popleft()
             self.num_fetching -= 1
-            self._decode(fetch, done.result())
+            read = done.result()
+            num_bytes = sum(len(blob) for blob in read.blobs if blob is not None)
+            self._metrics.count_blob_bytes(num_bytes)
+            self._spans.read(fetch, read, num_bytes)
+            for piece in fetch.waiting:
+                piece.read_at = max(piece.read_at, read.interval.ended_at)
+            self._decode(fetch, read.blobs)
         ready, self._ready = self._ready, []
         return ready
 
@@ -114,7 +122,6 @@ class SlabLoader:
         if bad:
             self._table.discard(bad)
             self._report(bad, fetch.waiting)
-        self._metrics.count_blob_bytes(sum(len(blob) for blob in blobs if blob is not None))
         for piece in fetch.waiting:
             if bad:
                 self._leave_out(piece, bad)
@@ -143,7 +150,7 @@ class SlabLoader:
                 image_id=image,
                 error=str(error),
                 request_ids=[piece.request.plan.request_id for piece in pieces[:MAX_NAMED_REQUESTS]],
-                trace_ids=[trace_id_of(piece.request.record.headers) for piece in pieces[:MAX_NAMED_REQUESTS]],
+                trace_ids=[piece.request.trace.trace_id for piece in pieces[:MAX_NAMED_REQUESTS]],
             )
 
     def release(self, piece: Piece) -> None:

@@ -5,8 +5,7 @@ The bridge between the wire contract and the job; decides nothing about when.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,10 +28,12 @@ from workers.dead_letters import DeadLetters
 from workers.errors import Poison, Refused, TooLarge
 from workers.job import Finished
 from workers.metrics import Metrics
-from workers.ports import Headers, Outgoing, Record
+from workers.ports import Outgoing, Record
 from workers.rerank.ranking import NotFinite, rank
+from workers.rerank.spans import RerankSpans
 from workers.rerank.state import ActiveRequest
-from workers.tracing import trace_id_of
+from workers.rerank.timeline import Timeline, timeline_of, timeline_of_refused
+from workers.telemetry.tracer import MessageTrace
 
 log = structlog.get_logger(__name__)
 
@@ -40,9 +41,20 @@ log = structlog.get_logger(__name__)
 SCORE_DECIMALS = 7
 
 
-def about(record: Record, request_id: str | None) -> dict[str, object]:
+def about(record: Record, trace: MessageTrace, request_id: str | None) -> dict[str, object]:
     """What every log line about a request carries."""
-    return {"request_id": request_id, "trace_id": trace_id_of(record.headers), "offset": record.offset}
+    return {"request_id": request_id, "trace_id": trace.trace_id, "offset": record.offset}
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Who gets the reply, and what every reply says whatever it says else."""
+
+    record: Record
+    trace: MessageTrace
+    request_id: str
+    reply_topic: str
+    timeline: Timeline
 
 
 class Replies:
@@ -55,16 +67,16 @@ class Replies:
         dead_letters: DeadLetters,
         model_digest: str,
         engine_digest: str,
-        reply_headers: Callable[[Headers], Headers],
         metrics: Metrics,
+        spans: RerankSpans,
     ) -> None:
         """`reply_topic` is where replies go by default, and where the sender learns that they cannot go elsewhere."""
         self._reply_topic = reply_topic
         self._dead_letters = dead_letters
         self._model = model_digest
         self._engine = engine_digest
-        self._reply_headers = reply_headers
         self._metrics = metrics
+        self._spans = spans
 
     def read(self, record: Record) -> RerankRequest:
         """Decode a request. Raises `Poison`."""
@@ -75,7 +87,7 @@ class Replies:
 
     def answered(self, active: ActiveRequest, now: float) -> Finished:
         """The ranking of a request whose pairs are all scored or known to be missing."""
-        plan = active.plan
+        plan, timeline = active.plan, timeline_of(active, now)
         logits, scored = active.logits, active.scored
         absent = np.flatnonzero(~scored)
         if plan.candidate_pairs is not None:
@@ -83,12 +95,14 @@ class Replies:
         try:
             order, relevance_scores = rank(logits, scored if len(absent) else None, plan.top_n)
         except NotFinite as error:
-            log.error("score not finite", **about(active.record, plan.request_id), error=str(error))
+            code = "score_not_finite"
+            log.error("score not finite", **about(active.record, active.trace, plan.request_id), error=str(error))
             self._metrics.count_event("error")
-            return self._error(active.record, plan.request_id, plan.reply_topic, "score_not_finite", str(error))
+            self._spans.answered(active, timeline, "error", code)
+            asked = _Asked(active.record, active.trace, plan.request_id, plan.reply_topic, timeline)
+            return self._error(asked, code, str(error))
         missing = list(dict.fromkeys(plan.images[plan.pair_image(pair)] for pair in absent.tolist()))
         status: Literal["ok", "partial"] = "partial" if missing else "ok"
-        content_type = _content_type(active.record)
         value = encode_response(
             plan.request_id,
             status,
@@ -99,75 +113,87 @@ class Replies:
             missing=missing,
             model=self._model,
             engine=self._engine,
-            timings_ms=timings_ms(active, now),
-            content_type=content_type,
+            timings_ms=timeline.timings_ms(),
+            content_type=_content_type(active.record),
         )
-        self._metrics.count_event(status)
-        self._metrics.count_reply(status, seconds=now - active.accepted_at, num_pairs=plan.num_pairs)
-        return self._finished(active.record, plan.request_id, plan.reply_topic, value, content_type)
+        return self._ended(active, timeline, status, value, num_pairs=plan.num_pairs)
 
     def expired(self, active: ActiveRequest, now: float) -> Finished:
         """The reply to a request whose deadline has passed."""
-        plan, content_type = active.plan, _content_type(active.record)
+        plan, timeline = active.plan, timeline_of(active, now)
         response = RerankResponse(
             request_id=plan.request_id,
             status="expired",
             model=self._model,
             engine=self._engine,
-            timings_ms={"total": _ms(now - active.accepted_at)},
+            timings_ms=timeline.timings_ms(),
         )
-        log.debug("request expired", **about(active.record, plan.request_id))
-        self._metrics.count_event("expired")
-        self._metrics.count_reply("expired", seconds=now - active.accepted_at, num_pairs=0)
-        return self._finished(
-            active.record, plan.request_id, plan.reply_topic, encode(response, content_type), content_type
-        )
+        log.debug("request expired", **about(active.record, active.trace, plan.request_id))
+        return self._ended(active, timeline, "expired", encode(response, _content_type(active.record)), num_pairs=0)
 
-    def refused(self, record: Record, poison: Poison, reply_topic: str) -> Finished:
+    def _ended(
+        self,
+        active: ActiveRequest,
+        timeline: Timeline,
+        status: Literal["ok", "partial", "expired"],
+        value: bytes,
+        *,
+        num_pairs: int,
+    ) -> Finished:
+        plan, exemplar = active.plan, active.trace.exemplar()
+        self._metrics.count_event(status)
+        seconds = timeline.total.ended_at - active.accepted_at
+        self._metrics.count_reply(status, seconds=seconds, num_pairs=num_pairs, exemplar=exemplar)
+        self._metrics.observe_stages(timeline.stages, exemplar)
+        self._spans.answered(active, timeline, status, "expired" if status == "expired" else None)
+        asked = _Asked(active.record, active.trace, plan.request_id, plan.reply_topic, timeline)
+        return self._finished(asked, value)
+
+    def refused(self, record: Record, trace: MessageTrace, poison: Poison, reply_topic: str, now: float) -> Finished:
         """The outcome of a message that can never succeed: a dead letter, and a reply if its id can be read."""
         error_class = type(poison.__cause__ or poison).__name__
         messages = [self._dead_letters.of(record, error_class=error_class, code=poison.code, message=str(poison))]
         request_id = salvage_id(record.value, content_type_of(record.headers), "request_id")
-        log.warning("request refused", **about(record, request_id), code=poison.code, error=str(poison))
+        log.warning("request refused", **about(record, trace, request_id), code=poison.code, error=str(poison))
+        timeline = timeline_of_refused(record, now)
+        self._spans.refused(record, trace, timeline, request_id, poison.code)
         if request_id is not None:
-            messages.extend(self._error(record, request_id, reply_topic, poison.code, str(poison)).messages)
-        return Finished(record, tuple(messages))
+            asked = _Asked(record, trace, request_id, reply_topic, timeline)
+            messages.extend(self._error(asked, poison.code, str(poison)).messages)
+        return Finished(record, tuple(messages), trace.span)
 
-    def _error(self, record: Record, request_id: str, topic: str, code: str, message: str) -> Finished:
+    def _error(self, asked: _Asked, code: str, message: str) -> Finished:
         self._metrics.count_reply("error", seconds=None, num_pairs=0)
-        return Finished(record, (self._counted(self._error_reply(record, request_id, topic, code, message)),))
+        return Finished(asked.record, (self._counted(self._error_reply(asked, code, message)),), asked.trace.span)
 
-    def _error_reply(self, record: Record, request_id: str, topic: str, code: str, message: str) -> Outgoing:
-        content_type = _content_type(record)
+    def _error_reply(self, asked: _Asked, code: str, message: str) -> Outgoing:
         response = RerankResponse(
-            request_id=request_id,
+            request_id=asked.request_id,
             status="error",
             model=self._model,
             engine=self._engine,
+            timings_ms=asked.timeline.timings_ms(),
             error=ErrorInfo(code=code, message=message[:MAX_ERROR_MESSAGE_CHARS]),
         )
+        reply = self._outgoing(asked, encode(response, _content_type(asked.record)))
+        return replace(reply, if_refused=lambda refused: self._redirected(asked, refused))
 
-        def redirected(refused: Refused) -> Outgoing | None:
-            return self._redirected(record, request_id, topic, refused)
-
-        reply = self._outgoing(record, request_id, topic, encode(response, content_type), content_type)
-        return replace(reply, if_refused=redirected)
-
-    def _redirected(self, record: Record, request_id: str, topic: str, refused: Refused) -> Outgoing | None:
+    def _redirected(self, asked: _Asked, refused: Refused) -> Outgoing | None:
         """What tells the sender, where replies go by default, that the topic of its choice takes no reply."""
-        if topic == self._reply_topic:
+        if asked.reply_topic == self._reply_topic:
             return None
-        return self._error_reply(record, request_id, self._reply_topic, "reply_topic_refused", str(refused))
+        asked = replace(asked, reply_topic=self._reply_topic)
+        return self._error_reply(asked, "reply_topic_refused", str(refused))
 
-    def _finished(self, record: Record, request_id: str, topic: str, value: bytes, content_type: str) -> Finished:
+    def _finished(self, asked: _Asked, value: bytes) -> Finished:
         def instead(refused: Refused) -> Outgoing | None:
             if not isinstance(refused, TooLarge):
-                return self._redirected(record, request_id, topic, refused)
+                return self._redirected(asked, refused)
             message = f"the reply has {len(value)} bytes, more than the broker takes; ask for a smaller top_n"
-            return self._error_reply(record, request_id, topic, "reply_too_large", message)
+            return self._error_reply(asked, "reply_too_large", message)
 
-        reply = self._outgoing(record, request_id, topic, value, content_type)
-        return Finished(record, (self._counted(replace(reply, if_refused=instead)),))
+        reply = replace(self._outgoing(asked, value), if_refused=instead)
+        return Finished(asked.record, (self._counted(reply),), asked.trace.span)
 
     def _counted(self, reply: Outgoing) -> Outgoing:
         """This reply, which is counted once if another takes its place, and maybe yet another takes that one's."""
@@ -179,25 +205,10 @@ class Replies:
 
         return replace(reply, if_refused=instead)
 
-    def _outgoing(self, record: Record, request_id: str, topic: str, value: bytes, content_type: str) -> Outgoing:
-        headers = ((CONTENT_TYPE_HEADER, content_type.encode()), *self._reply_headers(record.headers))
-        return Outgoing(topic, request_id.encode("utf-8", "replace"), value, headers)
-
-
-def timings_ms(active: ActiveRequest, now: float) -> dict[str, float]:
-    """Where the time of a request went; the stages add up to the total."""
-    if not active.plan.pieces:
-        return {"total": _ms(now - active.accepted_at)}
-    return {
-        "queue": _ms(active.started_at - active.accepted_at),
-        "fetch": _ms(active.fetched_at - active.started_at),
-        "score": _ms(now - active.fetched_at),
-        "total": _ms(now - active.accepted_at),
-    }
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
+    def _outgoing(self, asked: _Asked, value: bytes) -> Outgoing:
+        trace_headers, span = asked.trace.outgoing()
+        headers = ((CONTENT_TYPE_HEADER, _content_type(asked.record).encode()), *trace_headers)
+        return Outgoing(asked.reply_topic, asked.request_id.encode("utf-8", "replace"), value, headers, span=span)
 
 
 def _content_type(record: Record) -> str:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trt.engine import PairScorer
+from trt.engine import DeviceCopies, PairScorer, TellsCopies
+from workers.interval import Interval
 from workers.rerank.state import ReadyPiece
 
 #: One batch on the engine and one behind it, so that the engine does not wait for the loop between two.
@@ -27,7 +28,17 @@ class ScoredBatch:
 
     pieces: Sequence[ReadyPiece]
     logits: NDArray[np.float32]
-    engine_s: float
+    encoding: Interval  # of its queries
+    scoring: Interval  # of its pairs, right behind
+    copies: DeviceCopies | None  # None where the runtime does not tell
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.encoding.started_at, self.scoring.ended_at)
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(ready.num_pairs for ready in self.pieces)
 
     @property
     def num_tokens(self) -> int:
@@ -63,11 +74,14 @@ class BatchScorer:
         return scored
 
     def _score(self, pieces: Sequence[ReadyPiece]) -> ScoredBatch:
-        started = self._clock()
+        started_at = self._clock()
         texts, pair_query, pair_slot = batch_arrays(pieces)
         queries = self._engine.encode_queries(texts)
+        encoded_at = self._clock()
         logits = self._engine.score_pairs(queries, pair_query, pair_slot, first_stage_scores(pieces))
-        return ScoredBatch(pieces, logits, self._clock() - started)
+        copies = self._engine.last_copies() if isinstance(self._engine, TellsCopies) else None
+        encoding, scoring = Interval(started_at, encoded_at), Interval(encoded_at, self._clock())
+        return ScoredBatch(pieces, logits, encoding, scoring, copies)
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)

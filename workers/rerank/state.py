@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.ports import Record
+from workers.interval import Interval
+from workers.ports import Record, SpanIds
 from workers.rerank.admission import Admitted, PieceLayout
 from workers.rerank.fairness import Rank
+from workers.telemetry.tracer import MessageTrace
 
 
 @dataclass(slots=True, eq=False)
@@ -22,24 +24,33 @@ class ActiveRequest:
     """A request between its admission and its reply."""
 
     record: Record
+    trace: MessageTrace
     plan: Admitted
     accepted_at: float
     logits: NDArray[np.float32]  # by pair
     scored: NDArray[np.bool_]  # by pair
     num_open_pieces: int
+    num_unready_pieces: int  # that wait for tokens
+    num_open_tokens: int  # of the pieces that are not through
     is_closed: bool = False  # answered or dropped: whatever of it is still on its way is ignored
-    started_at: float = 0.0  # when its first piece left the queue
-    fetched_at: float = 0.0  # when its last piece had its tokens
+    started_at: float | None = None  # when its first piece left the queue
+    fetched_at: float | None = None  # when its last piece had its tokens
+    scoring_at: float | None = None  # when its last micro-batch started on the engine
+    scored_at: float = 0.0  # when the engine was through with it
+    batches: list[SpanIds] = field(default_factory=list)  # the spans of its micro-batches, where it is recorded
 
     @classmethod
-    def of(cls, record: Record, plan: Admitted, now: float) -> ActiveRequest:
+    def of(cls, record: Record, trace: MessageTrace, plan: Admitted, now: float, *, num_tokens: int) -> ActiveRequest:
         return cls(
             record=replace(record, value=b""),  # nobody reads it again, and it may be a megabyte
+            trace=trace,
             plan=plan,
             accepted_at=now,
             logits=np.zeros(plan.num_pairs, np.float32),
             scored=np.zeros(plan.num_pairs, np.bool_),
             num_open_pieces=len(plan.pieces),
+            num_unready_pieces=len(plan.pieces),
+            num_open_tokens=num_tokens,
         )
 
     def is_late(self, now: float) -> bool:
@@ -86,6 +97,7 @@ class Piece:
     images: Sequence[str] = ()
     slots: list[int | None] = field(default_factory=list)  # one per image; None where it is not to be had
     num_fetches: int = 0  # still out
+    read_at: float = 0.0  # when the store had answered the last of them; 0 where nothing was asked of it
 
     def present(self) -> tuple[list[int], list[int]]:
         """The pairs whose image is in the slab, and the slot of each."""
@@ -96,6 +108,15 @@ class Piece:
             return list(self.layout.pairs), self.slots  # type: ignore[return-value]  # just seen
         both = [(pair, slot) for pair, slot in zip(self.layout.pairs, self.slots, strict=True) if slot is not None]
         return [pair for pair, _ in both], [slot for _, slot in both]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What the store answered to one fetch, and when; an interval with all its attempts."""
+
+    blobs: list[bytes | None]
+    interval: Interval
+    num_attempts: int
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,267 @@
+"""Where spans and metrics go, and that a destination that is slow or away costs no request anything."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from tracing_harness import Recorded
+from workers.errors import Misconfigured
+from workers.interval import Interval
+from workers.metrics import Metrics
+from workers.settings import RerankSettings
+from workers.telemetry import names
+from workers.telemetry.metric_export import MetricExport, metrics_data
+from workers.telemetry.otlp_json import span_line
+from workers.telemetry.setup import resource_of, sampler_of, start_metric_export, start_tracing
+from workers.telemetry.span_file import SpanFile, predecessor_of
+from workers.telemetry.span_queue import SpanQueue
+from workers.telemetry.tracer import child_of, root
+
+GIVE_UP_S = 30.0
+
+
+def spans(number: int) -> list[ReadableSpan]:
+    recorded = Recorded()
+    tracer = recorded.tracer()
+    for offset in range(number):
+        attributes = {"offset": offset, "ids": ("a", "b"), "share": 0.5, "is_new": True}
+        tracer.record(
+            names.SEND, child_of(root()), Interval(1.0, 2.0), attributes, of="out", links=[root()], failed=True
+        )
+    return recorded.spans
+
+
+class HeldExporter(SpanExporter):
+    """Takes its time until the test lets it go."""
+
+    def __init__(self, result: SpanExportResult = SpanExportResult.SUCCESS) -> None:
+        self.go, self.asked = threading.Event(), threading.Event()
+        self.exported: list[ReadableSpan] = []
+        self.result = result
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.asked.set()
+        assert self.go.wait(GIVE_UP_S)
+        self.exported.extend(spans)
+        return self.result
+
+    def shutdown(self) -> None:
+        self.go.set()
+
+
+class Dropped:
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, number: int) -> None:
+        self.number += number
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
+
+
+def test_a_destination_that_takes_its_time_holds_nobody_up_and_what_finds_no_room_is_counted():
+    exporter, dropped = HeldExporter(), Dropped()
+    queue = SpanQueue(exporter, max_spans=8, count_dropped=dropped)
+
+    for span in spans(20):
+        queue.put(span)
+    assert exporter.asked.wait(GIVE_UP_S)
+    exporter.go.set()
+    queue.close(GIVE_UP_S)
+
+    assert (len(exporter.exported), dropped.number) == (8, 12)
+
+
+def test_what_a_destination_does_not_take_is_counted():
+    exporter, dropped = HeldExporter(SpanExportResult.FAILURE), Dropped()
+    exporter.go.set()
+    queue = SpanQueue(exporter, max_spans=8, count_dropped=dropped)
+
+    for span in spans(5):
+        queue.put(span)
+    queue.close(GIVE_UP_S)
+
+    assert dropped.number == 5
+
+
+def test_a_worker_that_ends_does_not_wait_for_a_destination_that_is_away():
+    exporter, dropped = HeldExporter(), Dropped()
+    queue = SpanQueue(exporter, max_spans=8, count_dropped=dropped)
+    queue.put(spans(1)[0])
+
+    queue.close(0.0)
+
+    assert dropped.number == 1
+
+
+def test_batches_larger_than_the_queue_are_refused_with_the_name_of_the_setting():
+    with pytest.raises(Misconfigured, match="OTEL_BSP"):
+        SpanQueue(HeldExporter(), max_spans=2, count_dropped=Dropped())
+
+
+def test_a_span_is_a_line_of_otlp(tmp_path):
+    (span,) = spans(1)
+
+    document = json.loads(span_line(span))
+
+    (written,) = document["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    assert written["traceId"] == f"{span.context.trace_id:032x}"
+    assert written["parentSpanId"] == f"{span.parent.span_id:016x}"
+    assert (written["name"], written["kind"], written["status"]) == ("send out", 4, {"code": 2})
+    assert (written["startTimeUnixNano"], written["endTimeUnixNano"]) == ("1000000000", "2000000000")
+    assert written["attributes"] == [
+        {"key": "offset", "value": {"intValue": "0"}},
+        {"key": "ids", "value": {"arrayValue": {"values": [{"stringValue": "a"}, {"stringValue": "b"}]}}},
+        {"key": "share", "value": {"doubleValue": 0.5}},
+        {"key": "is_new", "value": {"boolValue": True}},
+    ]
+    assert len(written["links"]) == 1
+
+
+def test_a_span_file_takes_no_more_than_twice_its_size(tmp_path):
+    path, (span,) = tmp_path / "spans.jsonl", spans(1)
+    num_bytes = len(span_line(span))
+    file = SpanFile(path, max_bytes=3 * num_bytes)
+
+    for _ in range(20):
+        assert file.export([span]) is SpanExportResult.SUCCESS
+    file.shutdown()
+
+    assert predecessor_of(path).stat().st_size == 3 * num_bytes
+    assert path.stat().st_size == 2 * num_bytes
+    assert set(tmp_path.iterdir()) == {path, predecessor_of(path)}
+
+
+def test_a_span_file_goes_on_where_an_earlier_worker_ended(tmp_path):
+    path = tmp_path / "spans.jsonl"
+    for span in spans(2):
+        file = SpanFile(path, max_bytes=1 << 20)
+        file.export([span])
+        file.shutdown()
+
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_a_span_file_that_cannot_be_written_is_told_at_the_start(tmp_path):
+    with pytest.raises(Misconfigured, match="spans cannot be written to"):
+        SpanFile(tmp_path / "none" / "spans.jsonl", max_bytes=1)
+
+
+def test_with_nothing_set_nothing_is_sampled_and_no_thread_runs(monkeypatch):
+    settings, metrics = RerankSettings(), Metrics()
+    before = threading.active_count()
+
+    with ExitStack() as stack:
+        tracer = start_tracing("rerank", settings, metrics, lambda: 0.0, stack)
+        assert start_metric_export("rerank", settings, metrics, stack) is None
+        assert threading.active_count() == before
+
+    assert tracer.begin((("traceparent", b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01"),)).span is None
+
+
+def test_a_span_file_alone_turns_tracing_on_and_the_sdks_switch_turns_it_off(tmp_path):
+    path = tmp_path / "spans.jsonl"
+
+    for is_disabled in (False, True):
+        settings = RerankSettings(span_file=path, otel_sdk_disabled=is_disabled)
+        with ExitStack() as stack:
+            tracer = start_tracing("rerank", settings, Metrics(), lambda: 0.0, stack)
+            assert (tracer.begin(()).span is None) == is_disabled
+
+
+@pytest.mark.parametrize(
+    ("name", "samples_new"),
+    [
+        ("always_on", True),
+        ("always_off", False),
+        ("traceidratio", False),
+        ("parentbased_always_on", True),
+        ("parentbased_always_off", False),
+        ("parentbased_traceidratio", False),
+    ],
+)
+def test_every_standard_sampler_is_had_by_its_name(name, samples_new):
+    settings = RerankSettings(otel_traces_sampler=name, otel_traces_sampler_arg=0.0)
+
+    trace = Recorded().tracer(sampler=sampler_of(settings)).begin(())
+
+    assert (trace.span is not None) == samples_new
+
+
+def test_who_tells_it_is_the_worker_unless_the_environment_says_otherwise(monkeypatch):
+    assert resource_of("rerank").attributes["service.name"] == "edje-rerank"
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "team-a-rerank")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
+
+    attributes = resource_of("rerank").attributes
+
+    assert attributes["service.name"] == "team-a-rerank"
+    assert attributes["deployment.environment.name"] == "test"
+    assert attributes["service.instance.id"]
+
+
+def test_the_registry_is_told_in_the_words_of_otlp():
+    metrics = Metrics()
+    metrics.count_event("ok")
+    metrics.observe_batch(num_pairs=5, num_tokens=400, max_tokens=800, seconds=0.003)
+    metrics.inflight_pairs.set(7)
+
+    data = metrics_data(metrics.registry.collect(), Resource.get_empty(), start_ns=1, now_ns=2)
+
+    told = {metric.name: metric for metric in data.resource_metrics[0].scope_metrics[0].metrics}
+    (events,) = told["edje_events_total"].data.data_points
+    assert (events.attributes, events.value, events.start_time_unix_nano) == ({"outcome": "ok"}, 1, 1)
+    assert told["edje_events_total"].data.is_monotonic
+    assert told["edje_inflight_pairs"].data.data_points[0].value == 7
+    (batch,) = told["edje_batch_seconds"].data.data_points
+    assert (batch.count, batch.sum, sum(batch.bucket_counts)) == (1, 0.003, 1)
+    assert batch.bucket_counts[batch.explicit_bounds.index(0.005)] == 1
+    assert len(batch.bucket_counts) == len(batch.explicit_bounds) + 1
+    assert "edje_backlog_seconds" not in told
+
+
+def test_metrics_are_told_once_more_at_the_end():
+    class Collected(MetricExporter):
+        told: list[object]
+
+        def export(self, metrics_data, timeout_millis=10_000, **kwargs) -> MetricExportResult:
+            self.told.append(metrics_data)
+            return MetricExportResult.SUCCESS
+
+        def shutdown(self, timeout_millis=30_000, **kwargs) -> None:
+            self.is_shut = True
+
+        def force_flush(self, timeout_millis=10_000) -> bool:
+            return True
+
+    exporter = Collected()
+    exporter.told = []
+    export = MetricExport(Metrics().registry, exporter, Resource.get_empty(), interval_s=3600.0)
+    assert export.is_running()
+
+    export.close(GIVE_UP_S)
+
+    assert len(exporter.told) == 1
+    assert exporter.is_shut
+
+
+def test_a_span_file_in_the_settings_is_filled_by_the_tracer(tmp_path: Path):
+    path = tmp_path / "spans.jsonl"
+    with ExitStack() as stack:
+        tracer = start_tracing("rerank", RerankSettings(span_file=path), Metrics(), lambda: 0.0, stack)
+        tracer.record(names.MICRO_BATCH, root(), Interval(0.0, 1.0), {})
+
+    assert b"micro-batch" in path.read_bytes()

@@ -1,0 +1,121 @@
+"""The spans of what a worker does with its bus: poll, process, send and commit, by the messaging conventions.
+
+One poll brings many messages and one commit settles many: such a span belongs to the trace of none of them and links to
+each that is sampled. Used from the loop's thread alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from workers.interval import Interval
+from workers.ports import Outgoing, Poll, Record, SpanIds
+from workers.telemetry import names
+from workers.telemetry.tracer import MessageTrace, Tracer, child_of, root
+
+_KAFKA = {names.SYSTEM.name: "kafka"}
+
+
+def _operation(name: str, kind: str) -> dict[str, str]:
+    return {**_KAFKA, names.OPERATION.name: name, names.OPERATION_TYPE.name: kind}
+
+
+_PROCESS, _POLL = _operation("process", "process"), _operation("poll", "receive")
+_SEND, _COMMIT = _operation("send", "send"), _operation("commit", "settle")
+
+
+class BusSpans:
+    """The spans of one worker's bus."""
+
+    def __init__(self, tracer: Tracer, *, topic: str, group_id: str) -> None:
+        """`topic` is the one that is consumed."""
+        self._tracer = tracer
+        self._topic = topic
+        self._consumes = {names.TOPIC.name: topic, names.GROUP.name: group_id}
+        self._poll: Poll | None = None
+        self._polled: list[SpanIds] = []  # who sent the sampled records of that poll
+
+    @classmethod
+    def off(cls) -> BusSpans:
+        """Records nothing."""
+        return cls(Tracer.off(), topic="", group_id="")
+
+    def begin(self, record: Record) -> MessageTrace:
+        """The trace of a record that has been taken."""
+        trace = self._tracer.begin(record.headers)
+        if trace.span is not None and record.poll is not None:
+            if record.poll is not self._poll:
+                self.flush()
+                self._poll = record.poll
+            # The producer's span, or our own where nobody else has begun the trace.
+            self._polled.append(SpanIds(trace.span.trace_id, trace.span.parent_id or trace.span.span_id, None))
+        return trace
+
+    def flush(self) -> None:
+        """Record the poll whose records have all been taken, as far as anybody knows."""
+        poll, self._poll = self._poll, None
+        polled, self._polled = self._polled, []
+        if poll is not None:
+            attributes = {**_POLL, **self._consumes, names.MESSAGES.name: poll.num_records}
+            self._tracer.record(names.POLL, root(), poll.interval, attributes, of=self._topic, links=polled)
+
+    def processed(
+        self,
+        record: Record,
+        trace: MessageTrace,
+        span: SpanIds,
+        interval: Interval,
+        *,
+        status: str,
+        event_id: str | None,
+        error: str | None,
+        links: Sequence[SpanIds] = (),
+        attributes: Mapping[str, Any],
+    ) -> None:
+        """The processing of one record, up to its outcome; `attributes` are what the job has to say of it."""
+        said = {
+            **_PROCESS,
+            **self._consumes,
+            names.PARTITION.name: str(record.partition.number),
+            names.OFFSET.name: record.offset,
+            names.STATUS.name: status,
+            **attributes,
+        }
+        if event_id is not None:
+            said[names.CONVERSATION.name] = event_id
+        if error is not None:
+            said[names.ERROR_TYPE.name] = error
+        state = trace.context.state
+        self._tracer.record(
+            names.PROCESS, span, interval, said, of=self._topic, state=state, links=links, failed=error is not None
+        )
+
+    def stages(self, span: SpanIds, stages: Mapping[str, Interval]) -> None:
+        """The stages of one record, under the span of its processing; those of no length are left out."""
+        for stage, interval in stages.items():
+            if interval.ended_at > interval.started_at:
+                self._tracer.record(names.STAGE, child_of(span), interval, {}, of=stage)
+
+    def sent(self, message: Outgoing, interval: Interval, error: BaseException | None = None) -> None:
+        """The sending of a message, if it is to be recorded."""
+        if message.span is None:
+            return
+        attributes: dict[str, Any] = {**_SEND, names.TOPIC.name: message.topic}
+        if message.key is not None:
+            attributes[names.CONVERSATION.name] = message.key.decode("utf-8", "replace")
+        if error is not None:
+            attributes[names.ERROR_TYPE.name] = type(error).__name__
+        failed = error is not None
+        self._tracer.record(names.SEND, message.span, interval, attributes, of=message.topic, failed=failed)
+
+    def committed(self, settled: Sequence[SpanIds], num_events: int, interval: Interval) -> None:
+        """A commit or transaction, if it settles an event that is recorded; `settled` are those events' spans."""
+        if settled:
+            attributes = {**_COMMIT, **self._consumes, names.MESSAGES.name: num_events}
+            self._tracer.record(names.COMMIT, root(), interval, attributes, of=self._topic, links=settled)
+
+    def refresh(self) -> None:
+        """What has to happen now and then, with traffic or without."""
+        self.flush()
+        self._tracer.synchronise()

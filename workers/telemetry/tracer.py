@@ -1,0 +1,159 @@
+"""Decides which messages are traced, and makes spans of the times that a worker keeps anyway.
+
+Spans are built when everything about them is known, with explicit times; nothing is "current", because the loop works
+on many messages at once. A message that is not sampled costs a look at its headers and no span object. Used from the
+loop's thread alone. Knows nothing of where spans go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
+
+from workers.interval import Interval
+from workers.ports import Headers, SpanIds
+from workers.telemetry.names import SpanName
+from workers.tracing import SAMPLED, TraceContext, context_headers, names_context, new_context, new_id, read_context
+
+SCOPE = InstrumentationScope("edje.workers")
+_OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
+_SAMPLED_FLAGS = TraceFlags(TraceFlags.SAMPLED)
+
+Attributes = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MessageTrace:
+    """The place of a consumed message in its trace; `span` is set only where its processing is recorded."""
+
+    context: TraceContext  # what is published because of the message goes on from here
+    parent: TraceContext | None = None
+    span: SpanIds | None = None
+
+    @property
+    def trace_id(self) -> str:
+        return self.context.trace_id.decode()
+
+    def exemplar(self) -> dict[str, str] | None:
+        """What ties a measurement to the trace, where that is recorded."""
+        return None if self.span is None else {"trace_id": self.trace_id}
+
+    def outgoing(self) -> tuple[Headers, SpanIds | None]:
+        """The trace headers of a message that answers this one, and the ids of the span of its sending."""
+        if self.span is None:
+            return context_headers(self.context), None
+        sent = SpanIds(self.span.trace_id, new_id(64), self.span.span_id)
+        return context_headers(self.context._replace(span_id=b"%016x" % sent.span_id)), sent
+
+
+class Tracer:
+    """Hands finished spans to `emit`; `Tracer.off()` records none and lets every context pass unchanged."""
+
+    def __init__(
+        self,
+        *,
+        sampler: Sampler | None,
+        resource: Resource,
+        emit: Callable[[ReadableSpan], None],
+        clock: Callable[[], float],
+        wall_ns: Callable[[], int],
+        count_bad_context: Callable[[], None],
+    ) -> None:
+        """`clock` is the loop's, in whose seconds all times are given; `wall_ns` is nanoseconds since 1970."""
+        self._sampler = sampler
+        self._follows_parents = isinstance(sampler, ParentBased)
+        self._resource = resource
+        self._emit = emit
+        self._clock = clock
+        self._wall_ns = wall_ns
+        self._count_bad_context = count_bad_context
+        self.synchronise()
+
+    @classmethod
+    def off(cls, count_bad_context: Callable[[], None] = lambda: None) -> Tracer:
+        """A tracer that records nothing."""
+        return cls(
+            sampler=None,
+            resource=Resource.get_empty(),
+            emit=lambda span: None,
+            clock=lambda: 0.0,
+            wall_ns=lambda: 0,
+            count_bad_context=count_bad_context,
+        )
+
+    def synchronise(self) -> None:
+        """Read both clocks anew: the wall clock may have been set."""
+        self._epoch_ns = self._wall_ns() - round(self._clock() * 1e9)
+
+    def begin(self, headers: Headers) -> MessageTrace:
+        """The trace of a message that has arrived, and whether it is recorded."""
+        parent = read_context(headers)
+        if parent is None and names_context(headers):
+            self._count_bad_context()
+        if self._sampler is None:
+            return MessageTrace(parent or new_context(), parent)
+        own = new_context() if parent is None else parent._replace(span_id=b"%016x" % new_id(64))
+        if not self._samples(own, parent):
+            return MessageTrace(own._replace(flags=own.flags & ~SAMPLED), parent)
+        parent_id = None if parent is None else int(parent.span_id, 16)
+        span = SpanIds(int(own.trace_id, 16), int(own.span_id, 16), parent_id)
+        return MessageTrace(own._replace(flags=own.flags | SAMPLED), parent, span)
+
+    def _samples(self, own: TraceContext, parent: TraceContext | None) -> bool:
+        assert self._sampler is not None  # asked by the caller
+        if parent is not None and self._follows_parents:
+            return parent.is_sampled
+        result = self._sampler.should_sample(Context(), int(own.trace_id, 16), "process", SpanKind.CONSUMER)
+        return result.decision is Decision.RECORD_AND_SAMPLE
+
+    def record(
+        self,
+        name: SpanName,
+        ids: SpanIds,
+        interval: Interval,
+        attributes: Attributes,
+        *,
+        of: str = "",
+        state: bytes = b"",
+        links: Sequence[SpanIds] = (),
+        failed: bool = False,
+    ) -> None:
+        """Hand a span over; `of` completes its name, `failed` marks it as an error."""
+        parent = None if ids.parent_id is None else _context(ids.trace_id, ids.parent_id)
+        span = ReadableSpan(
+            name=name.name.partition("{")[0] + of,
+            context=_context(ids.trace_id, ids.span_id, state),
+            parent=parent,
+            resource=self._resource,
+            attributes=attributes,
+            links=[Link(_context(link.trace_id, link.span_id)) for link in links],
+            kind=SpanKind[name.kind],
+            status=_ERROR if failed else _OK,
+            start_time=self._epoch_ns + round(interval.started_at * 1e9),
+            end_time=self._epoch_ns + round(interval.ended_at * 1e9),
+            instrumentation_scope=SCOPE,
+        )
+        self._emit(span)
+
+
+def child_of(parent: SpanIds) -> SpanIds:
+    """Ids of a new span under this one."""
+    return SpanIds(parent.trace_id, new_id(64), parent.span_id)
+
+
+def root() -> SpanIds:
+    """Ids of a span that begins a trace: work for many messages belongs to none of theirs."""
+    return SpanIds(new_id(128), new_id(64), None)
+
+
+def _context(trace_id: int, span_id: int, state: bytes = b"") -> SpanContext:
+    parsed = TraceState.from_header([state.decode()]) if state else None
+    return SpanContext(trace_id, span_id, is_remote=False, trace_flags=_SAMPLED_FLAGS, trace_state=parsed)
