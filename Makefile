@@ -17,16 +17,19 @@ export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check up bench soak quality lock clean
+.PHONY: help demo test test-kubernetes check up bench soak quality lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Drawn scenes through a real Kafka and a real Redis to reranked replies, checked, and demo/report.html
 	@$(PYTHON) deploy/local/demo.py
 
 test: $(READY) ## Every test, against a real Kafka and a real Redis
 	@$(PYTHON) -m pytest -n logical --maxprocesses 4
+
+test-kubernetes: $(READY) ## The manifests on a real API server, alerts and dashboard on a real Prometheus; Go needed
+	@$(PYTHON) -m pytest -m kubernetes
 
 check: $(READY) ## Lint, formatting, types, import directions
 	@$(PYTHON) -m ruff check
@@ -48,6 +51,7 @@ quality: $(READY) ## What reranking is worth: encoders, tokens, storage types an
 
 lock: $(READY) ## Pin the newest allowed version of every dependency, with hashes
 	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --extra train --output-file $(LOCK)
+	$(COMPILE) pyproject.toml --constraint $(LOCK) --output-file requirements/service.txt
 	echo uv | $(COMPILE) --upgrade - --output-file requirements/uv.txt
 
 clean: ## Remove the environment, caches and the demo's output

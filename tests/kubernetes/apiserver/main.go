@@ -1,0 +1,13 @@
+// A kube-apiserver as the project publishes its sources, built here because nobody distributes it as a package.
+package main
+
+import (
+	"os"
+
+	"k8s.io/component-base/cli"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app"
+)
+
+func main() {
+	os.Exit(cli.Run(app.NewAPIServerCommand()))
+}
