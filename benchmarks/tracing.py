@@ -4,8 +4,9 @@ Run: python benchmarks/tracing.py [--repeats 7] [--ratio 0.1] [--case cold|hot] 
 
 As in benchmarks/service.py: 100 candidates a request, int8 blobs of 64 x 384, an engine that computes nothing, so that
 whatever is not tracing is as cheap as it gets. Sampled requests go to an OTLP endpoint in a process of its own that
-reads and forgets them, and metrics with them. The cost is one minus the ratio of the medians; the spread tells how far
-to believe it. The last line of output is one JSON document.
+reads and forgets them, and metrics with them. Two costs, each from the ratio of two medians: of pairs per second, and
+of the worker's processor time for a request, which says more on a machine that does other things meanwhile. The spread
+tells how far to believe either. The last line of output is one JSON document.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from harness import bench
-from service import COLD_SLOTS, HOT_IMAGES, NUM_IMAGES, drained
+from service import COLD_SLOTS, HOT_IMAGES, NUM_IMAGES, Drained, drained
 
 #: Answers every request with success, which is all that an exporter asks for.
 SINK = """
@@ -75,7 +76,7 @@ def main() -> None:
     arguments = parser.parse_args()
     case = dict(CASES[arguments.case])
     case["num_requests"] //= 10 if arguments.quick else 1
-    rates: dict[str, list[float]] = {"off": [], "on": []}
+    found: dict[str, list[Drained]] = {"off": [], "on": []}
     with bench(NUM_IMAGES) as ready, sink() as address:
         tracing = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": address,
@@ -86,20 +87,37 @@ def main() -> None:
             order = ("off", "on") if repeat % 2 == 0 else ("on", "off")  # what drifts meets both alike
             for name in order:
                 with environment(tracing if name == "on" else {}):
-                    rates[name].append(drained(ready, **case))
-                print(f"{name:4}{rates[name][-1]:10.0f} pairs/s", flush=True)
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    cost = 1 - medians["on"] / medians["off"]
-    print(f"tracing {arguments.ratio:.0%} of the requests costs {cost:.1%} of the throughput")
+                    found[name].append(drained(ready, **case))
+                last = found[name][-1]
+                print(f"{name:4}{last.pairs_per_s:10.0f} pairs/s{last.cpu_ms_per_request:8.3f} ms/request", flush=True)
+    rates = {name: [each.pairs_per_s for each in runs] for name, runs in found.items()}
+    times = {name: [each.cpu_ms_per_request for each in runs] for name, runs in found.items()}
+    rate_cost = 1 - statistics.median(rates["on"]) / statistics.median(rates["off"])
+    cpu_cost = statistics.median(times["on"]) / statistics.median(times["off"]) - 1
+    print(
+        f"tracing {arguments.ratio:.0%} of the requests: {rate_cost:.1%} of the rate, {cpu_cost:.1%} of processor time"
+    )
     result = {
         "case": arguments.case,
         "ratio": arguments.ratio,
-        "pairs_per_s": {name: round(rate) for name, rate in medians.items()},
-        "cost": round(cost, 4),
-        "spread": {name: round((max(found) - min(found)) / medians[name], 3) for name, found in rates.items()},
-        "every_rate": {name: [round(rate) for rate in found] for name, found in rates.items()},
+        "pairs_per_s": summary(rates, 0),
+        "rate_cost": round(rate_cost, 4),
+        "cpu_ms_per_request": summary(times, 4),
+        "cpu_cost": round(cpu_cost, 4),
     }
     print(json.dumps(result))
+
+
+def summary(found: Mapping[str, list[float]], digits: int) -> dict[str, dict[str, object]]:
+    """Median, relative spread and every value, for each of the two."""
+    return {
+        name: {
+            "median": round(statistics.median(values), digits),
+            "spread": round((max(values) - min(values)) / statistics.median(values), 3),
+            "every": [round(value, digits) for value in values],
+        }
+        for name, values in found.items()
+    }
 
 
 if __name__ == "__main__":

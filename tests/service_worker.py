@@ -137,7 +137,7 @@ class Worker:
 BUS = ("broker answers", "consumer group joined")
 
 
-def waits_for(worker: Worker, *conditions: str, why: str) -> bool:
+def waits_for(worker: Worker, *conditions: str, why: str = "") -> bool:
     """Whether `/readyz` says that these are missing, and why the first of them is."""
     status, text = worker.get("/readyz")
     lines = text.splitlines()

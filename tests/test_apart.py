@@ -83,7 +83,7 @@ def plain_score(name, text, tokens, first_stage=None):
 def test_a_logit_equals_the_plain_reference(name, length):
     text, tokens = random_text(length, length), random_tokens(length, 2)
 
-    torch.testing.assert_close(score(JOINTS[name], text, tokens), plain_score(name, text, tokens), atol=5e-5, rtol=0)
+    torch.testing.assert_close(score(JOINTS[name], text, tokens), plain_score(name, text, tokens), atol=1e-4, rtol=0)
 
 
 @reads_first_stage
@@ -93,7 +93,7 @@ def test_a_logit_with_a_first_stage_score_equals_the_plain_reference(name):
     logits = score(JOINTS[name], text, tokens, [0.1, 0.55, float("nan")])
 
     expected = plain_score(name, text, tokens, [0.1, 0.55, None])
-    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @reads_first_stage

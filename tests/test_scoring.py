@@ -88,7 +88,7 @@ def test_an_engine_that_does_not_read_the_first_stage_is_given_nothing_of_it():
 def test_logits_come_back_in_the_order_of_the_pieces():
     engine = Engine(num_slots=10, max_pairs=8)
     engine.slab.tokens.view(np.float16)[:] = np.arange(10)[:, None]
-    times = iter([1.0, 1.25])
+    times = iter([1.0, 1.125, 1.25])
     scorer, executor, woken = scorer_of(engine, lambda: next(times))
     pieces = [ready(active(request("ab")), [0, 1], [4, 2]), ready(active(request("a", text="cat")), [0], [9])]
     scorer.submit(pieces)
@@ -100,6 +100,7 @@ def test_logits_come_back_in_the_order_of_the_pieces():
     dog, cat = encode_text("a dog"), encode_text("cat")
     assert batch.logits.tolist() == [logit_of(dog, 4), logit_of(dog, 2), logit_of(cat, 9)]
     assert (batch.pieces, batch.num_tokens, batch.interval.seconds) == (pieces, 30, 0.25)
+    assert batch.encoding.seconds == batch.scoring.seconds == 0.125
     assert len(woken) == 1
     assert scorer.turn() == []
 

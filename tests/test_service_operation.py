@@ -91,7 +91,7 @@ def test_a_worker_waits_for_its_broker_and_a_term_signal_ends_it_meanwhile(make_
     service = make_service(kafka_brokers, redis_url)
     service.brokers = f"127.0.0.1:{free_port()}"
     worker = service.start("rerank")
-    eventually(lambda: waits_for(worker, *BUS, why="no Kafka broker answers"), "the broker is waited for")
+    eventually(lambda: waits_for(worker, *BUS), "the broker is waited for")
 
     worker.terminate()
 

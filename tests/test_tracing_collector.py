@@ -128,20 +128,23 @@ def test_the_collector_holds_one_connected_trace_from_the_producers_span_to_the_
         assert f'"{name}"' in metrics
 
 
-def test_an_image_is_traced_from_its_producer_to_the_store_and_images_indexed(service: Service, collector: Collector):
+def test_an_image_is_traced_from_its_producer_to_the_store_and_images_indexed(
+    service: Service, collector: Collector, unique_prefix: str
+):
+    image_id = f"{unique_prefix}point"  # one that no other test has stored
     service.variables |= {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
     worker = service.ingest()
-    event = {"schema_version": 1, "image_id": "point", "data": SMALL_GIF}
+    event = {"schema_version": 1, "image_id": image_id, "data": SMALL_GIF}
     headers = producer_headers(collector, "send image")
-    service.publish(service.topics.images_new, json.dumps(event).encode(), "point", headers)
+    service.publish(service.topics.images_new, json.dumps(event).encode(), image_id, headers)
     service.flush()
-    service.tap(service.topics.images_indexed).wait_ids(["point"])
+    service.tap(service.topics.images_indexed).wait_ids([image_id])
     eventually(lambda: worker.metric("edje_commits_total") > 0, "the offset is committed")
     assert worker.stop() == 0
 
     commit = f"commit {service.topics.images_new}"
     eventually(lambda: f'"{commit}"' in collector.file("traces").read_text(), "the last span is written")
-    waterfall = waterfall_of(read_spans([collector.file("traces")]).spans, "point")
+    waterfall = waterfall_of(read_spans([collector.file("traces")]).spans, image_id)
     assert waterfall is not None
     assert {"send image", "decode", "encode", "store", "encode batch", "PIPELINE SET", "MGET", commit} <= {
         row.span.name for row in waterfall.rows

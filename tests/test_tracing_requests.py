@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from opentelemetry.trace import StatusCode
 
-from rerank_harness import NAN_IMAGE, PARTITION, Rig, request
+from rerank_harness import NAN_IMAGE, PARTITION, Engine, Rig, request
 from tracing_harness import Recorded, links, seconds
 from trt.engine import DeviceCopies
 from workers.interval import Interval
@@ -187,8 +187,9 @@ def test_one_poll_is_told_once_and_linked_to_each_sampled_producer(recorded):
 
 
 def test_copies_to_and_from_the_device_are_told_apart_where_the_runtime_can(recorded):
-    rig = rig_over(recorded)
-    rig.engine.last_copies = lambda: DeviceCopies(to_device_s=0.001, to_host_s=0.002)
+    engine = Engine(num_slots=8, max_pairs=8)
+    engine.last_copies = lambda: DeviceCopies(to_device_s=0.001, to_host_s=0.002)
+    rig = rig_over(recorded, engine=engine)
     rig.send(request(["i1"]), SAMPLED)
     rig.run()
 

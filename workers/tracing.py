@@ -43,18 +43,20 @@ def read_context(headers: Headers) -> TraceContext | None:
 
     Of several headers of the name the last counts, as everywhere in Kafka.
     """
-    value = b""
+    value, states = b"", []
     for name, given in headers:
         if name == TRACEPARENT:
             value = given
+        elif name == TRACESTATE:
+            states.append(given)
     match = _PARENT.fullmatch(value) if len(value) <= MAX_PARENT_BYTES else None
     if match is None:
         return None
     version, trace, span, flags, rest = match.groups()
     if trace == _NO_TRACE or span == _NO_SPAN or version == b"ff" or (version == b"00" and rest[:1] == b"-"):
         return None
-    state = b",".join(given for name, given in headers if name == TRACESTATE)
-    if len(state) > MAX_STATE_BYTES or not _STATE.fullmatch(state):
+    state = b",".join(states)
+    if state and (len(state) > MAX_STATE_BYTES or not _STATE.fullmatch(state)):
         state = b""
     return TraceContext(trace, span, int(flags, 16), state)
 

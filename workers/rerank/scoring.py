@@ -53,6 +53,7 @@ class BatchScorer:
     ) -> None:
         """`executor` has one thread, because the engine takes one call at a time."""
         self._engine = engine
+        self._last_copies = engine.last_copies if isinstance(engine, TellsCopies) else None
         self._wake = wake
         self._clock = clock
         self._executor = executor
@@ -79,7 +80,7 @@ class BatchScorer:
         queries = self._engine.encode_queries(texts)
         encoded_at = self._clock()
         logits = self._engine.score_pairs(queries, pair_query, pair_slot, first_stage_scores(pieces))
-        copies = self._engine.last_copies() if isinstance(self._engine, TellsCopies) else None
+        copies = None if self._last_copies is None else self._last_copies()
         encoding, scoring = Interval(started_at, encoded_at), Interval(encoded_at, self._clock())
         return ScoredBatch(pieces, logits, encoding, scoring, copies)
 

@@ -8,8 +8,7 @@ loop's thread alone. Knows nothing of where spans go.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
@@ -25,13 +24,13 @@ from workers.tracing import SAMPLED, TraceContext, context_headers, names_contex
 
 SCOPE = InstrumentationScope("edje.workers")
 _OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
+_NO_PARENT = Context()
 _SAMPLED_FLAGS = TraceFlags(TraceFlags.SAMPLED)
 
 Attributes = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class MessageTrace:
+class MessageTrace(NamedTuple):
     """The place of a consumed message in its trace; `span` is set only where its processing is recorded."""
 
     context: TraceContext  # what is published because of the message goes on from here
@@ -100,18 +99,22 @@ class Tracer:
             self._count_bad_context()
         if self._sampler is None:
             return MessageTrace(parent or new_context(), parent)
-        own = new_context() if parent is None else parent._replace(span_id=b"%016x" % new_id(64))
-        if not self._samples(own, parent):
-            return MessageTrace(own._replace(flags=own.flags & ~SAMPLED), parent)
+        if parent is None:
+            trace_id, flags, state = b"%032x" % new_id(128), 0, b""
+        else:
+            trace_id, flags, state = parent.trace_id, parent.flags, parent.state
+        span_id = new_id(64)
+        if not self._samples(trace_id, parent):
+            return MessageTrace(TraceContext(trace_id, b"%016x" % span_id, flags & ~SAMPLED, state), parent)
         parent_id = None if parent is None else int(parent.span_id, 16)
-        span = SpanIds(int(own.trace_id, 16), int(own.span_id, 16), parent_id)
-        return MessageTrace(own._replace(flags=own.flags | SAMPLED), parent, span)
+        context = TraceContext(trace_id, b"%016x" % span_id, flags | SAMPLED, state)
+        return MessageTrace(context, parent, SpanIds(int(trace_id, 16), span_id, parent_id))
 
-    def _samples(self, own: TraceContext, parent: TraceContext | None) -> bool:
+    def _samples(self, trace_id: bytes, parent: TraceContext | None) -> bool:
         assert self._sampler is not None  # asked by the caller
         if parent is not None and self._follows_parents:
             return parent.is_sampled
-        result = self._sampler.should_sample(Context(), int(own.trace_id, 16), "process", SpanKind.CONSUMER)
+        result = self._sampler.should_sample(_NO_PARENT, int(trace_id, 16), "process", SpanKind.CONSUMER)
         return result.decision is Decision.RECORD_AND_SAMPLE
 
     def record(
