@@ -76,7 +76,7 @@ STUDIES = {
                 "phase.2.losses={itm=1.0,late_interaction=0.25}",
             ),
         },
-        cascade_of="late",
+        cascade_of="minimal",
         cascade_budget=5,
         tokens=(8, 16, 32, 64),
         tokens_kind="minimal",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
@@ -21,7 +26,9 @@ from workers.metrics import Metrics
 from workers.settings import RerankSettings
 from workers.telemetry import names
 from workers.telemetry.metric_export import MetricExport, metrics_data
+from workers.telemetry.otlp_exporter import FastSpanExporter
 from workers.telemetry.otlp_json import span_line
+from workers.telemetry.otlp_protobuf import encode_request
 from workers.telemetry.setup import resource_of, sampler_of, start_metric_export, start_tracing
 from workers.telemetry.span_file import SpanFile, predecessor_of
 from workers.telemetry.span_queue import SpanQueue
@@ -110,6 +117,69 @@ def test_a_worker_that_ends_does_not_wait_for_a_destination_that_is_away():
 def test_batches_larger_than_the_queue_are_refused_with_the_name_of_the_setting():
     with pytest.raises(Misconfigured, match="OTEL_BSP"):
         SpanQueue(HeldExporter(), max_spans=2, count_dropped=Dropped())
+
+
+def every_kind_of_span() -> list[ReadableSpan]:
+    """Spans with and without a parent, state, links, attributes of every type, and an error."""
+    recorded = Recorded()
+    tracer = recorded.tracer()
+    remote = tracer.begin([("traceparent", b"00-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01"), ("tracestate", b"a=1,b=2")])
+    assert remote.span is not None
+    values = ("text", 1, True, 1.0, -(2**40), ("a", "b"), (1, 2), "")
+    attributes = {f"name{index}": value for index, value in enumerate(values)}
+    tracer.record(
+        names.PROCESS, remote.span, Interval(1.0, 2.5), attributes, of="in", state=remote.context.state, failed=True
+    )
+    tracer.record(names.READ, child_of(remote.span), Interval(1.25, 1.5), {"same": 1}, links=[root(), root()])
+    tracer.record(names.MICRO_BATCH, root(), Interval(1.0, 1.0), {"same": True}, links=[remote.span])
+    tracer.record(names.SEND, child_of(root()), Interval(2.0, 3.0), {"same": 1.0}, of="out")
+    return recorded.spans
+
+
+def test_spans_are_encoded_to_what_the_sdks_own_encoder_says():
+    """Read back and compared, because equal messages may be written in more than one way."""
+    recorded = every_kind_of_span()
+    theirs = encode_spans(recorded)
+    ours = ExportTraceServiceRequest.FromString(encode_request(recorded))
+    for span in (*theirs.resource_spans[0].scope_spans[0].spans, *ours.resource_spans[0].scope_spans[0].spans):
+        if span.status.code == 0:
+            span.ClearField("status")  # an outcome that is not set may be there or not
+    assert ours == theirs
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Keeps what it is sent."""
+
+    bodies: ClassVar[list[tuple[str, bytes]]] = []
+
+    def do_POST(self) -> None:
+        self.bodies.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_spans_reach_an_endpoint_with_the_standard_variables_obeyed(monkeypatch):
+    with HTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}/base")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+        exporter = FastSpanExporter()
+        recorded = spans(3)
+        result = exporter.export(recorded)
+        exporter.shutdown()
+        server.shutdown()
+        thread.join()
+    assert result is SpanExportResult.SUCCESS
+    [(path, body)] = Endpoint.bodies
+    assert path == "/base/v1/traces"
+    received = ExportTraceServiceRequest.FromString(gzip.decompress(body)).resource_spans[0].scope_spans[0].spans
+    assert [span.span_id for span in received] == [span.context.span_id.to_bytes(8, "big") for span in recorded]
+    assert exporter.export(recorded) is SpanExportResult.FAILURE  # after its end it takes nothing
 
 
 def test_a_span_is_a_line_of_otlp(tmp_path):

@@ -13,12 +13,17 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class SpanName:
-    """A kind of span; `name` is completed with a topic where it ends in one."""
+    """A kind of span; `name` is completed with a topic or a stage where it ends in one."""
 
     name: str
     kind: Literal["CONSUMER", "PRODUCER", "CLIENT", "INTERNAL"]
     parent: str
     meaning: str
+
+    @property
+    def stem(self) -> str:
+        """The name up to what completes it."""
+        return self.name.partition("{")[0]
 
 
 @dataclass(frozen=True, slots=True)

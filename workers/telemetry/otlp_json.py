@@ -10,16 +10,9 @@ from typing import Any
 
 import orjson
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import SpanContext, SpanKind, StatusCode
+from opentelemetry.trace import SpanContext, StatusCode
 
-#: The numbers of the protocol, which are not those of the API.
-_KINDS = {
-    SpanKind.INTERNAL: 1,
-    SpanKind.SERVER: 2,
-    SpanKind.CLIENT: 3,
-    SpanKind.PRODUCER: 4,
-    SpanKind.CONSUMER: 5,
-}
+from workers.telemetry.otlp_protobuf import KINDS
 
 
 def span_line(span: ReadableSpan) -> bytes:
@@ -40,7 +33,7 @@ def _span(span: ReadableSpan) -> dict[str, Any]:
     written: dict[str, Any] = {
         **_ids(span.context),
         "name": span.name,
-        "kind": _KINDS[span.kind],
+        "kind": KINDS[span.kind],
         "startTimeUnixNano": str(span.start_time),
         "endTimeUnixNano": str(span.end_time),
         "attributes": _attributes(span.attributes or {}),

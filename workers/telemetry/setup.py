@@ -78,9 +78,9 @@ def start_metric_export(name: str, settings: WorkerSettings, metrics: Metrics, s
 def _span_exporters(settings: WorkerSettings) -> list[SpanExporter]:
     exporters: list[SpanExporter] = []
     if settings.otlp_endpoint or settings.otlp_traces_endpoint:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from workers.telemetry.otlp_exporter import FastSpanExporter
 
-        exporters.append(OTLPSpanExporter())
+        exporters.append(FastSpanExporter())
     if settings.span_file is not None:
         exporters.append(SpanFile(settings.span_file, settings.span_file_bytes))
     return exporters
@@ -109,5 +109,5 @@ def resource_of(name: str) -> Resource:
     given = Resource.create()
     ours = {SERVICE_INSTANCE_ID: f"{socket.gethostname()}-{os.getpid()}"}
     if str(given.attributes[SERVICE_NAME]).startswith("unknown_service"):
-        return given.merge(Resource({SERVICE_NAME: f"edje-{name}"})).merge(Resource(ours))
+        given = given.merge(Resource({SERVICE_NAME: f"edje-{name}"}))
     return Resource(ours).merge(given)

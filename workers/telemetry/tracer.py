@@ -19,7 +19,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 
 from workers.interval import Interval
 from workers.ports import Headers, SpanIds
-from workers.telemetry.names import SpanName
+from workers.telemetry.names import PROCESS, SpanName
 from workers.tracing import SAMPLED, TraceContext, context_headers, names_context, new_context, new_id, read_context
 
 SCOPE = InstrumentationScope("edje.workers")
@@ -130,9 +130,11 @@ class Tracer:
         failed: bool = False,
     ) -> None:
         """Hand a span over; `of` completes its name, `failed` marks it as an error."""
-        parent = None if ids.parent_id is None else _context(ids.trace_id, ids.parent_id)
+        parent = None
+        if ids.parent_id is not None:
+            parent = _context(ids.trace_id, ids.parent_id, is_remote=name is PROCESS)  # the producer's span
         span = ReadableSpan(
-            name=name.name.partition("{")[0] + of,
+            name=name.stem + of,
             context=_context(ids.trace_id, ids.span_id, state),
             parent=parent,
             resource=self._resource,
@@ -157,6 +159,6 @@ def root() -> SpanIds:
     return SpanIds(new_id(128), new_id(64), None)
 
 
-def _context(trace_id: int, span_id: int, state: bytes = b"") -> SpanContext:
+def _context(trace_id: int, span_id: int, state: bytes = b"", *, is_remote: bool = False) -> SpanContext:
     parsed = TraceState.from_header([state.decode()]) if state else None
-    return SpanContext(trace_id, span_id, is_remote=False, trace_flags=_SAMPLED_FLAGS, trace_state=parsed)
+    return SpanContext(trace_id, span_id, is_remote, trace_flags=_SAMPLED_FLAGS, trace_state=parsed)
