@@ -12,12 +12,25 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    DEFAULT_OFF,
+    DEFAULT_ON,
+    Decision,
+    ParentBasedTraceIdRatio,
+    TraceIdRatioBased,
+)
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from tracing_harness import Recorded
 from workers.errors import Misconfigured
@@ -29,7 +42,8 @@ from workers.telemetry.metric_export import MetricExport, metrics_data
 from workers.telemetry.otlp_exporter import FastSpanExporter
 from workers.telemetry.otlp_json import span_line
 from workers.telemetry.otlp_protobuf import encode_request
-from workers.telemetry.setup import resource_of, sampler_of, start_metric_export, start_tracing
+from workers.telemetry.sampling import Sampling
+from workers.telemetry.setup import resource_of, start_metric_export, start_tracing
 from workers.telemetry.span_file import SpanFile, predecessor_of
 from workers.telemetry.span_queue import SpanQueue
 from workers.telemetry.tracer import child_of, root
@@ -252,23 +266,32 @@ def test_a_span_file_alone_turns_tracing_on_and_the_sdks_switch_turns_it_off(tmp
             assert (tracer.begin(()).span is None) == is_disabled
 
 
-@pytest.mark.parametrize(
-    ("name", "samples_new"),
-    [
-        ("always_on", True),
-        ("always_off", False),
-        ("traceidratio", False),
-        ("parentbased_always_on", True),
-        ("parentbased_always_off", False),
-        ("parentbased_traceidratio", False),
-    ],
+SDK_SAMPLERS = {
+    "always_on": lambda ratio: ALWAYS_ON,
+    "always_off": lambda ratio: ALWAYS_OFF,
+    "traceidratio": TraceIdRatioBased,
+    "parentbased_always_on": lambda ratio: DEFAULT_ON,
+    "parentbased_always_off": lambda ratio: DEFAULT_OFF,
+    "parentbased_traceidratio": ParentBasedTraceIdRatio,
+}
+
+
+@given(
+    name=st.sampled_from(sorted(SDK_SAMPLERS)),
+    ratio=st.floats(0, 1),
+    trace_id=st.integers(1, 2**128 - 1),
+    parent_is_sampled=st.sampled_from([None, True, False]),
 )
-def test_every_standard_sampler_is_had_by_its_name(name, samples_new):
-    settings = RerankSettings(otel_traces_sampler=name, otel_traces_sampler_arg=0.0)
+def test_every_standard_sampler_decides_as_the_sdks_own_does(name, ratio, trace_id, parent_is_sampled):
+    parent = Context()
+    if parent_is_sampled is not None:
+        remote = SpanContext(trace_id, 1, is_remote=True, trace_flags=TraceFlags(parent_is_sampled))
+        parent = set_span_in_context(NonRecordingSpan(remote), parent)
 
-    trace = Recorded().tracer(sampler=sampler_of(settings)).begin(())
+    ours = Sampling.named(name, ratio).takes(trace_id, parent_is_sampled=parent_is_sampled)
 
-    assert (trace.span is not None) == samples_new
+    theirs = SDK_SAMPLERS[name](ratio).should_sample(parent, trace_id, "process").decision
+    assert ours == (theirs is Decision.RECORD_AND_SAMPLE)
 
 
 def test_who_tells_it_is_the_worker_unless_the_environment_says_otherwise(monkeypatch):

@@ -1,11 +1,11 @@
 """Which messages are traced, what goes on from them, and that spans are made of the times they are given."""
 
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON, DEFAULT_ON, ParentBasedTraceIdRatio, TraceIdRatioBased
 from opentelemetry.trace import SpanKind, StatusCode
 
 from tracing_harness import Recorded
 from workers.interval import Interval
 from workers.telemetry import names
+from workers.telemetry.sampling import Sampling
 from workers.telemetry.tracer import Tracer, child_of, root
 from workers.tracing import read_context
 
@@ -78,7 +78,7 @@ def test_a_malformed_traceparent_is_counted_without_tracing_as_well():
 
 
 def test_a_ratio_decides_where_the_producer_says_nothing_and_the_producer_where_it_does():
-    tracer = Recorded().tracer(sampler=ParentBasedTraceIdRatio(0.1))
+    tracer = Recorded().tracer(sampling=Sampling.named("parentbased_traceidratio", 0.1))
 
     num_sampled = sum(tracer.begin(()).span is not None for _ in range(2000))
 
@@ -88,15 +88,15 @@ def test_a_ratio_decides_where_the_producer_says_nothing_and_the_producer_where_
 
 
 def test_a_sampler_that_does_not_ask_the_producer_decides_alone():
-    assert Recorded().tracer(sampler=ALWAYS_ON).begin(UNSAMPLED).span is not None
-    assert Recorded().tracer(sampler=TraceIdRatioBased(0.0)).begin(SAMPLED).span is None
-    headers, _ = Recorded().tracer(sampler=TraceIdRatioBased(0.0)).begin(SAMPLED).outgoing()
+    assert Recorded().tracer(sampling=Sampling.named("always_on", 0.0)).begin(UNSAMPLED).span is not None
+    assert Recorded().tracer(sampling=Sampling.named("traceidratio", 0.0)).begin(SAMPLED).span is None
+    headers, _ = Recorded().tracer(sampling=Sampling.named("traceidratio", 0.0)).begin(SAMPLED).outgoing()
     assert not read_context(headers).is_sampled
 
 
 def test_a_span_has_the_times_it_was_given_in_the_clock_of_the_world():
     recorded = Recorded()
-    tracer = recorded.tracer(lambda: 100.0, wall_ns=lambda: 5_000_000_000, sampler=DEFAULT_ON)
+    tracer = recorded.tracer(lambda: 100.0, wall_ns=lambda: 5_000_000_000)
     parent = root()
 
     tracer.record(

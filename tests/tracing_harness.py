@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Sampler
 
+from workers.telemetry.sampling import Sampling
 from workers.telemetry.tracer import Tracer
+
+EVERYTHING = Sampling.named("parentbased_always_on", 0.0)
 
 
 class Recorded:
@@ -23,10 +25,10 @@ class Recorded:
         clock: Callable[[], float] = lambda: 0.0,
         *,
         wall_ns: Callable[[], int] = lambda: 0,
-        sampler: Sampler = DEFAULT_ON,
+        sampling: Sampling = EVERYTHING,
     ) -> Tracer:
         return Tracer(
-            sampler=sampler,
+            sampling=sampling,
             resource=Resource.get_empty(),
             emit=self.spans.append,
             clock=clock,

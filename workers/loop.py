@@ -137,6 +137,7 @@ class Loop:
             return False
         if self._stop_by is None:
             self._stop_by = now + self._drain_grace_s
+            self._inbox.hold()
             log.info("draining", active=self._job.num_active(), grace_s=self._drain_grace_s)
         if self._job.num_active() == 0 and self._delivery.settled():
             log.info("drained")

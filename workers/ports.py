@@ -126,6 +126,13 @@ class Inbox(Protocol):
         """How many messages each assigned partition holds beyond the last one taken."""
         ...
 
+    def hold(self) -> None:
+        """Take part in no rebalance that has not begun, so that what is in work can be committed until `close`.
+
+        No more records arrive. Other members wait with a rebalance until this one has left.
+        """
+        ...
+
     def close(self, timeout_s: float) -> None:
         """Leave the group and end the thread."""
         ...

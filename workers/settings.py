@@ -14,6 +14,7 @@ from pydantic import model_validator as check
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from protocols.topics import Topics
+from workers.telemetry.sampling import SamplerName
 
 MIB = 2**20
 
@@ -145,14 +146,7 @@ class WorkerSettings(KafkaSettings):
     otel_sdk_disabled: bool = Field(
         False, validation_alias="OTEL_SDK_DISABLED", description="Record and send neither spans nor metrics."
     )
-    otel_traces_sampler: Literal[
-        "always_on",
-        "always_off",
-        "traceidratio",
-        "parentbased_always_on",
-        "parentbased_always_off",
-        "parentbased_traceidratio",
-    ] = Field(
+    otel_traces_sampler: SamplerName = Field(
         "parentbased_always_on",
         validation_alias="OTEL_TRACES_SAMPLER",
         description="Which messages are traced; parentbased: what the producer says, where it says anything.",

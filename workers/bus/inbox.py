@@ -47,8 +47,10 @@ HEARTBEAT_MS = 500
 #: A killed member's partitions stand still for so long, and readers of its open transaction wait. The client's own
 #: defaults (45 s and 60 s) are for consumers that may pause; this one answers from its IO thread, twice a second.
 SESSION_TIMEOUT_MS = 10_000
-#: How often the lag is looked up: it is for people and autoscalers, and costs as much as an empty poll.
+#: How often the lag is looked up: it is for people and autoscalers, and costs a small request.
 LOOK_INTERVAL_S = 1.0
+#: A broker that has not answered by then is asked again the next time.
+LOOK_TIMEOUT_S = 1.0
 
 
 class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
@@ -95,6 +97,7 @@ class KafkaInbox:
         self._look_due = 0.0
         self._error: BaseException | None = None
         self._joined = False
+        self._held = False
         self._closing = False
         self._consumer = started(
             KafkaConsumer,
@@ -162,6 +165,13 @@ class KafkaInbox:
         """What a transaction needs so that the broker can fence it (KIP-447); opaque."""
         return self._consumer.group_metadata()
 
+    def hold(self) -> None:
+        with self._lock:
+            self._held = True
+            self._waiting.clear()
+            self._waiting_bytes = 0
+            self._room.notify()
+
     def close(self, timeout_s: float) -> None:
         give_up_at = time.monotonic() + timeout_s
         with self._lock:
@@ -186,21 +196,36 @@ class KafkaInbox:
 
     def _wait_for_room(self) -> None:
         with self._lock:
-            if self._is_full() and not self._closing:
+            if (self._held or self._is_full()) and not self._closing and not self._must_join():
                 self._room.wait(FULL_POLL_S)
+
+    def _must_join(self) -> bool:
+        """Whether polls are to follow each other and to wait, because a join is to be begun or to be seen to its end.
+
+        kafka-python 3.0.12 throws a join away that ends between two polls, or in a poll without a timeout, and begins
+        another, which makes the whole group begin anew.
+        """
+        is_joining = self._consumer.group_metadata().state is MemberState.REBALANCING
+        return is_joining or (not self._held and bool(self._consumer._coordinator.need_rejoin()))
 
     def _poll(self) -> None:
         """Poll once; while the queue is full only for the group's sake, with everything paused."""
-        full = self._is_full()
+        must_join = self._must_join()
+        if self._held and not must_join:
+            # Heartbeats go on without. A join, which only a poll begins, would keep this member from committing until
+            # the last of the others has joined as well.
+            return
+        full = self._held or self._is_full()
         assigned = self._consumer.assignment()
         if full:
             self._consumer.pause(*assigned)
         elif self._consumer.paused():
             self._consumer.resume(*self._consumer.paused())
+        timeout_s = FULL_POLL_S if must_join else 0.0 if full else POLL_S
         began_at = time.monotonic()
         try:
             with translating():
-                polled = self._consumer.poll(timeout_ms=0 if full else int(POLL_S * 1000))
+                polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
                 ended_at = time.monotonic()
                 self._join_on()
                 self._look_around()
@@ -242,10 +267,15 @@ class KafkaInbox:
             # kafka-python 3.0.12 forgets that it has to ask for a topic's partitions if it is subscribed to while an
             # earlier question is on its way, asks again after five minutes only, and has nothing assigned till then.
             cluster.request_update()
+        # Asked for, because what fetches tell of them stands still while partitions are paused: when work piles up.
+        assigned = self._consumer.assignment()
+        try:
+            ends = self._consumer.end_offsets(assigned, timeout_ms=int(LOOK_TIMEOUT_S * 1000)) if assigned else {}
+        except kafka_errors.KafkaTimeoutError:
+            return
         beyond = {}
-        for partition in self._consumer.assignment():
-            end = self._consumer.highwater(partition)
-            position = self._consumer.position(partition, timeout_ms=0) if end is not None else None
+        for partition, end in ends.items():
+            position = self._consumer.position(partition, timeout_ms=0)
             if position is not None:
                 beyond[Partition(*partition)] = max(0, end - position)
         self._beyond = beyond

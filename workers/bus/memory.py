@@ -84,6 +84,7 @@ class MemoryInbox:
         self._topic = topic
         self._positions: dict[Partition, int] = {}
         self._revocations: list[Revocation] = []
+        self._held = False
         broker.on_append(wake)
         self.gain(range(broker.num_partitions) if partitions is None else partitions)
 
@@ -99,7 +100,12 @@ class MemoryInbox:
         positions = {partition: self._positions.pop(partition) for partition in partitions}
         self._revocations.append(Revocation(partitions, lost, positions.clear))
 
+    def hold(self) -> None:
+        self._held = True
+
     def take(self) -> Record | None:
+        if self._held:
+            return None
         for partition, position in self._positions.items():
             log = self._broker.partition_log(*partition)
             if position < len(log):

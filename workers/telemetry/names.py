@@ -7,7 +7,7 @@ Knows nothing of when anything is recorded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -19,11 +19,10 @@ class SpanName:
     kind: Literal["CONSUMER", "PRODUCER", "CLIENT", "INTERNAL"]
     parent: str
     meaning: str
+    stem: str = field(init=False)  # the name up to what completes it
 
-    @property
-    def stem(self) -> str:
-        """The name up to what completes it."""
-        return self.name.partition("{")[0]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stem", self.name.partition("{")[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,19 +15,11 @@ from contextlib import ExitStack
 from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter
-from opentelemetry.sdk.trace.sampling import (
-    ALWAYS_OFF,
-    ALWAYS_ON,
-    DEFAULT_OFF,
-    DEFAULT_ON,
-    ParentBasedTraceIdRatio,
-    Sampler,
-    TraceIdRatioBased,
-)
 
 from workers.metrics import Metrics
 from workers.settings import WorkerSettings
 from workers.telemetry.metric_export import MetricExport
+from workers.telemetry.sampling import Sampling
 from workers.telemetry.span_file import SpanFile
 from workers.telemetry.span_queue import SpanQueue
 from workers.telemetry.tracer import Tracer
@@ -54,7 +46,7 @@ def start_tracing(
             put(span)
 
     return Tracer(
-        sampler=sampler_of(settings),
+        sampling=Sampling.named(settings.otel_traces_sampler, settings.otel_traces_sampler_arg),
         resource=resource_of(name),
         emit=puts[0] if len(puts) == 1 else emit,
         clock=clock,
@@ -84,24 +76,6 @@ def _span_exporters(settings: WorkerSettings) -> list[SpanExporter]:
     if settings.span_file is not None:
         exporters.append(SpanFile(settings.span_file, settings.span_file_bytes))
     return exporters
-
-
-def sampler_of(settings: WorkerSettings) -> Sampler:
-    """The sampler that OTEL_TRACES_SAMPLER names."""
-    ratio = settings.otel_traces_sampler_arg
-    match settings.otel_traces_sampler:
-        case "always_on":
-            return ALWAYS_ON
-        case "always_off":
-            return ALWAYS_OFF
-        case "traceidratio":
-            return TraceIdRatioBased(ratio)
-        case "parentbased_always_on":
-            return DEFAULT_ON
-        case "parentbased_always_off":
-            return DEFAULT_OFF
-        case "parentbased_traceidratio":
-            return ParentBasedTraceIdRatio(ratio)
 
 
 def resource_of(name: str) -> Resource:

@@ -8,23 +8,23 @@ loop's thread alone. Knows nothing of where spans go.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
 from workers.interval import Interval
 from workers.ports import Headers, SpanIds
 from workers.telemetry.names import PROCESS, SpanName
+from workers.telemetry.sampling import Sampling
 from workers.tracing import SAMPLED, TraceContext, context_headers, names_context, new_context, new_id, read_context
 
 SCOPE = InstrumentationScope("edje.workers")
 _OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
-_NO_PARENT = Context()
+_KINDS = {kind.name: kind for kind in SpanKind}
 _SAMPLED_FLAGS = TraceFlags(TraceFlags.SAMPLED)
 
 Attributes = Mapping[str, Any]
@@ -59,7 +59,7 @@ class Tracer:
     def __init__(
         self,
         *,
-        sampler: Sampler | None,
+        sampling: Sampling | None,
         resource: Resource,
         emit: Callable[[ReadableSpan], None],
         clock: Callable[[], float],
@@ -67,8 +67,7 @@ class Tracer:
         count_bad_context: Callable[[], None],
     ) -> None:
         """`clock` is the loop's, in whose seconds all times are given; `wall_ns` is nanoseconds since 1970."""
-        self._sampler = sampler
-        self._follows_parents = isinstance(sampler, ParentBased)
+        self._sampling = sampling
         self._resource = resource
         self._emit = emit
         self._clock = clock
@@ -80,7 +79,7 @@ class Tracer:
     def off(cls, count_bad_context: Callable[[], None] = lambda: None) -> Tracer:
         """A tracer that records nothing."""
         return cls(
-            sampler=None,
+            sampling=None,
             resource=Resource.get_empty(),
             emit=lambda span: None,
             clock=lambda: 0.0,
@@ -97,25 +96,20 @@ class Tracer:
         parent = read_context(headers)
         if parent is None and names_context(headers):
             self._count_bad_context()
-        if self._sampler is None:
+        if self._sampling is None:
             return MessageTrace(parent or new_context(), parent)
         if parent is None:
-            trace_id, flags, state = b"%032x" % new_id(128), 0, b""
+            number, parent_is_sampled = new_id(128), None
+            trace_id, flags, state = b"%032x" % number, 0, b""
         else:
+            number, parent_is_sampled = int(parent.trace_id, 16), parent.is_sampled
             trace_id, flags, state = parent.trace_id, parent.flags, parent.state
         span_id = new_id(64)
-        if not self._samples(trace_id, parent):
+        if not self._sampling.takes(number, parent_is_sampled=parent_is_sampled):
             return MessageTrace(TraceContext(trace_id, b"%016x" % span_id, flags & ~SAMPLED, state), parent)
         parent_id = None if parent is None else int(parent.span_id, 16)
         context = TraceContext(trace_id, b"%016x" % span_id, flags | SAMPLED, state)
-        return MessageTrace(context, parent, SpanIds(int(trace_id, 16), span_id, parent_id))
-
-    def _samples(self, trace_id: bytes, parent: TraceContext | None) -> bool:
-        assert self._sampler is not None  # asked by the caller
-        if parent is not None and self._follows_parents:
-            return parent.is_sampled
-        result = self._sampler.should_sample(_NO_PARENT, int(trace_id, 16), "process", SpanKind.CONSUMER)
-        return result.decision is Decision.RECORD_AND_SAMPLE
+        return MessageTrace(context, parent, SpanIds(number, span_id, parent_id))
 
     def record(
         self,
@@ -132,7 +126,7 @@ class Tracer:
         """Hand a span over; `of` completes its name, `failed` marks it as an error."""
         parent = None
         if ids.parent_id is not None:
-            parent = _context(ids.trace_id, ids.parent_id, is_remote=name is PROCESS)  # the producer's span
+            parent = _context(ids.trace_id, ids.parent_id, b"", name is PROCESS)  # which has the producer's above it
         span = ReadableSpan(
             name=name.stem + of,
             context=_context(ids.trace_id, ids.span_id, state),
@@ -140,7 +134,7 @@ class Tracer:
             resource=self._resource,
             attributes=attributes,
             links=[Link(_context(link.trace_id, link.span_id)) for link in links],
-            kind=SpanKind[name.kind],
+            kind=_KINDS[name.kind],
             status=_ERROR if failed else _OK,
             start_time=self._epoch_ns + round(interval.started_at * 1e9),
             end_time=self._epoch_ns + round(interval.ended_at * 1e9),
@@ -159,6 +153,7 @@ def root() -> SpanIds:
     return SpanIds(new_id(128), new_id(64), None)
 
 
-def _context(trace_id: int, span_id: int, state: bytes = b"", *, is_remote: bool = False) -> SpanContext:
+@lru_cache(64)  # the stages of a request have the same parent
+def _context(trace_id: int, span_id: int, state: bytes = b"", is_remote: bool = False) -> SpanContext:
     parsed = TraceState.from_header([state.decode()]) if state else None
     return SpanContext(trace_id, span_id, is_remote, trace_flags=_SAMPLED_FLAGS, trace_state=parsed)
