@@ -18,13 +18,14 @@ from pathlib import Path
 
 from conftest import missing
 
+KEDA = ("github.com/kedacore/keda/v2", "v2.19.0")
 KUSTOMIZE = ("sigs.k8s.io/kustomize/kustomize/v5", "v5.7.1")
 #: Where the definitions of KEDA's and the Prometheus operator's objects are.
 CRDS = {
-    ("github.com/kedacore/keda/v2", "v2.19.0"): "config/crd/bases",
+    KEDA: "config/crd/bases",
     ("github.com/prometheus-operator/prometheus-operator", "v0.90.1"): "example/prometheus-operator-crd",
 }
-#: A Go module that builds kube-apiserver and kubectl; its go.mod says which.
+#: A Go module that builds kube-apiserver, kube-controller-manager and kubectl; its go.mod says which.
 CONTROL_PLANE = Path(__file__).parent / "kubernetes"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edje-tools"
 
@@ -40,23 +41,37 @@ def kustomize() -> Path:
 @functools.cache
 def custom_definitions() -> list[Path]:
     """The files with the definitions of KEDA's and the Prometheus operator's objects."""
-    folders = (
-        Path(json.loads(go("mod", "download", "-json", f"{module}@{version}"))["Dir"]) / folder
-        for (module, version), folder in CRDS.items()
-    )
+    folders = (downloaded(module, version) / folder for (module, version), folder in CRDS.items())
     return [path for folder in folders for path in sorted(folder.glob("*.yaml"))]
 
 
 def control_plane() -> Path:
-    """A folder with `apiserver` and `kubectl`; the first time takes many minutes."""
+    """A folder with `apiserver`, `controllermanager` and `kubectl`; the first time takes many minutes."""
     sources = [CONTROL_PLANE / "go.mod", CONTROL_PLANE / "go.sum", *sorted(CONTROL_PLANE.glob("*/main.go"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
     def build(folder: Path) -> None:
         flags = ("-p", "1", "-trimpath", "-ldflags", "-s -w", "-o", f"{folder}/")
-        go("build", *flags, "./apiserver", "./kubectl", cwd=CONTROL_PLANE, CGO_ENABLED="0")
+        go("build", *flags, "./apiserver", "./controllermanager", "./kubectl", cwd=CONTROL_PLANE, CGO_ENABLED="0")
 
     return made(f"control-plane-{digest}", build)
+
+
+def keda() -> Path:
+    """A folder with KEDA's `operator` and `adapter`; the first time takes many minutes."""
+    module, version = KEDA
+
+    def build(folder: Path) -> None:
+        # From a copy of the module, because the replacements in its go.mod count only there.
+        source = folder / "source"
+        shutil.copytree(downloaded(module, version), source, copy_function=shutil.copyfile)
+        for path in (source, *source.rglob("*")):
+            path.chmod(0o755)
+        flags = ("-p", "1", "-trimpath", "-ldflags", "-s -w", "-o", f"{folder}/")
+        go("build", *flags, "./cmd/operator", "./cmd/adapter", cwd=source, CGO_ENABLED="0")
+        shutil.rmtree(source)
+
+    return made(f"keda-{version}", build)
 
 
 def etcd() -> Path:
@@ -99,6 +114,11 @@ def debian_version(package: str) -> str:
 def go(*arguments: str, cwd: Path | None = None, **environment: str) -> str:
     needed("go")
     return run(["nice", "-n", "5", "go", *arguments], cwd=cwd, **environment)
+
+
+def downloaded(module: str, version: str) -> Path:
+    """The folder with a Go module's sources, which nobody may write to."""
+    return Path(json.loads(go("mod", "download", "-json", f"{module}@{version}"))["Dir"])
 
 
 def needed(program: str) -> None:

@@ -1,16 +1,28 @@
-"""A real Kubernetes API server with its etcd, on this machine and for this test: no nodes, no controllers."""
+"""A real Kubernetes API server with its etcd, on this machine and for this test, and controllers for who asks for them.
+
+There are no nodes: pods stay pending unless somebody binds and runs them.
+"""
 
 from __future__ import annotations
 
 import json
 import secrets
+import ssl
 import subprocess
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from certificates import Authority
 from deploy_tools import control_plane, etcd, needed, run
 from server_process import Server, free_port
+
+#: Of servers on this machine whose certificates are their own.
+_UNVERIFIED = ssl.create_default_context()
+_UNVERIFIED.check_hostname, _UNVERIFIED.verify_mode = False, ssl.CERT_NONE
 
 
 class Etcd(Server):
@@ -43,7 +55,7 @@ class Etcd(Server):
 
 
 class ApiServer(Server):
-    """With an administrator's token; namespaces, quotas and Pod Security are enforced, nothing is ever run."""
+    """With an administrator's token; namespaces, quotas and Pod Security are enforced, and APIs can be added to it."""
 
     name = "apiserver"
     start_limit_s = 180.0
@@ -51,13 +63,20 @@ class ApiServer(Server):
     def __init__(self, folder: Path, etcd_url: str) -> None:
         super().__init__(folder)
         self._etcd_url = etcd_url
-        self._token = secrets.token_hex(16)
+        self.token = secrets.token_hex(16)
+        self.service_account_key = folder / "service-accounts.key"
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
 
     def _command(self) -> list[str]:
-        tokens, key = self.folder / "tokens.csv", self.folder / "service-accounts.key"
-        tokens.write_text(f"{self._token},admin,1,system:masters\n")
+        tokens, key = self.folder / "tokens.csv", self.service_account_key
+        tokens.write_text(f"{self.token},admin,1,system:masters\n")
         needed("openssl")
         run(["openssl", "genrsa", "-out", str(key), "2048"])
+        authority = Authority(self.folder / "authority")
+        aggregator = authority.issue("aggregator")
         return [
             str(control_plane() / "apiserver"),
             f"--etcd-servers={self._etcd_url}",
@@ -71,6 +90,14 @@ class ApiServer(Server):
             f"--secure-port={self.port}",
             "--bind-address=127.0.0.1",
             "--service-cluster-ip-range=10.0.0.0/24",
+            # An API that is added (KEDA's metrics) is asked in the user's name, under this certificate.
+            f"--requestheader-client-ca-file={authority.certificate}",
+            "--requestheader-allowed-names=aggregator",
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+            "--requestheader-group-headers=X-Remote-Group",
+            "--requestheader-username-headers=X-Remote-User",
+            f"--proxy-client-cert-file={aggregator.certificate}",
+            f"--proxy-client-key-file={aggregator.key}",
         ]
 
     def _answers(self) -> bool:
@@ -78,9 +105,9 @@ class ApiServer(Server):
 
     def kubectl(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
         connection = (
-            f"--server=https://127.0.0.1:{self.port}",
+            f"--server={self.url}",
             "--insecure-skip-tls-verify",  # its certificate is its own, and it is on this machine
-            f"--token={self._token}",
+            f"--token={self.token}",
         )
         return subprocess.run(
             [str(control_plane() / "kubectl"), *connection, *arguments],
@@ -100,10 +127,64 @@ class ApiServer(Server):
     def get(self, *arguments: str) -> dict[str, Any]:
         return json.loads(self.done("get", *arguments, "--output=json"))
 
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """One request of the API, a PATCH as a merge; without the third of a second that kubectl takes to start.
+
+        Raises `urllib.error.HTTPError` with the server's status.
+        """
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": kind}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30, context=_UNVERIFIED) as answer:
+            return json.load(answer)
+
+    def kubeconfig(self) -> Path:
+        """A file by which other programs reach the server as its administrator."""
+        path = self.folder / "kubeconfig"
+        content = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "test", "cluster": {"server": self.url, "insecure-skip-tls-verify": True}}],
+            "users": [{"name": "admin", "user": {"token": self.token}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "admin"}}],
+            "current-context": "test",
+        }
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+
+class ControllerManager(Server):
+    """The controllers between a Deployment and its pods, and the one that sets how many pods there are."""
+
+    name = "controllermanager"
+    start_limit_s = 120.0
+
+    def __init__(self, folder: Path, api: ApiServer, *, autoscaler_sync_s: int) -> None:
+        super().__init__(folder)
+        self._api = api
+        self._autoscaler_sync_s = autoscaler_sync_s
+
+    def _command(self) -> list[str]:
+        return [
+            str(control_plane() / "controllermanager"),
+            f"--kubeconfig={self._api.kubeconfig()}",
+            f"--service-account-private-key-file={self._api.service_account_key}",
+            "--controllers=deployment-controller,replicaset-controller,horizontal-pod-autoscaler-controller",
+            f"--horizontal-pod-autoscaler-sync-period={self._autoscaler_sync_s}s",
+            "--leader-elect=false",
+            "--bind-address=127.0.0.1",
+            f"--secure-port={self.port}",
+            f"--cert-dir={self.folder}/certificates",
+        ]
+
+    def _answers(self) -> bool:
+        return answers(f"https://127.0.0.1:{self.port}/healthz")
+
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with urllib.request.urlopen(url, timeout=2, context=_UNVERIFIED) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False

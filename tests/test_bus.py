@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
 import pytest
-from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import MemberToRemove
 from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
 
@@ -23,6 +24,7 @@ from bus_harness import (
     take,
     values,
 )
+from workers.bus.records import let_go_of_drained
 from workers.errors import TooLarge, TopicRefused, Transient
 from workers.ports import Outgoing, Partition
 
@@ -103,6 +105,20 @@ def test_the_lag_is_what_has_not_been_taken(bus):
     eventually(lambda: sum(inbox.lag().values()) == 20)
     take(inbox, 15)
     eventually(lambda: sum(inbox.lag().values()) == 5)
+
+
+def test_a_held_member_takes_no_more_and_commits(bus):
+    topic = bus.topic("in")
+    send_all(bus.outbox(), messages(topic, 5))
+    first = bus.inbox(topic)
+    take(first, 3)
+
+    first.hold()
+    assert first.take() is None
+    first.commit({Partition(topic, 0): 2}).result(LIMIT_S)
+    first.close(5.0)
+
+    assert values(take(bus.inbox(topic), 3)) == [b"2", b"3", b"4"]
 
 
 def test_a_message_over_the_producers_limit_fails_alone(bus):
@@ -240,6 +256,23 @@ def test_partitions_change_hands_after_their_offsets_are_committed(kafka):
 
 
 @pytest.mark.services
+def test_a_held_member_commits_while_others_wait_to_rebalance_and_they_go_on_when_it_leaves(kafka):
+    topic = kafka.topic("in", partitions=2)
+    first = kafka.inbox(topic)
+    eventually(lambda: len(first.assigned()) == 2)
+
+    first.hold()
+    second = kafka.inbox(topic)
+    eventually(lambda: first._consumer._coordinator.need_rejoin())  # told by a heartbeat
+    committed = [first.commit({Partition(topic, 0): number}).exception(LIMIT_S) for number in range(3)]
+    assert not second.assigned()
+    first.close(5.0)
+
+    assert committed == [None] * 3
+    eventually(lambda: len(second.assigned()) == 2)
+
+
+@pytest.mark.services
 @pytest.mark.parametrize("revocation_is_pending", [False, True])
 def test_a_closed_member_leaves_its_partitions_at_once(kafka, revocation_is_pending):
     topic = kafka.topic("in", partitions=2)
@@ -299,6 +332,69 @@ def test_a_full_queue_stops_the_polling_and_an_emptied_one_resumes_it(kafka, mon
 
     assert most < 8 + 4
     assert values(records) == [b"%d" % number for number in range(200)]
+
+
+@pytest.mark.services
+def test_the_lag_of_a_full_queue_grows_with_what_is_published(kafka, monkeypatch):
+    monkeypatch.setattr(workers.bus.inbox, "MAX_WAITING_RECORDS", 8)
+    topic = kafka.topic("in", partitions=4)
+    sent = [Outgoing(topic, b"%d" % n, b"") for n in range(100)]
+    send_all(kafka.outbox(), sent)
+    inbox = kafka.inbox(topic, max_poll_records=4)
+    eventually(lambda: len(inbox._waiting) >= 8)
+
+    send_all(kafka.outbox(), sent)
+
+    eventually(lambda: sum(inbox.lag().values()) == 200)
+
+
+@pytest.mark.services
+def test_members_with_full_queues_share_with_a_new_one_in_few_rebalances(kafka, monkeypatch):
+    monkeypatch.setattr(workers.bus.inbox, "MAX_WAITING_RECORDS", 8)
+    topic = kafka.topic("in", partitions=6)
+    send_all(kafka.outbox(), [Outgoing(topic, b"%d" % n, b"") for n in range(200)])
+    members = [kafka.inbox(topic, max_poll_records=4)]
+
+    def shared() -> bool:
+        for member in members:
+            for revocation in member.revocations():
+                revocation.release()
+        return all(len(member.assigned()) == 6 // len(members) and len(member._waiting) >= 8 for member in members)
+
+    eventually(shared)
+    members.append(kafka.inbox(topic, max_poll_records=4))
+    eventually(shared)
+    before = members[0].membership().generation_id
+    members.append(kafka.inbox(topic, max_poll_records=4))
+    eventually(shared)
+
+    # One in which partitions are given back, one in which the new member gets them; and rarely one more, for a join
+    # that ended just between two polls.
+    assert 2 <= members[0].membership().generation_id - before <= 3
+
+
+@pytest.mark.services
+def test_records_that_were_laid_aside_in_a_pause_come_after_it(kafka):
+    paused, other = TopicPartition(kafka.topic("in"), 0), TopicPartition(kafka.topic("other"), 0)
+    send_all(kafka.outbox(), [*messages(paused.topic, 10), *messages(other.topic, 10)])
+    consumer = KafkaConsumer(**kafka.connection, auto_offset_reset="earliest", max_poll_records=4)
+    came: dict[TopicPartition, int] = {paused: 0, other: 0}
+
+    def all_came(partition: TopicPartition) -> bool:
+        let_go_of_drained(consumer)
+        for each, records in consumer.poll(timeout_ms=100).items():
+            came[each] += len(records)
+        return came[partition] == 10
+
+    with contextlib.closing(consumer):
+        consumer.assign([paused])
+        eventually(lambda: all_came(paused) or came[paused] == 4)
+        consumer.pause(paused)
+        consumer.assign([paused, other])
+        consumer.pause(paused)
+        eventually(lambda: all_came(other))
+        consumer.resume(paused)
+        eventually(lambda: all_came(paused))
 
 
 @pytest.mark.services

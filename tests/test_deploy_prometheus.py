@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,7 @@ import yaml
 
 from deploy_manifests import ROOT
 from deploy_queries import dashboard_queries, queries
-from deploy_tools import prometheus
-from kubernetes_harness import answers
-from server_process import Server
+from prometheus_harness import Prometheus
 from service_harness import SMALL_GIF, Service
 from service_worker import Worker, eventually
 
@@ -24,39 +19,13 @@ pytest_plugins = ["service_fixtures"]
 pytestmark = [pytest.mark.kubernetes, pytest.mark.services, pytest.mark.timeout(600)]
 
 
-class Prometheus(Server):
-    """Debian's Prometheus with the configuration of compose.yaml, but for where the workers are and how often."""
-
-    name = "prometheus"
-    start_limit_s = 60.0
-
-    def __init__(self, folder: Path, workers: dict[str, Worker]) -> None:
-        super().__init__(folder)
-        self._workers = workers
-
-    def _command(self) -> list[str]:
-        config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
-        config["global"]["scrape_interval"] = "1s"
-        for target in config["scrape_configs"][0]["static_configs"]:
-            target["targets"] = [f"127.0.0.1:{self._workers[target['labels']['worker']].port}"]
-        path = self.folder / "prometheus.yml"
-        path.write_text(yaml.safe_dump(config))
-        return [
-            str(prometheus()),
-            f"--config.file={path}",
-            f"--storage.tsdb.path={self.folder}/data",
-            f"--web.listen-address=127.0.0.1:{self.port}",
-            "--log.level=warn",
-        ]
-
-    def _answers(self) -> bool:
-        return answers(f"http://127.0.0.1:{self.port}/-/ready")
-
-    def query(self, query: str) -> list[dict[str, Any]]:
-        """The samples of a query now. Raises `HTTPError` for one that Prometheus does not understand."""
-        words = urllib.parse.urlencode({"query": query})
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/query?{words}", timeout=10) as answer:
-            return json.load(answer)["data"]["result"]
+def config_of_compose(workers: dict[str, Worker]) -> dict[str, Any]:
+    """The configuration of compose.yaml, but for where the workers are and how often they are asked."""
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    config["global"]["scrape_interval"] = "1s"
+    for target in config["scrape_configs"][0]["static_configs"]:
+        target["targets"] = [f"127.0.0.1:{workers[target['labels']['worker']].port}"]
+    return config
 
 
 @pytest.fixture
@@ -64,7 +33,7 @@ def busy(service: Service, tmp_path: Path) -> Iterator[tuple[Service, Prometheus
     """Both workers with a little of everything to do, scraped."""
     service.store_images(["dog", "cat"])
     workers = {"rerank": service.rerank(), "ingest": service.ingest()}
-    server = Prometheus(tmp_path / "prometheus", workers)
+    server = Prometheus(tmp_path / "prometheus", lambda: config_of_compose(workers))
     server.start()
     yield service, server
     server.stop()

@@ -206,6 +206,22 @@ def test_a_stop_commits_without_waiting_for_the_interval(bench):
     assert bench.committed == {P0: 2}
 
 
+def test_a_drain_keeps_the_inbox_as_it_is_and_commits(bench):
+    bench.publish(1)
+    bench.job.held = True
+    bench.loop.turn()
+
+    bench.loop.stop()
+    bench.loop.turn()
+    bench.publish(1)
+    assert bench.inbox.take() is None
+    bench.job.held = False
+    while bench.loop.turn():
+        assert len(bench.turns) < 10
+
+    assert bench.committed == {P0: 1}
+
+
 def test_a_drain_ends_with_the_grace_period(bench):
     bench.publish(1)
     bench.job.held = True

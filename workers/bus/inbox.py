@@ -25,7 +25,7 @@ from kafka.structs import MemberState
 
 from workers.bus.clients import kafka_offsets, started, to_record
 from workers.bus.errors import translating
-from workers.bus.records import read_forgivingly
+from workers.bus.records import let_go_of_drained, read_forgivingly
 from workers.errors import Transient
 from workers.interval import Interval
 from workers.ports import Partition, Poll, Record, Revocation
@@ -225,6 +225,7 @@ class KafkaInbox:
         began_at = time.monotonic()
         try:
             with translating():
+                let_go_of_drained(self._consumer)
                 polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
                 ended_at = time.monotonic()
                 self._join_on()

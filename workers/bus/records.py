@@ -31,6 +31,17 @@ def read_forgivingly(consumer: KafkaConsumer) -> None:
     consumer._fetcher.PartitionRecords = _PartitionRecords
 
 
+def let_go_of_drained(consumer: KafkaConsumer) -> None:
+    """Before each poll of a consumer that pauses: else records may never come.
+
+    kafka-python 3.0.12 lays what it has read of a paused partition aside. It takes it up again only in the place of
+    None, not of the emptied rest of another partition, and does not fetch that partition again either.
+    """
+    fetcher = consumer._fetcher
+    if not fetcher._next_partition_records:
+        fetcher._next_partition_records = None
+
+
 class _PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # kafka-python has no types
     """What was fetched of one partition."""
 
