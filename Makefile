@@ -17,10 +17,10 @@ export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-kubernetes check up bench soak quality lock clean
+.PHONY: help demo test test-tensorrt test-gpu test-kubernetes test-autoscaling check up bench soak quality lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Drawn scenes through a real Kafka and a real Redis to reranked replies, checked, and demo/report.html
 	@$(PYTHON) deploy/local/demo.py
@@ -28,8 +28,17 @@ demo: $(READY) ## Drawn scenes through a real Kafka and a real Redis to reranked
 test: $(READY) ## Every test, against a real Kafka and a real Redis
 	@$(PYTHON) -m pytest -n logical --maxprocesses 4
 
+test-tensorrt: $(READY) ## The TensorRT runtime against the real bindings of TensorRT and CUDA; a C++ compiler needed, no GPU
+	@$(PYTHON) -m pytest -m tensorrt
+
+test-gpu: $(READY) ## On a GPU: device memory, streams and graphs; with TensorRT, a small engine built, run and compared
+	@$(PYTHON) -m pytest -m gpu
+
 test-kubernetes: $(READY) ## The manifests on a real API server, alerts and dashboard on a real Prometheus; Go needed
 	@$(PYTHON) -m pytest -m kubernetes
+
+test-autoscaling: $(READY) ## Workers come with the work and go with it: a real KEDA on Kubernetes' own parts; Go needed
+	@$(PYTHON) -m pytest -m autoscaling
 
 check: $(READY) ## Lint, formatting, types, import directions
 	@$(PYTHON) -m ruff check
@@ -50,8 +59,9 @@ quality: $(READY) ## What reranking is worth: encoders, tokens, storage types an
 	@$(PYTHON) benchmarks/quality.py scenes --seeds 3
 
 lock: $(READY) ## Pin the newest allowed version of every dependency, with hashes
-	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --extra train --output-file $(LOCK)
+	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --extra train --extra build --output-file $(LOCK)
 	$(COMPILE) pyproject.toml --constraint $(LOCK) --output-file requirements/service.txt
+	$(COMPILE) requirements/tensorrt.in --constraint $(LOCK) --output-file requirements/tensorrt.txt
 	echo uv | $(COMPILE) --upgrade - --output-file requirements/uv.txt
 
 clean: ## Remove the environment, caches and the demo's output

@@ -134,7 +134,7 @@ class JointEncoder(TextEmbeddings):
 def visible(text_lengths: Tensor, num_text: int, num_images: int) -> Tensor:
     """True where a token may be looked at, padding of the text aside: (B, 1, 1, num_text + num_images)."""
     is_text = torch.arange(num_text, device=text_lengths.device) < text_lengths[:, None]
-    is_image = is_text.new_ones((len(text_lengths), num_images))
+    is_image = is_text.new_ones((text_lengths.shape[0], num_images))
     return torch.cat((is_text, is_image), dim=1)[:, None, None, :]
 
 

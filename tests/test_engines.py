@@ -1,5 +1,6 @@
 """One contract for every engine, and how close the torch engine's stored tokens keep it to float32."""
 
+import functools
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,9 @@ from edje.config import FirstStageConfig
 from edje.init import initialise
 from edje.variants import VARIANTS
 from edje.weights import load_checkpoint
+from engine_directories import FIRST_LIMIT_S, sample
 from protocols.quantize import quantize
+from recorded_engine import open_recorded
 from trt.constant import ConstantEngine
 from trt.engine import EngineBroken, EngineMismatch, EngineUnavailable, LimitExceeded
 from trt.grouping import MAX_PADDING, MIN_GROUP_PAIRS, groups_by_length
@@ -80,7 +83,39 @@ def constant_engine(checkpoint, storage, ms_per_item=0.0):
     )
 
 
+@functools.cache  # it takes a second to open, and what one test leaves in the slots is nothing to the next
+def tensorrt_engine(checkpoint, storage):
+    """Over recorded bindings, which compute in float32 with torch."""
+    directory = checkpoint.with_name(f"{checkpoint.name}-{storage}-engine")
+    return open_recorded(
+        checkpoint,
+        directory,
+        storage,
+        num_slots=NUM_SLOTS,
+        max_pairs=MAX_PAIRS,
+        max_images=MAX_IMAGES,
+        device="cuda",
+    )
+
+
+@functools.cache
+def onnx_engine(made):
+    """The graphs that were exported of a checkpoint of the same size."""
+    return load_engine(
+        "onnx",
+        made.checkpoint,
+        storage="int8",
+        num_slots=NUM_SLOTS,
+        max_pairs=MAX_PAIRS,
+        max_images=MAX_IMAGES,
+        num_threads=1,
+        device="cpu",
+        engine_directory=made.engine,
+    )
+
+
 KINDS = {
+    "tensorrt": tensorrt_engine,
     "constant": constant_engine,
     "torch": torch_engine,
     "torch-bf16": lambda checkpoint, storage: torch_engine(checkpoint, storage, torch.bfloat16),
@@ -91,12 +126,16 @@ KINDS = {
 @pytest.fixture(
     params=[
         *((kind, storage, "tiny") for kind in KINDS for storage in STORAGES),
-        *((kind, "int8", variant) for kind in ("torch", "torch-bf16") for variant in APART),
+        *((kind, "int8", variant) for kind in ("torch", "torch-bf16", "tensorrt") for variant in APART),
+        # Other storage types and encoders: test_onnx_engine.
+        pytest.param(("onnx", "int8", "full"), marks=pytest.mark.timeout(FIRST_LIMIT_S), id="onnx-int8-full"),
     ],
     ids="-".join,
 )
 def engine(request, checkpoints):
     kind, storage, variant = request.param
+    if kind == "onnx":
+        return onnx_engine(sample(request.getfixturevalue("tmp_path_factory"), variant))
     return KINDS[kind](checkpoints / variant, storage)
 
 
@@ -510,7 +549,7 @@ def test_an_engine_that_only_encodes_needs_no_slots(checkpoint, pixels):
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"runtime": "onnx"}, "choose torch or constant"),
+        ({"runtime": "jax"}, "choose torch, tensorrt, onnx or constant"),
         ({"device": "tpu"}, "choose cpu"),
         ({"device": "meta"}, "choose cpu"),
         ({"device": "cuda:99"}, "choose cpu"),

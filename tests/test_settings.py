@@ -106,6 +106,8 @@ def test_a_shared_name_close_to_ours_is_told_and_not_refused(environment):
         (RerankSettings, {"RERANK_FETCH_THREADS": "0"}, "RERANK_FETCH_THREADS: Input should be greater than 0"),
         (RerankSettings, {"RERANK_TOPIC_PREFIX": "a b"}, "topic prefix 'a b'"),
         (RerankSettings, {"RERANK_CONSTANT_ENGINE_MS_PER_ITEM": "1"}, "engine=torch would not use it"),
+        (RerankSettings, {"RERANK_ENGINE_DIRECTORY": "engine"}, "engine=torch would not use it"),
+        (IngestSettings, {"INGEST_ENGINE": "onnx"}, "make it with `python -m trt.build`"),
         (RerankSettings, {"KAFKA_BROKERS": ","}, "KAFKA_BROKERS: Tuple should have at least 1 item"),
         (RerankSettings, {"KAFKA_SECURITY_PROTOCOL": "SASL_SSL"}, "needs KAFKA_SASL_MECHANISM"),
         (RerankSettings, {"KAFKA_SASL_USERNAME": "u"}, "would not use it"),

@@ -42,7 +42,7 @@ class EngineMismatch(EngineError):
 class EngineInfo:
     """What an engine is and what it accepts; read once, after loading."""
 
-    runtime: str  # "torch", "tensorrt" or "constant"
+    runtime: str  # "torch", "tensorrt", "onnx" or "constant"
     model_digest: str  # of the checkpoint: content, not file names
     engine_digest: str  # of what computes the scores: checkpoint, runtime, precision, device
     num_visual_tokens: int  # m

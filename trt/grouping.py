@@ -1,6 +1,7 @@
 """Which pairs of one call are computed together: pairs of equal text length, in pieces the caches hold.
 
-Knows lengths only.
+Grouping can also be fixed: every group then has the same number of pairs, filled up where pairs are lacking, so that a
+pair is computed in the same shape whatever else is in the call. Knows lengths only.
 """
 
 from __future__ import annotations
@@ -34,3 +35,15 @@ def groups_by_length(lengths: NDArray[np.int64], max_pairs: int) -> Iterator[NDA
         end = min(end, start + max_pairs)
         yield order[start:end]
         start = end
+
+
+def fixed_groups(lengths: NDArray[np.int64], num_pairs: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Cut pairs with these text lengths into groups of exactly `num_pairs` of one length, shortest first.
+
+    Yields the pairs of each group and how many of them count: the last one fills up what is lacking.
+    """
+    for length in np.unique(lengths):
+        alike = np.flatnonzero(lengths == length)
+        for start in range(0, len(alike), num_pairs):
+            group = alike[start : start + num_pairs]
+            yield np.pad(group, (0, num_pairs - len(group)), mode="edge"), len(group)

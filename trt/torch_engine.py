@@ -20,12 +20,14 @@ from edje.weights import Checkpoint
 from trt.copy_clock import CopyClock
 from trt.dequantize import dequantise
 from trt.engine import DeviceCopies, EngineBroken, EngineInfo, QueryStates, check_images, check_pairs, check_texts
-from trt.grouping import groups_by_length
+from trt.grouping import fixed_groups, groups_by_length
 from trt.identity import engine_digest
 from trt.torch_slab import GatherSlab
 
 #: Pairs in one forward pass on a CPU: 8 to 32 measured alike, and this bounds what the activations take.
 CPU_GROUP_PAIRS = 32
+#: Pairs in every forward pass with fixed groups: as fast as more, and little is filled up in a small request.
+FIXED_GROUP_PAIRS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,9 @@ class TorchEngine:
         max_images: int,
         device: torch.device,
         dtype: torch.dtype,
+        fixed_buckets: bool = False,
     ) -> None:
+        """`fixed_buckets`: a pair's logit is the same to the last bit whatever else is in the call."""
         config = checkpoint.config
         self._layout = slab.layout
         self._device = device
@@ -66,12 +70,19 @@ class TorchEngine:
                     part.to(dtype)
         self.slab = slab
         self._copies = CopyClock(_timing_event) if device.type == "cuda" else None
+        self._is_fixed = fixed_buckets
         self._group_pairs = CPU_GROUP_PAIRS if device.type == "cpu" else max_pairs
         self.info = EngineInfo(
             runtime="torch",
             model_digest=checkpoint.digest,
             engine_digest=engine_digest(
-                checkpoint.digest, "torch", str(dtype), slab.layout.storage, torch.__version__, device_name(device)
+                checkpoint.digest,
+                "torch",
+                str(dtype),
+                slab.layout.storage,
+                torch.__version__,
+                device_name(device),
+                *(("fixed buckets",) if fixed_buckets else ()),
             ),
             num_visual_tokens=self._layout.num_tokens,
             token_dim=self._layout.token_dim,
@@ -111,8 +122,8 @@ class TorchEngine:
         with _broken_device():
             states = torch.zeros(shape, device=self._device)
             # By length and not padded: attention under a mask rounds otherwise, which in bf16 moves logits by 0.03.
-            for length in np.unique(lengths):
-                rows = np.flatnonzero(lengths == length)
+            for rows in self._texts_together(lengths):
+                length = int(lengths[rows[0]])
                 text = torch.tensor([text_ids[row] for row in rows.tolist()], device=self._device)
                 states[self._on_device(rows), :length] = self._model.encode_queries(text).float()
         return QueryStates(EncodedQueries(states, lengths))
@@ -134,12 +145,26 @@ class TorchEngine:
         logits = np.empty(len(pair_query), np.float32)
         lengths = encoded.lengths[pair_query]
         with _broken_device():
-            for group in groups_by_length(lengths, self._group_pairs):
+            for group, num_real in self._groups(lengths):
                 scores = None if first_stage is None else first_stage[group]
                 scored = self._score_group(encoded.states, pair_query[group], pair_slot[group], lengths[group], scores)
                 with self._copies.to_host() if self._copies is not None else nullcontext():
-                    logits[group] = _to_host(scored)
+                    logits[group[:num_real]] = _to_host(scored)[:num_real]
         return logits
+
+    def _texts_together(self, lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Texts that are encoded in one pass: of one length, and each alone where company must not matter."""
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length)
+            yield from np.split(rows, len(rows)) if self._is_fixed else (rows,)
+
+    def _groups(self, lengths: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """Pairs that are scored in one pass, and how many of them count."""
+        if self._is_fixed:
+            yield from fixed_groups(lengths, FIXED_GROUP_PAIRS)
+        else:
+            for group in groups_by_length(lengths, self._group_pairs):
+                yield group, len(group)
 
     def last_copies(self) -> DeviceCopies | None:
         """By events of the device; None on a CPU, which copies nothing."""

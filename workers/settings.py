@@ -102,7 +102,12 @@ class WorkerSettings(KafkaSettings):
         "at_least_once", description="Whether a crash may repeat an outcome, or each is a transaction."
     )
     checkpoint: Path = Field(Path("checkpoint"), description="Folder of the model checkpoint.")
-    engine: Literal["torch", "constant"] = Field("torch", description="Runtime; constant computes nothing.")
+    engine: Literal["torch", "tensorrt", "onnx", "constant"] = Field(
+        "torch", description="Runtime; constant computes nothing."
+    )
+    engine_directory: Path | None = Field(
+        None, description="What `python -m trt.build` made of the checkpoint, for tensorrt and onnx."
+    )
     constant_engine_ms_per_item: NonNegativeFloat = Field(
         0.0, description="How long the constant engine takes for a pair or an image, for tests and benchmarks."
     )
@@ -166,6 +171,9 @@ class WorkerSettings(KafkaSettings):
         Topics(self.topic_prefix)
         if self.constant_engine_ms_per_item and self.engine != "constant":
             raise ValueError(f"constant_engine_ms_per_item is set and engine={self.engine} would not use it")
+        if (self.engine_directory is not None) != (self.engine in ("tensorrt", "onnx")):
+            remedy = "would not use it" if self.engine_directory else "needs one: make it with `python -m trt.build`"
+            raise ValueError(f"engine_directory: engine={self.engine} {remedy}")
         return self
 
 
@@ -192,6 +200,10 @@ class RerankSettings(WorkerSettings):
         (), description="Patterns of the reply topics a request may name; none: <responses> and <responses>.*"
     )
     tokenizer_cache_size: int = Field(10_000, ge=0, description="Texts whose ids are remembered.")
+    fixed_buckets: bool = Field(
+        False,
+        description="Compute pairs in fixed shapes: a score is the same to the last bit in any company, for time.",
+    )
 
     @check(mode="after")
     def _bounds_agree(self) -> Self:

@@ -110,6 +110,7 @@ def load(settings: IngestSettings) -> Engine:
         max_images=settings.max_batch_images,
         num_threads=settings.num_threads,
         device=settings.device,
+        engine_directory=settings.engine_directory,
         constant_ms_per_item=settings.constant_engine_ms_per_item,
     )
     engine.warm_up()

@@ -114,6 +114,8 @@ def load(settings: RerankSettings) -> Engine:
         max_images=1,
         num_threads=settings.num_threads,
         device=settings.device,
+        engine_directory=settings.engine_directory,
+        fixed_buckets=settings.fixed_buckets,
         constant_ms_per_item=settings.constant_engine_ms_per_item,
     )
     engine.warm_up()

@@ -1,0 +1,133 @@
+"""`python -m trt.inspect DIR`: what an engine directory is, for whom it was built, how well it agrees, what it runs.
+
+Ends with 0, or with 1 and a sentence for a directory that holds no engine or whose files are not the manifest's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trt.engine import EngineMismatch
+from trt.layers import LayersUnreadable, attention_in, read_layers
+from trt.manifest import GraphFiles, Manifest, check_files, read_manifest, rebuild_command
+
+
+def show(directory: Path, manifest: Manifest, console: Console) -> None:
+    """Print everything that the manifest says, and the layers where the inspector's file is there.
+
+    Names come from files: the console is to read no markup in them. Raises `EngineMismatch` for an unknown model.
+    """
+    console.print(str(directory), style="bold")
+    for heading, table in (
+        ("engine", _facts(manifest)),
+        ("profiles", _profiles(manifest)),
+        ("parity with torch in float32", _parity(manifest)),
+        ("layers", _layers(directory, manifest)),
+    ):
+        if table.row_count:
+            console.print(f"\n{heading}")
+            console.print(table)
+    console.print(f"\nto build it anew: {rebuild_command(manifest)}", soft_wrap=True)
+
+
+def plain_console() -> Console:
+    """Standard output, without markup."""
+    return Console(highlight=False, markup=False)
+
+
+def _facts(manifest: Manifest) -> Table:
+    options, built = manifest.options, manifest.built_on
+    table = Table(show_header=False)
+    facts = {
+        "engine digest": manifest.engine_digest,
+        "model": f"{manifest.config.name}, {manifest.model_digest}",
+        "storage, precision": f"{options.storage}, {options.precision}",
+        "at once": f"{options.max_pairs} pairs, {options.max_images} images",
+        "plans": "none: ONNX graphs only" if built is None else _built(manifest),
+        "written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+    for name, value in facts.items():
+        table.add_row(name, value)
+    for name, part in manifest.graphs.items():
+        table.add_row(f"{name} graph", ", ".join(_sizes(part)))
+    return table
+
+
+def _built(manifest: Manifest) -> str:
+    options, built = manifest.options, manifest.built_on
+    assert built is not None  # asked for only then
+    major, minor = built.compute_capability
+    more = [
+        *(["later TensorRTs of its major version"] if options.version_compatible else []),
+        *([f"GPUs: {options.hardware_compatibility}"] if options.hardware_compatibility != "none" else []),
+        *(["weights can be exchanged"] if options.refit else []),
+    ]
+    return f"TensorRT {built.tensorrt_version}, {built.gpu} (compute capability {major}.{minor})" + "".join(
+        f"; {each}" for each in more
+    )
+
+
+def _sizes(part: GraphFiles) -> Iterator[str]:
+    for file in (part.onnx, part.weights, part.plan):
+        if file is not None:
+            yield f"{file.name} {file.num_bytes / 1e6:,.1f} MB"
+
+
+def _profiles(manifest: Manifest) -> Table:
+    table = Table("graph", "profile", "takes", "tuned for")
+    for name, part in manifest.graphs.items():
+        for number, profile in enumerate(part.profiles):
+            tuned = ", ".join(f"{size} {each.replace('_', ' ')}" for each, size in profile.sizes("opt").items())
+            table.add_row(name, str(number), profile.name, tuned)
+    return table
+
+
+def _parity(manifest: Manifest) -> Table:
+    table = Table("runtime", "measure", "found", "asked for")
+    for report in manifest.parity:
+        found, asked = report.agreement, report.thresholds
+        pairs = f"{found.num_queries} x {found.num_candidates} {report.pairs_of}"
+        table.add_row(report.runtime, "pairs", pairs, "")
+        table.add_row("", "same best candidate", f"{found.top1:.4f}", f"at least {asked.top1}")
+        table.add_row("", "Kendall's tau, mean", f"{found.tau:.4f}", f"at least {asked.tau}")
+        table.add_row("", "Kendall's tau, lowest", f"{found.tau_lowest:.4f}, query {found.tau_lowest_at}", "")
+        error = f"{found.max_error:.6f} of their spread, {found.logit_spread:.3f}"
+        table.add_row("", "largest error of a logit", error, f"at most {asked.max_error}")
+    return table
+
+
+def _layers(directory: Path, manifest: Manifest) -> Table:
+    table = Table("graph", "layers", "attention")
+    for name, part in manifest.graphs.items():
+        if part.layers is not None:
+            try:
+                layers = read_layers(directory / part.layers)
+            except LayersUnreadable as error:
+                table.add_row(name, "unknown", str(error))
+                continue
+            table.add_row(name, str(len(layers)), attention_in(layers).said)
+    return table
+
+
+def main(
+    directory: Annotated[Path, typer.Argument(help="What `python -m trt.build` wrote.")],
+) -> None:
+    """Describe an engine, after comparing its files with the manifest."""
+    try:
+        manifest = read_manifest(directory)
+        check_files(directory, manifest, plans=False)
+        check_files(directory, manifest, plans=True)
+        show(directory, manifest, plain_console())
+    except EngineMismatch as error:
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

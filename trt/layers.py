@@ -1,0 +1,77 @@
+"""The layers of a plan as TensorRT's inspector tells them, and whether attention is fused among them.
+
+Knows the inspector's JSON, and nothing of TensorRT itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+#: A large plan's file has some megabytes.
+_MAX_BYTES = 200_000_000
+#: How kernels that do the whole of an attention name themselves.
+_FUSED = ("mha", "fmha", "attention")
+_SOFTMAX = "softmax"
+
+
+class LayersUnreadable(Exception):
+    """The inspector's file is missing, or is none."""
+
+
+class Layer(BaseModel):
+    """One layer: a kernel, or what TensorRT's compiler made of many operators."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str = Field(alias="Name")
+    kind: str = Field("", alias="LayerType")
+    tactic: str = Field("", alias="TacticName")
+
+
+class _Inspected(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    layers: tuple[Layer | str, ...] = Field(alias="Layers")  # names alone where the plan was built without details
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Layers that do a whole attention, and those that do a softmax by itself."""
+
+    num_fused: int
+    num_apart: int
+
+    @property
+    def said(self) -> str:
+        """Read off the layers' names, which are TensorRT's own affair: so it says."""
+        if self.num_apart:
+            return (
+                f"NOT FUSED in {self.num_apart} layers (a softmax by itself), fused in {self.num_fused}, by their names"
+            )
+        if self.num_fused:
+            return f"fused in {self.num_fused} layers, by their names"
+        return "no layer names an attention or a softmax"
+
+
+def read_layers(path: Path) -> tuple[Layer, ...]:
+    """The layers in the inspector's file, over all profiles. Raises `LayersUnreadable`."""
+    try:
+        with path.open("rb") as file:
+            inspected = _Inspected.model_validate_json(file.read(_MAX_BYTES))
+    except OSError as error:
+        raise LayersUnreadable(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise LayersUnreadable(f"{path} is not what TensorRT's inspector writes") from error
+    return tuple(Layer(Name=each) if isinstance(each, str) else each for each in inspected.layers)
+
+
+def attention_in(layers: Sequence[Layer]) -> Attention:
+    """Count by name and kernel: `_gemm_mha_v2_…`, `fmha_v2_…`, `__myl_…Softmax…`."""
+    spoken = [" ".join((each.name, each.kind, each.tactic)).lower() for each in layers]
+    fused = [any(word in each for word in _FUSED) for each in spoken]
+    apart = [_SOFTMAX in each and not is_fused for each, is_fused in zip(spoken, fused, strict=True)]
+    return Attention(sum(fused), sum(apart))

@@ -1,0 +1,97 @@
+"""Whether an engine fits where it is to be used: a sentence for everything that does not.
+
+Knows manifests, versions and names of GPUs; looks at no device and no file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from trt.engine import EngineMismatch
+from trt.manifest import Manifest, again
+
+_AMPERE = (8, 0)
+
+
+def mismatches(
+    manifest: Manifest,
+    *,
+    model_digest: str,
+    tensorrt_version: str,
+    gpu: str,
+    compute_capability: tuple[int, int],
+) -> list[str]:
+    """Why the plans cannot be used for this model here: a sentence each, empty if they can.
+
+    `rebuild_command` says what to do about any of them.
+    """
+    found = model_mismatches(manifest, model_digest=model_digest)
+    built, options = manifest.built_on, manifest.options
+    if built is None:
+        return [*found, "the directory holds ONNX graphs only, no plans"]
+    if options.version_compatible:
+        if not _is_served_by(built.tensorrt_version, tensorrt_version):
+            found.append(
+                f"the plans were built by TensorRT {built.tensorrt_version} and run on that and on later versions of "
+                f"the same major; here is {tensorrt_version}"
+            )
+    elif built.tensorrt_version != tensorrt_version:
+        found.append(
+            f"the plans were built by TensorRT {built.tensorrt_version} and run on no other; here is {tensorrt_version}"
+        )
+    here = f"here is {gpu} of {_capability(compute_capability)}"
+    match options.hardware_compatibility:
+        case "none" if (built.gpu, built.compute_capability) != (gpu, compute_capability):
+            found.append(f"the plans were built for {built.gpu} of {_capability(built.compute_capability)}; {here}")
+        case "same_compute_capability" if built.compute_capability != compute_capability:
+            found.append(f"the plans run on GPUs of {_capability(built.compute_capability)}; {here}")
+        case "ampere_plus" if compute_capability < _AMPERE:
+            found.append(f"the plans run on GPUs of {_capability(_AMPERE)} and later; {here}")
+    return found
+
+
+def model_mismatches(manifest: Manifest, *, model_digest: str) -> list[str]:
+    """The part of `mismatches` that a runtime without plans asks for."""
+    if manifest.model_digest == model_digest:
+        return []
+    return [f"the engine was built from model {manifest.model_digest}, the checkpoint is {model_digest}"]
+
+
+def limit_mismatches(manifest: Manifest, *, storage: str, max_pairs: int, max_images: int) -> list[str]:
+    """Why an engine cannot do what is asked of it, on whatever machine: a sentence each."""
+    options = manifest.options
+    found = []
+    if options.storage != storage:
+        found.append(f"the engine reads {options.storage} tokens, the store holds {storage}")
+    for what, asked, most in (("pairs", max_pairs, options.max_pairs), ("images", max_images, options.max_images)):
+        if asked > most:
+            found.append(f"the engine takes {most} {what} at once, asked for are {asked}")
+    return found
+
+
+def with_limits(manifest: Manifest, *, storage: str, max_pairs: int, max_images: int) -> Manifest:
+    """The manifest of an engine that could do it, for the command that builds one."""
+    options = manifest.options
+    wanted = {
+        "storage": storage,
+        "max_pairs": max(options.max_pairs, max_pairs),
+        "max_images": max(options.max_images, max_images),
+    }
+    return manifest.model_copy(update={"options": options.model_copy(update=wanted)})
+
+
+def refuse(directory: Path, manifest: Manifest, reasons: list[str]) -> None:
+    """Raise `EngineMismatch` with every reason, if there is one, and the command that builds what the manifest says."""
+    if reasons:
+        raise EngineMismatch(f"{directory} cannot be used: {'; '.join(reasons)}: {again(manifest)}")
+
+
+def _is_served_by(built: str, here: str) -> bool:
+    """Whether a version-compatible plan runs here: the same major version, not older."""
+    built_numbers, here_numbers = ([int(number) for number in re.findall(r"\d+", each)] for each in (built, here))
+    return built_numbers[0] == here_numbers[0] and built_numbers <= here_numbers
+
+
+def _capability(numbers: tuple[int, int]) -> str:
+    return f"compute capability {numbers[0]}.{numbers[1]}"

@@ -1,0 +1,129 @@
+"""`python -m trt.verify A B`: whether two engines rank the same pairs alike; A is what B is held against.
+
+    python -m trt.verify torch:CHECKPOINT engines/model      what was built against the model it was built of
+    python -m trt.verify engines/old engines/new             a rebuild against what is in use
+    python -m trt.verify onnx:engines/model engines/model    the plans against their graphs
+
+The last line on standard output is one JSON document. Ends with 0, with 1 where they differ by more than is allowed or
+cannot be compared, with 2 if the command makes no sense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from edje.checkpoint import CheckpointError, read_config
+from edje.config import EdjeConfig
+from edje.optional import PackageMissing
+from edje.text import Tokenizer
+from edje.weights import load_checkpoint
+from trt.assemble import require
+from trt.comparison import report_on, scored, torch_reference
+from trt.engine import Engine, EngineError, EngineMismatch
+from trt.held_pairs import hold_pairs
+from trt.load import open_onnx, open_tensorrt
+from trt.manifest import Manifest, read_manifest
+from trt.parity import THRESHOLDS, Thresholds
+from trt.screen import progress_bars
+
+remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+_RUNTIMES = ("torch", "onnx", "tensorrt")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An engine by its name on the command line."""
+
+    runtime: str
+    path: Path
+    manifest: Manifest | None  # None: torch, over a checkpoint
+
+    @property
+    def config(self) -> EdjeConfig:
+        return read_config(self.path) if self.manifest is None else self.manifest.config
+
+    def load(self, storage: str, num_slots: int, device: str) -> Engine:
+        """The engine, with slots of this storage type."""
+        if self.manifest is None:
+            return torch_reference(load_checkpoint(self.path), storage, num_slots)
+        options = self.manifest.options
+        if self.runtime == "onnx":
+            return open_onnx(self.path, self.manifest, num_slots, options.max_pairs, options.max_images, None)
+        return open_tensorrt(self.path, self.manifest, num_slots, options.max_pairs, options.max_images, device)
+
+
+def subject(name: str) -> Subject:
+    """`torch:CHECKPOINT`, `onnx:DIR`, `tensorrt:DIR`, or `DIR`: its plans if it has any, else its graphs."""
+    prefix, colon, rest = name.partition(":")
+    runtime, path = (prefix, Path(rest)) if colon and prefix in _RUNTIMES else ("", Path(name))
+    if runtime == "torch":
+        return Subject(runtime, path, None)
+    manifest = read_manifest(path)
+    return Subject(runtime or ("onnx" if manifest.built_on is None else "tensorrt"), path, manifest)
+
+
+def storage_of(subjects: tuple[Subject, Subject], asked: str | None) -> str:
+    """The storage type that both read. Raises `EngineMismatch` where there is none."""
+    built = [each.manifest.options.storage for each in subjects if each.manifest is not None]
+    wanted = {*built, *([asked] if asked else [])} or {"int8"}
+    if len(wanted) > 1:
+        raise EngineMismatch(f"one of these reads {' tokens, another '.join(sorted(wanted))} tokens: build one anew")
+    return wanted.pop()
+
+
+def main(
+    reference: Annotated[str, typer.Argument(metavar="A", help="torch:CHECKPOINT or an engine directory.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="The same; is held against A.")],
+    storage: Annotated[
+        str | None, typer.Option(help="How tokens are stored; else as the engines say, or int8.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Model to take captions from where neither A nor B is one.")
+    ] = None,
+    texts: Annotated[int, typer.Option(min=1, help="Texts to compare on.")] = 48,
+    images: Annotated[int, typer.Option(min=2, help="Pictures to compare on, each with every text.")] = 24,
+    top1: Annotated[float | None, typer.Option(help="Least share of texts with the same best picture.")] = None,
+    tau: Annotated[float | None, typer.Option(help="Least mean of Kendall's tau.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Largest error of a logit, of their spread.")] = None,
+    device: Annotated[str, typer.Option(help="GPU for plans: cuda or cuda:N.")] = "cuda",
+) -> None:
+    """Compare two engines; thresholds that are not given are those of B's precision when it was built."""
+    try:
+        pair = subject(reference), subject(other)
+        kind = storage_of(pair, storage)
+        if pair[0].config != pair[1].config:
+            raise EngineMismatch("A and B are of models of different shapes: their logits cannot be compared")
+        words = next((each.path for each in pair if each.manifest is None), checkpoint)
+        held = hold_pairs(pair[0].config, None if words is None else Tokenizer.load(words), texts, images)
+        with progress_bars(remarks) as bars:
+            logits = scored(pair[0].load(kind, images, device), held, bars)
+            thresholds = _thresholds(pair[1], {"top1": top1, "tau": tau, "max_error": max_error})
+            report = report_on(pair[1].load(kind, images, device), logits, held, thresholds, bars)
+        print(report.model_dump_json())
+        require(report, reference)
+    except (CheckpointError, EngineError, PackageMissing) as error:
+        _end(str(error))
+
+
+def _thresholds(subject: Subject, asked: dict[str, float | None]) -> Thresholds:
+    precision = "fp32" if subject.manifest is None else subject.manifest.options.precision
+    given = {name: number for name, number in asked.items() if number is not None}
+    try:
+        return Thresholds(**(THRESHOLDS[precision].model_dump() | given))
+    except ValidationError as error:
+        raise typer.BadParameter(error.errors(include_url=False)[0]["msg"]) from error
+
+
+def _end(sentence: str) -> NoReturn:
+    remarks.print(sentence)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
