@@ -1,15 +1,17 @@
-# The images of the service: ingest, rerank, ingest-gpu, rerank-gpu, and model, which carries a checkpoint.
+# The images of the service: ingest, rerank, ingest-gpu, rerank-gpu, rerank-tensorrt, engine-build, and model, which
+# carries a checkpoint.
 #
 #   docker build --target rerank -t edje-rerank:0.1.0 .
 #   docker build --target model  -t edje-model:DIGEST --build-context checkpoint=build/scenes/checkpoint .
 #
-# Every package is the one of requirements/service.txt, checked against its hash, but for the one that is told below.
+# Every package is the one of requirements/service.txt (of the last two workers, engine.txt), checked against its hash,
+# but for those that are told below.
 
 # --- what is installed, and whatever it takes to install it ------------------------------------------------------------
 
 FROM python:3.12.11-slim-bookworm AS sources
 WORKDIR /build
-COPY requirements/uv.txt requirements/service.txt requirements/
+COPY requirements/uv.txt requirements/service.txt requirements/engine.txt requirements/
 RUN pip install --no-cache-dir --disable-pip-version-check --require-hashes -r requirements/uv.txt
 COPY pyproject.toml README.md ./
 COPY protocols protocols
@@ -40,6 +42,19 @@ RUN uv venv --python /usr/bin/python3.12 /app \
  && uv pip install --require-hashes --compile-bytecode -r requirements/service.txt
 RUN uv pip install --no-deps --no-build-isolation --compile-bytecode .
 
+# TensorRT's libraries come from the vendor, by its own installer, and pycuda is compiled over CUDA's headers: these two
+# are pinned and not checked against hashes. The compiler stays in this stage.
+FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS tensorrt-app
+RUN apt-get update && apt-get install -y --no-install-recommends g++ python3.12-dev && rm -rf /var/lib/apt/lists/*
+COPY --from=sources /usr/local/bin/uv /usr/local/bin/uv
+COPY --from=gpu-app /app /app
+COPY --from=sources /build/requirements/engine.txt /build/requirements/engine.txt
+WORKDIR /build
+ENV VIRTUAL_ENV=/app UV_LINK_MODE=copy UV_NO_CACHE=1 CUDA_ROOT=/usr/local/cuda
+RUN uv pip install --require-hashes --compile-bytecode -r requirements/engine.txt \
+ && uv pip install --compile-bytecode pip tensorrt==11.4.0.106 pycuda==2026.1 \
+ && uv pip uninstall pip
+
 # --- what runs: no compiler, no installer, nothing to write but /tmp ---------------------------------------------------
 
 FROM python:3.12.11-slim-bookworm AS cpu-worker
@@ -56,6 +71,12 @@ ENV PATH=/app/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1
 WORKDIR /
 USER 65532:65532
 
+FROM cuda AS tensorrt-worker
+COPY --from=tensorrt-app /app /app
+ENV PATH=/app/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1
+WORKDIR /
+USER 65532:65532
+
 FROM cpu-worker AS ingest
 CMD ["python", "-m", "workers.ingest"]
 
@@ -67,6 +88,13 @@ CMD ["python", "-m", "workers.ingest"]
 
 FROM gpu-worker AS rerank-gpu
 CMD ["python", "-m", "workers.rerank"]
+
+FROM tensorrt-worker AS rerank-tensorrt
+CMD ["python", "-m", "workers.rerank"]
+
+# What becomes of a model on the GPU that it is run on: deploy/kubernetes/overlays/tensorrt.
+FROM tensorrt-worker AS engine-build
+CMD ["python", "-m", "trt.build", "--help"]
 
 # --- a model: its checkpoint, and the copying of it into a pod's volume ------------------------------------------------
 

@@ -13,7 +13,7 @@ from deploy_tools import kustomize, run
 
 ROOT = Path(__file__).parent.parent
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-OVERLAYS = ("local", "cpu", "gpu")
+OVERLAYS = ("local", "cpu", "gpu", "tensorrt")
 WORKERS = ("ingest", "rerank")
 #: What the Secret that a platform brings holds; its names are in docs/OPERATIONS.md.
 CREDENTIALS = {

@@ -108,7 +108,7 @@ def test_a_worker_runs_as_a_number_that_is_not_root_from_a_version_that_stays():
     parents = {name: parent for parent, name in re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)}
     bodies = {part.splitlines()[0].split(" AS ")[1]: part for part in DOCKERFILE.split("\nFROM ")[1:]}
 
-    for name in ("ingest", "rerank", "ingest-gpu", "rerank-gpu", "model"):
+    for name in ("ingest", "rerank", "ingest-gpu", "rerank-gpu", "rerank-tensorrt", "engine-build", "model"):
         lineage = [name]
         while parents.get(lineage[-1]) in parents:
             lineage.append(parents[lineage[-1]])

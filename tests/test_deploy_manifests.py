@@ -6,15 +6,19 @@ import copy
 import functools
 import ipaddress
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import pytest
+import typer
+import typer.testing
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trt.build
 from deploy_manifests import (
     KUBERNETES,
     OVERLAYS,
@@ -30,6 +34,7 @@ from deploy_manifests import (
 )
 from deploy_tools import custom_definitions
 from edje.checkpoint import read_digest
+from workers.read_settings import read_settings
 from workers.settings import IngestSettings, RerankSettings
 
 KUBERNETES_VERSION = "1.36"
@@ -134,11 +139,12 @@ def test_every_image_has_a_version_and_the_projects_own_has_the_projects():
     ours = {name: tag for name, tag in tags.items() if name.startswith("edje-")}
     shipped = read_digest(ROOT / "deploy" / "models" / "scenes")
     assert ours.pop("edje-model") == shipped, "another model is shipped: its digest is the tag of edje-model"
-    assert set(ours) == {"edje-ingest", "edje-rerank", "edje-ingest-gpu", "edje-rerank-gpu"}
+    workers = {"edje-ingest", "edje-rerank", "edje-ingest-gpu", "edje-rerank-gpu", "edje-rerank-tensorrt"}
+    assert set(ours) == {*workers, "edje-engine-build"}
     assert set(ours.values()) == {version}
 
 
-@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+@pytest.mark.parametrize("overlay", ["cpu", "gpu", "tensorrt"])
 @pytest.mark.parametrize("worker", WORKERS)
 def test_the_autoscaler_reads_the_workers_own_group_and_stops_at_the_partitions(overlay: str, worker: str):
     objects = rendered(overlay)
@@ -170,7 +176,41 @@ def test_a_gpu_is_asked_for_exactly_where_the_settings_want_one():
             template = pod_templates(rendered(overlay))[f"Deployment/{worker}"]
             has = any("nvidia.com/gpu" in each["resources"]["limits"] for each in template["spec"]["containers"])
 
-            assert wants == has == (overlay == "gpu")
+            assert wants == has == (overlay in ("gpu", "tensorrt"))
+
+
+def test_the_engine_that_is_built_is_the_one_that_workers_wait_for_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    objects = rendered("tensorrt")
+    (job,) = of_kind(objects, "Job").values()
+    (build,) = job["spec"]["template"]["spec"]["containers"]
+    python, minus_m, module, checkpoint, *options = build["command"]
+    given = dict(option.removeprefix("--").partition("=")[::2] for option in options)
+    for name, value in environment_of(objects, "rerank").items():
+        monkeypatch.setenv(name, value)
+    worker = read_settings(RerankSettings)
+    spec = pod_templates(objects)["Deployment/rerank"]["spec"]
+    waiting = next(each for each in spec["initContainers"] if each["name"] == "engine")
+
+    # The command is one that trt.build takes: it gets as far as missing TensorRT, or the checkpoint.
+    asked = typer.testing.CliRunner().invoke(build_command(), [str(tmp_path / "none"), *options])
+    assert asked.exit_code == 1, asked.output
+    assert (python, minus_m, module, checkpoint) == ("python", "-m", "trt.build", "/checkpoint")
+    assert worker.engine == "tensorrt"
+    assert given["out"] == str(worker.engine_directory)
+    assert f"{given['out']}/manifest.json" in waiting["command"][-1]
+    assert given["storage"] == worker.storage
+    assert int(given["max-pairs"]) >= worker.max_batch_pairs
+    digest = read_digest(ROOT / "deploy" / "models" / "scenes")
+    assert digest in given["out"]
+    assert job["metadata"]["name"] == f"engine-build-{digest}"
+
+
+def build_command() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(trt.build.main)
+    return app
 
 
 def test_a_backfill_is_a_second_set_of_ingest_workers_with_a_group_of_its_own_and_nothing_else():

@@ -13,7 +13,7 @@ import pytest
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from deploy_manifests import ROOT, WORKERS, environment_of, rendered
+from deploy_manifests import OVERLAYS, ROOT, WORKERS, environment_of, rendered
 from protocols.topics import Topics
 from up import topic_names
 from workers.settings import IngestSettings, RerankSettings
@@ -50,7 +50,7 @@ def test_a_topic_takes_whatever_a_worker_may_publish():
     limits = [settings.model_fields["max_message_bytes"].default for settings in (IngestSettings, RerankSettings)]
 
     assert TABLE["every_topic"]["max.message.bytes"] >= max(limits) + framing_bytes
-    for overlay in ("local", "cpu", "gpu"):
+    for overlay in OVERLAYS:
         for worker in WORKERS:
             assert f"{worker.upper()}_MAX_MESSAGE_BYTES" not in environment_of(rendered(overlay), worker)
 
