@@ -20,6 +20,9 @@ import pytest
 
 from services import KafkaServer, RedisServer, ServiceError, Services
 
+#: Fixtures of the tests in gpu/; not a conftest there, because there can only be one module of the name.
+pytest_plugins = ["gpu_devices"]
+
 ADDRESS_LIMIT_S = 300.0  # of a first run that downloads Kafka
 
 DESK = pytest.StashKey["ServicesDesk"]()
