@@ -101,7 +101,8 @@ class ContainerProcess:
             self._process = subprocess.Popen(
                 [places.local(word) for word in command],
                 cwd=folder,
-                env={name: places.local(value) for name, value in variables.items()},
+                # PATH is of this machine already, and may lie under a path that is a container's elsewhere.
+                env={name: value if name == "PATH" else places.local(value) for name, value in variables.items()},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -52,14 +52,16 @@ def apply(server: ApiServer, overlay: str) -> None:
     server.done("apply", "--server-side", f"--kustomize={KUBERNETES / 'overlays' / overlay}")
 
 
-def versions(server: ApiServer, overlay: str) -> dict[str, tuple[str, int | None]]:
-    """Resource version and generation of every object of an overlay."""
+def versions(server: ApiServer, overlay: str) -> dict[str, object]:
+    """What changes when an object does: resource version and generation; of a volume claim its content.
+
+    The API server writes a claim once more when it is applied again, without a change that it could show.
+    """
     found = server.get(f"--kustomize={KUBERNETES / 'overlays' / overlay}")
     return {
-        f"{each['kind']}/{each['metadata']['name']}": (
-            each["metadata"]["resourceVersion"],
-            each["metadata"].get("generation"),
-        )
+        f"{each['kind']}/{each['metadata']['name']}": each["spec"]
+        if each["kind"] == "PersistentVolumeClaim"
+        else (each["metadata"]["resourceVersion"], each["metadata"].get("generation"))
         for each in found["items"]
     }
 
