@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from conftest import missing
 from recorded_engine import recorded_modules
 from recording_cuda import Gpu
 
@@ -52,7 +53,7 @@ def source():
 @pytest.fixture(scope="module")
 def library(source, tmp_path_factory):
     if shutil.which("g++") is None:
-        pytest.skip("no g++ on this machine")
+        missing("no g++ on this machine")
     folder = tmp_path_factory.mktemp("kernel")
     (folder / "copy_rows.cpp").write_text(AS_CPP % source)
     command = ["g++", "-O1", "-shared", "-fPIC", "-o", "copy_rows.so", "copy_rows.cpp"]

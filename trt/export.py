@@ -157,9 +157,7 @@ def _example(tensor: TensorSpec) -> Tensor:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's progress, its warnings about itself and its log lines say nothing about the model."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.__trace")
-    ]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.ERROR)

@@ -127,7 +127,7 @@ def attend(
     A value that is not finite stays so: torch's own translation to ONNX would make it a zero.
     """
     if dropout_p or is_causal or enable_gqa:
-        raise NotImplementedError("dropout, causal masks and grouped heads have no place in these models")
+        raise ValueError("these models are served without dropout, causal masks and grouped heads")
     factor = queries.shape[-1] ** -0.5 if scale is None else scale
     logits = ((queries * factor) @ keys.transpose(-2, -1)).float()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
