@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edje.config import EdjeConfig
-from trt.engine import EngineInfo, QueryStates, check_images, check_pairs, check_texts
-from trt.identity import engine_digest
+from trt.engine import QueryStates, check_images, check_pairs, check_texts
+from trt.identity import engine_digest, engine_info
 from trt.slab import HostSlab, SlotLayout
 
 #: Odd 64-bit constants with well-mixed bits (the golden ratio, and splitmix64's second).
@@ -42,20 +42,16 @@ class ConstantEngine:
     ) -> None:
         layout = SlotLayout(storage, config.adapter.num_tokens, config.joint.dim)
         self.slab = HostSlab(layout, num_slots)
-        self.info = EngineInfo(
+        self.info = engine_info(
+            config,
+            layout,
             runtime="constant",
             model_digest=model_digest,
             engine_digest=engine_digest(model_digest, "constant", storage),
-            num_visual_tokens=layout.num_tokens,
-            token_dim=layout.token_dim,
-            storage=storage,
-            image_size=config.preprocess.image_size,
-            max_text_tokens=config.preprocess.max_text_tokens,
             max_images=max_images,
             max_pairs=max_pairs,
             num_slots=num_slots,
             reads_first_stage=False,
-            resample=config.preprocess.resample,
         )
         self._vocab_size = config.joint.vocab_size
         self._pooled_dim = config.vision.pooled_dim

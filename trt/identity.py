@@ -1,10 +1,29 @@
-"""The engine digest: what a score depends on besides its inputs, in sixteen characters."""
+"""What an engine says of itself: its digest, and its limits as the model's configuration and its owner give them."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
+
+from edje.config import EdjeConfig
+from trt.engine import EngineInfo
+from trt.slab import SlotLayout
 
 
 def engine_digest(model_digest: str, runtime: str, *details: str) -> str:
     """Hash of the model, the runtime and whatever else of the engine can change a score (precision, device, ...)."""
     return hashlib.sha256("\n".join((model_digest, runtime, *details)).encode()).hexdigest()[:16]
+
+
+def engine_info(config: EdjeConfig, layout: SlotLayout, **given: Any) -> EngineInfo:
+    """The info of an engine for this model and this storage; `given` are the fields that neither of them knows."""
+    read: dict[str, Any] = {
+        "num_visual_tokens": layout.num_tokens,
+        "token_dim": layout.token_dim,
+        "storage": layout.storage,
+        "image_size": config.preprocess.image_size,
+        "max_text_tokens": config.preprocess.max_text_tokens,
+        "reads_first_stage": config.joint.first_stage is not None,
+        "resample": config.preprocess.resample,
+    }
+    return EngineInfo(**(read | given))

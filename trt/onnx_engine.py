@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from edje.optional import PackageMissing, need
 from trt.engine import (
     EngineBroken,
-    EngineInfo,
     EngineMismatch,
     EngineUnavailable,
     QueryStates,
@@ -27,7 +26,7 @@ from trt.engine import (
     check_texts,
 )
 from trt.graphs import GRAPH_NAMES, TEXT_TOKENS, GraphName, graphs_of
-from trt.identity import engine_digest
+from trt.identity import engine_digest, engine_info
 from trt.manifest import Manifest, check_files
 from trt.slab import HostSlab, SlotLayout
 
@@ -68,7 +67,9 @@ class OnnxEngine:
         self._bucket_ends = sorted({each.ranges[TEXT_TOKENS].max for each in manifest.graphs["query"].profiles})
         self.slab = HostSlab(self._layout, num_slots)
         files = [each for name in GRAPH_NAMES for each in (manifest.graphs[name].onnx, manifest.graphs[name].weights)]
-        self.info = EngineInfo(
+        self.info = engine_info(
+            config,
+            self._layout,
             runtime="onnx",
             model_digest=manifest.model_digest,
             engine_digest=engine_digest(
@@ -79,16 +80,9 @@ class OnnxEngine:
                 need("onnxruntime", "build").__version__,
                 *(each.sha256 for each in files if each is not None),
             ),
-            num_visual_tokens=self._layout.num_tokens,
-            token_dim=self._layout.token_dim,
-            storage=options.storage,
-            image_size=config.preprocess.image_size,
-            max_text_tokens=config.preprocess.max_text_tokens,
             max_images=max_images,
             max_pairs=max_pairs,
             num_slots=num_slots,
-            reads_first_stage=config.joint.first_stage is not None,
-            resample=config.preprocess.resample,
         )
 
     def warm_up(self) -> None:

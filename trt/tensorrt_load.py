@@ -11,7 +11,6 @@ from trt.cuda_context import NON_BLOCKING, CudaDevice, device_ordinal
 from trt.cuda_kernels import RowCopier
 from trt.cuda_memory import device_memory
 from trt.cuda_slab import CudaSlab
-from trt.engine import EngineInfo
 from trt.graphs import (
     GRAPH_NAMES,
     IMAGES,
@@ -23,6 +22,7 @@ from trt.graphs import (
     GraphName,
     graphs_of,
 )
+from trt.identity import engine_info
 from trt.manifest import Manifest, check_files
 from trt.matching import mismatches, refuse
 from trt.slab import SlotLayout
@@ -69,20 +69,15 @@ def load_tensorrt(
         stream = cuda.Stream(NON_BLOCKING)
         stages = _stages(directory, manifest, stream, max_pairs, max_images, fixed_buckets)
     slab = CudaSlab(gpu, copier, layout, num_slots)
-    info = EngineInfo(
+    info = engine_info(
+        config,
+        layout,
         runtime="tensorrt",
         model_digest=manifest.model_digest,
         engine_digest=manifest.engine_digest,
-        num_visual_tokens=layout.num_tokens,
-        token_dim=layout.token_dim,
-        storage=layout.storage,
-        image_size=config.preprocess.image_size,
-        max_text_tokens=config.preprocess.max_text_tokens,
         max_images=max_images,
         max_pairs=max_pairs,
         num_slots=num_slots,
-        reads_first_stage=config.joint.first_stage is not None,
-        resample=config.preprocess.resample,
     )
     return TensorRtEngine(
         info,

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from edje.weights import Checkpoint
 from trt.copy_clock import CopyClock
 from trt.dequantize import dequantise
-from trt.engine import DeviceCopies, EngineBroken, EngineInfo, QueryStates, check_images, check_pairs, check_texts
+from trt.engine import DeviceCopies, EngineBroken, QueryStates, check_images, check_pairs, check_texts
 from trt.grouping import fixed_groups, groups_by_length
-from trt.identity import engine_digest
+from trt.identity import engine_digest, engine_info
 from trt.torch_slab import GatherSlab
 
 #: Pairs in one forward pass on a CPU: 8 to 32 measured alike, and this bounds what the activations take.
@@ -73,7 +73,9 @@ class TorchEngine:
         self._copies = CopyClock(_timing_event) if device.type == "cuda" else None
         self._is_fixed = fixed_buckets
         self._group_pairs = CPU_GROUP_PAIRS if device.type == "cpu" else max_pairs
-        self.info = EngineInfo(
+        self.info = engine_info(
+            config,
+            slab.layout,
             runtime="torch",
             model_digest=checkpoint.digest,
             engine_digest=engine_digest(
@@ -85,16 +87,9 @@ class TorchEngine:
                 device_name(device),
                 *(("fixed buckets",) if fixed_buckets else ()),
             ),
-            num_visual_tokens=self._layout.num_tokens,
-            token_dim=self._layout.token_dim,
-            storage=slab.layout.storage,
-            image_size=config.preprocess.image_size,
-            max_text_tokens=config.preprocess.max_text_tokens,
             max_images=max_images,
             max_pairs=max_pairs,
             num_slots=slab.num_slots,
-            reads_first_stage=config.joint.first_stage is not None,
-            resample=config.preprocess.resample,
         )
 
     def warm_up(self) -> None:
