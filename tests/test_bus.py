@@ -9,9 +9,11 @@ import time
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import MemberToRemove
+from kafka.errors import NodeNotReadyError
 from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
 
 import workers.bus.inbox
+import workers.bus.lag
 import workers.bus.topics
 from bus_harness import (
     LIMIT_S,
@@ -346,6 +348,21 @@ def test_the_lag_of_a_full_queue_grows_with_what_is_published(kafka, monkeypatch
     send_all(kafka.outbox(), sent)
 
     eventually(lambda: sum(inbox.lag().values()) == 200)
+
+
+@pytest.mark.services
+def test_what_a_poll_has_brought_stays_when_the_lag_cannot_be_looked_up(kafka, monkeypatch):
+    monkeypatch.setattr(workers.bus.lag, "LOOK_INTERVAL_S", 0.0)
+    topic = kafka.topic("in")
+    send_all(kafka.outbox(), messages(topic, 20))
+    inbox = kafka.inbox(topic, max_poll_records=4)
+
+    def away(*args: object, **kwargs: object) -> None:
+        raise NodeNotReadyError
+
+    monkeypatch.setattr(inbox._consumer, "end_offsets", away)
+
+    assert values(take(inbox, 20)) == [b"%d" % number for number in range(20)]
 
 
 @pytest.mark.services

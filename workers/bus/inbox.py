@@ -21,10 +21,11 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.future import Future as KafkaFuture
-from kafka.structs import MemberState
 
 from workers.bus.clients import kafka_offsets, started, to_record
 from workers.bus.errors import translating
+from workers.bus.lag import LagLook
+from workers.bus.membership import ask_for_partitions, go_on_joining, has_to_join, is_joining, is_stable
 from workers.bus.records import let_go_of_drained, read_forgivingly
 from workers.errors import Transient
 from workers.interval import Interval
@@ -47,10 +48,6 @@ HEARTBEAT_MS = 500
 #: A killed member's partitions stand still for so long, and readers of its open transaction wait. The client's own
 #: defaults (45 s and 60 s) are for consumers that may pause; this one answers from its IO thread, twice a second.
 SESSION_TIMEOUT_MS = 10_000
-#: How often the lag is looked up: it is for people and autoscalers, and costs a small request.
-LOOK_INTERVAL_S = 1.0
-#: A broker that has not answered by then is asked again the next time.
-LOOK_TIMEOUT_S = 1.0
 
 
 class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
@@ -93,8 +90,6 @@ class KafkaInbox:
         self._waiting_bytes = 0
         self._revocations: list[Revocation] = []
         self._unreleased: list[KafkaFuture] = []
-        self._beyond: dict[Partition, int] = {}  # messages that are not polled yet, as of the last look
-        self._look_due = 0.0
         self._error: BaseException | None = None
         self._joined = False
         self._held = False
@@ -113,6 +108,7 @@ class KafkaInbox:
             max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
         )
         read_forgivingly(self._consumer)
+        self._lag = LagLook(self._consumer)
         self._consumer.subscribe([topic], listener=_Listener(self))
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="kafka-commit")
         self._thread = threading.Thread(target=self._poll_until_closed, name="kafka-poll", daemon=True)
@@ -158,7 +154,7 @@ class KafkaInbox:
     def lag(self) -> Mapping[Partition, int]:
         with self._lock:
             waiting = Counter(record.partition for record in self._waiting)
-        beyond = self._beyond
+        beyond = self._lag.beyond
         return {p: beyond[p] + waiting[p] for p in self.assigned() if p in beyond}
 
     def membership(self) -> Any:
@@ -200,13 +196,8 @@ class KafkaInbox:
                 self._room.wait(FULL_POLL_S)
 
     def _must_join(self) -> bool:
-        """Whether polls are to follow each other and to wait, because a join is to be begun or to be seen to its end.
-
-        kafka-python 3.0.12 throws a join away that ends between two polls, or in a poll without a timeout, and begins
-        another, which makes the whole group begin anew.
-        """
-        is_joining = self._consumer.group_metadata().state is MemberState.REBALANCING
-        return is_joining or (not self._held and bool(self._consumer._coordinator.need_rejoin()))
+        """Whether polls are to follow each other and to wait; while it holds, a member begins no join."""
+        return is_joining(self._consumer) or (not self._held and has_to_join(self._consumer))
 
     def _poll(self) -> None:
         """Poll once; while the queue is full only for the group's sake, with everything paused."""
@@ -227,59 +218,35 @@ class KafkaInbox:
             with translating():
                 let_go_of_drained(self._consumer)
                 polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
-                ended_at = time.monotonic()
-                self._join_on()
-                self._look_around()
+            # Before anything else may fail: the consumer does not bring them a second time.
+            if polled:
+                self._put(polled, Interval(began_at, time.monotonic()))
+            with translating():
+                self._look_after_membership()
         except Transient as error:
             log.warning("kafka poll failed, trying again", error=str(error))
             with self._lock:
                 self._room.wait(POLL_S)
-            return
-        if polled:
-            poll = Poll(Interval(began_at, ended_at), sum(map(len, polled.values())))
-            with self._lock:
-                for partition, records in polled.items():
-                    arrived = [to_record(Partition(*partition), record, poll) for record in records]
-                    self._waiting.extend(arrived)
-                    self._waiting_bytes += sum(len(record.value) for record in arrived)
-            self._wake()
 
-    def _join_on(self) -> None:
-        """Let the next poll go on with a join that this one has not seen the end of.
+    def _put(self, polled: Mapping[TopicPartition, list[Any]], interval: Interval) -> None:
+        poll = Poll(interval, sum(map(len, polled.values())))
+        with self._lock:
+            if self._held:  # meanwhile: they are not committed, and the next owner reads them
+                return
+            for partition, records in polled.items():
+                arrived = [to_record(Partition(*partition), record, poll) for record in records]
+                self._waiting.extend(arrived)
+                self._waiting_bytes += sum(len(record.value) for record in arrived)
+        self._wake()
 
-        kafka-python 3.0.12 forgets one that it began because the topic's partitions had changed (at a first start they
-        appear after the first join): the member then has nothing assigned and sends no heartbeats, for ever.
-        """
-        state = self._consumer.group_metadata().state
-        if state is MemberState.REBALANCING:
-            self._consumer._coordinator.request_rejoin()
-        elif state is MemberState.STABLE and not self._joined:
+    def _look_after_membership(self) -> None:
+        go_on_joining(self._consumer)
+        if not self._joined and is_stable(self._consumer):
             self._joined = True
             self._wake()
-
-    def _look_around(self) -> None:
-        """On the polling thread, because only there none of the calls can meet a rebalance or block the loop."""
-        now = time.monotonic()
-        if now < self._look_due:
-            return
-        self._look_due = now + LOOK_INTERVAL_S
-        cluster = self._consumer._cluster
-        if cluster.partitions_for_topic(self._topic) is None:
-            # kafka-python 3.0.12 forgets that it has to ask for a topic's partitions if it is subscribed to while an
-            # earlier question is on its way, asks again after five minutes only, and has nothing assigned till then.
-            cluster.request_update()
-        # Asked for, because what fetches tell of them stands still while partitions are paused: when work piles up.
-        assigned = self._consumer.assignment()
-        try:
-            ends = self._consumer.end_offsets(assigned, timeout_ms=int(LOOK_TIMEOUT_S * 1000)) if assigned else {}
-        except kafka_errors.KafkaTimeoutError:
-            return
-        beyond = {}
-        for partition, end in ends.items():
-            position = self._consumer.position(partition, timeout_ms=0)
-            if position is not None:
-                beyond[Partition(*partition)] = max(0, end - position)
-        self._beyond = beyond
+        if self._lag.is_due():
+            ask_for_partitions(self._consumer, self._topic)
+            self._lag.look()
 
     async def note_revocation(self, revoked: set[TopicPartition], *, lost: bool) -> None:
         """Runs on Kafka's IO thread, inside a poll: returns when the loop has released the partitions.
