@@ -37,8 +37,7 @@ def load(made, directory=None, **changes):
         engine_directory=directory or made.engine,
         num_slots=NUM_SLOTS,
         num_threads=1,
-        device="cpu",
-        **asked,
+        **({"device": "cpu"} | asked),
     )
 
 
@@ -127,6 +126,11 @@ def test_an_infinite_scale_makes_a_logit_that_is_not_finite(full):
 def test_what_the_engine_was_not_built_for_is_refused_with_the_command_that_builds_it(full, changes, said):
     with pytest.raises(EngineMismatch, match=said):
         load(full, **changes)
+
+
+def test_a_gpu_is_not_asked_for_in_vain(full):
+    with pytest.raises(EngineUnavailable, match="does not run on 'cuda': choose cpu"):
+        load(full, device="cuda")
 
 
 def test_an_engine_of_another_checkpoint_is_refused(full, tmp_path_factory):

@@ -106,6 +106,7 @@ def test_a_shared_name_close_to_ours_is_told_and_not_refused(environment):
         (RerankSettings, {"RERANK_FETCH_THREADS": "0"}, "RERANK_FETCH_THREADS: Input should be greater than 0"),
         (RerankSettings, {"RERANK_TOPIC_PREFIX": "a b"}, "topic prefix 'a b'"),
         (RerankSettings, {"RERANK_CONSTANT_ENGINE_MS_PER_ITEM": "1"}, "engine=torch would not use it"),
+        (RerankSettings, {"RERANK_FIXED_BUCKETS": "1", "RERANK_ENGINE": "constant"}, "would not use it"),
         (RerankSettings, {"RERANK_ENGINE_DIRECTORY": "engine"}, "engine=torch would not use it"),
         (IngestSettings, {"INGEST_ENGINE": "onnx"}, "make it with `python -m trt.build`"),
         (RerankSettings, {"KAFKA_BROKERS": ","}, "KAFKA_BROKERS: Tuple should have at least 1 item"),

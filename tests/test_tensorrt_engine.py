@@ -182,6 +182,10 @@ def test_fixed_buckets_run_every_call_at_one_size_for_its_length(checkpoint, tmp
     ]
 
     np.testing.assert_allclose(alone, together[::8], atol=1e-6)
+    assert (
+        engine.info.engine_digest
+        != open_recorded(checkpoint, tmp_path, "int8", device="cuda", **SIZES).info.engine_digest
+    )
     assert gpu.calls.count("create_execution_context") == num_contexts == 2 * 3  # query and pair, for three lengths
 
 

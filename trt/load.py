@@ -44,6 +44,8 @@ def load_engine(
                 checkpoint, storage, num_slots, max_pairs, max_images, num_threads, device, fixed_buckets
             )
         if runtime == "onnx":
+            if device != "cpu":
+                raise EngineUnavailable(f"the onnx engine does not run on {device!r}: choose cpu, or another engine")
             built = _built_from(checkpoint, engine_directory, storage, max_pairs, max_images)
             return open_onnx(*built, num_slots, max_pairs, max_images, num_threads)
         if runtime == "tensorrt":

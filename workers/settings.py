@@ -202,11 +202,13 @@ class RerankSettings(WorkerSettings):
     tokenizer_cache_size: int = Field(10_000, ge=0, description="Texts whose ids are remembered.")
     fixed_buckets: bool = Field(
         False,
-        description="Compute pairs in fixed shapes: a score is the same to the last bit in any company, for time.",
+        description="Compute in fixed shapes: slower, and a score is the same to the last bit in any company.",
     )
 
     @check(mode="after")
     def _bounds_agree(self) -> Self:
+        if self.fixed_buckets and self.engine not in ("torch", "tensorrt"):
+            raise ValueError(f"fixed_buckets is set and engine={self.engine} would not use it")
         for smaller, larger in (
             ("piece_pairs", "max_batch_pairs"),
             ("max_batch_pairs", "max_inflight_pairs"),
