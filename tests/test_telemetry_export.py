@@ -19,8 +19,6 @@ from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import (
     ALWAYS_OFF,
     ALWAYS_ON,
@@ -31,27 +29,31 @@ from opentelemetry.sdk.trace.sampling import (
     TraceIdRatioBased,
 )
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
+from pydantic import ValidationError
+from structlog.testing import capture_logs
 
-from tracing_harness import Recorded
+from tracing_harness import Recorded, as_sdk_span
 from workers.errors import Misconfigured
 from workers.interval import Interval
 from workers.metrics import Metrics
 from workers.settings import RerankSettings
 from workers.telemetry import names
+from workers.telemetry.finished_span import FinishedSpan
 from workers.telemetry.metric_export import MetricExport, metrics_data
-from workers.telemetry.otlp_exporter import FastSpanExporter
+from workers.telemetry.otlp_exporter import OtlpExporter
 from workers.telemetry.otlp_json import span_line
 from workers.telemetry.otlp_protobuf import encode_request
 from workers.telemetry.sampling import Sampling
 from workers.telemetry.setup import resource_of, start_metric_export, start_tracing
 from workers.telemetry.span_file import SpanFile, predecessor_of
-from workers.telemetry.span_queue import SpanQueue
+from workers.telemetry.span_queue import QueueLimits, SpanQueue
 from workers.telemetry.tracer import child_of, root
 
 GIVE_UP_S = 30.0
+NOBODY = Resource.get_empty()
 
 
-def spans(number: int) -> list[ReadableSpan]:
+def spans(number: int) -> list[FinishedSpan]:
     recorded = Recorded()
     tracer = recorded.tracer()
     for offset in range(number):
@@ -59,25 +61,32 @@ def spans(number: int) -> list[ReadableSpan]:
         tracer.record(
             names.SEND, child_of(root()), Interval(1.0, 2.0), attributes, of="out", links=[root()], failed=True
         )
-    return recorded.spans
+    return recorded.finished
 
 
-class HeldExporter(SpanExporter):
+class HeldExporter:
     """Takes its time until the test lets it go."""
 
-    def __init__(self, result: SpanExportResult = SpanExportResult.SUCCESS) -> None:
+    def __init__(self, *, is_taken: bool = True) -> None:
         self.go, self.asked = threading.Event(), threading.Event()
-        self.exported: list[ReadableSpan] = []
-        self.result = result
+        self.exported: list[FinishedSpan] = []
+        self.sizes: list[int] = []
+        self.is_taken = is_taken
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+    def export(self, spans: Sequence[FinishedSpan]) -> bool:
         self.asked.set()
         assert self.go.wait(GIVE_UP_S)
         self.exported.extend(spans)
-        return self.result
+        self.sizes.append(len(spans))
+        return self.is_taken
 
     def shutdown(self) -> None:
         self.go.set()
+
+
+class BrokenExporter(HeldExporter):
+    def export(self, spans: Sequence[FinishedSpan]) -> bool:
+        raise OSError("the disk is full")
 
 
 class Dropped:
@@ -88,14 +97,13 @@ class Dropped:
         self.number += number
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
+def queue_to(exporter: HeldExporter, dropped: Dropped, *, delay_s: float = GIVE_UP_S) -> SpanQueue:
+    return SpanQueue(exporter, QueueLimits(max_spans=8, max_batch=4, delay_s=delay_s), dropped)
 
 
 def test_a_destination_that_takes_its_time_holds_nobody_up_and_what_finds_no_room_is_counted():
     exporter, dropped = HeldExporter(), Dropped()
-    queue = SpanQueue(exporter, max_spans=8, count_dropped=dropped)
+    queue = queue_to(exporter, dropped)
 
     for span in spans(20):
         queue.put(span)
@@ -107,9 +115,9 @@ def test_a_destination_that_takes_its_time_holds_nobody_up_and_what_finds_no_roo
 
 
 def test_what_a_destination_does_not_take_is_counted():
-    exporter, dropped = HeldExporter(SpanExportResult.FAILURE), Dropped()
+    exporter, dropped = HeldExporter(is_taken=False), Dropped()
     exporter.go.set()
-    queue = SpanQueue(exporter, max_spans=8, count_dropped=dropped)
+    queue = queue_to(exporter, dropped)
 
     for span in spans(5):
         queue.put(span)
@@ -118,22 +126,55 @@ def test_what_a_destination_does_not_take_is_counted():
     assert dropped.number == 5
 
 
-def test_a_worker_that_ends_does_not_wait_for_a_destination_that_is_away():
+def test_a_destination_that_raises_loses_its_spans_and_not_its_thread():
+    exporter, dropped = BrokenExporter(), Dropped()
+    queue = queue_to(exporter, dropped)
+
+    with capture_logs() as logs:
+        for span in spans(6):
+            queue.put(span)
+        queue.close(GIVE_UP_S)
+
+    assert dropped.number == 6
+    assert [line["num_spans"] for line in logs] == [4, 2]
+
+
+def test_a_full_batch_is_sent_at_once_and_the_rest_when_its_time_has_come():
     exporter, dropped = HeldExporter(), Dropped()
-    queue = SpanQueue(exporter, max_spans=8, count_dropped=dropped)
-    queue.put(spans(1)[0])
+    exporter.go.set()
+    full, rest = queue_to(exporter, dropped), queue_to(exporter, dropped, delay_s=0.001)
+
+    for span in spans(4):
+        full.put(span)
+    assert exporter.asked.wait(GIVE_UP_S)  # long before the delay
+    exporter.asked.clear()
+    rest.put(spans(1)[0])
+    assert exporter.asked.wait(GIVE_UP_S)
+    full.close(GIVE_UP_S)
+    rest.close(GIVE_UP_S)
+
+    assert exporter.sizes == [4, 1]
+
+
+def test_a_worker_that_ends_does_not_wait_for_a_destination_that_is_away():
+    exporter, dropped = HeldExporter(is_taken=False), Dropped()
+    queue = queue_to(exporter, dropped)
+    for span in spans(6):
+        queue.put(span)
+    assert exporter.asked.wait(GIVE_UP_S)
 
     queue.close(0.0)
 
-    assert dropped.number == 1
+    assert dropped.number == 6  # each once, although the destination then refuses those that it was asked to take
 
 
-def test_batches_larger_than_the_queue_are_refused_with_the_name_of_the_setting():
-    with pytest.raises(Misconfigured, match="OTEL_BSP"):
-        SpanQueue(HeldExporter(), max_spans=2, count_dropped=Dropped())
+def test_batches_larger_than_the_queue_are_refused_with_the_names_of_the_settings(monkeypatch):
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
+    with pytest.raises(ValidationError, match="OTEL_BSP_MAX_EXPORT_BATCH_SIZE is larger than OTEL_BSP_MAX_QUEUE_SIZE"):
+        RerankSettings()
 
 
-def every_kind_of_span() -> list[ReadableSpan]:
+def every_kind_of_span() -> list[FinishedSpan]:
     """Spans with and without a parent, state, links, attributes of every type, and an error."""
     recorded = Recorded()
     tracer = recorded.tracer()
@@ -147,14 +188,14 @@ def every_kind_of_span() -> list[ReadableSpan]:
     tracer.record(names.READ, child_of(remote.span), Interval(1.25, 1.5), {"same": 1}, links=[root(), root()])
     tracer.record(names.MICRO_BATCH, root(), Interval(1.0, 1.0), {"same": True}, links=[remote.span])
     tracer.record(names.SEND, child_of(root()), Interval(2.0, 3.0), {"same": 1.0}, of="out")
-    return recorded.spans
+    return recorded.finished
 
 
 def test_spans_are_encoded_to_what_the_sdks_own_encoder_says():
     """Read back and compared, because equal messages may be written in more than one way."""
-    recorded = every_kind_of_span()
-    theirs = encode_spans(recorded)
-    ours = ExportTraceServiceRequest.FromString(encode_request(recorded))
+    finished = every_kind_of_span()
+    theirs = encode_spans(list(map(as_sdk_span, finished)))
+    ours = ExportTraceServiceRequest.FromString(encode_request(NOBODY, finished))
     for span in (*theirs.resource_spans[0].scope_spans[0].spans, *ours.resource_spans[0].scope_spans[0].spans):
         if span.status.code == 0:
             span.ClearField("status")  # an outcome that is not set may be there or not
@@ -182,28 +223,30 @@ def test_spans_reach_an_endpoint_with_the_standard_variables_obeyed(monkeypatch)
         thread.start()
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}/base")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
-        exporter = FastSpanExporter()
-        recorded = spans(3)
-        result = exporter.export(recorded)
+        exporter = OtlpExporter(Resource({"service.name": "us"}))
+        finished = spans(3)
+        is_taken = exporter.export(finished)
         exporter.shutdown()
         server.shutdown()
         thread.join()
-    assert result is SpanExportResult.SUCCESS
+    assert is_taken
     [(path, body)] = Endpoint.bodies
     assert path == "/base/v1/traces"
-    received = ExportTraceServiceRequest.FromString(gzip.decompress(body)).resource_spans[0].scope_spans[0].spans
-    assert [span.span_id for span in received] == [span.context.span_id.to_bytes(8, "big") for span in recorded]
-    assert exporter.export(recorded) is SpanExportResult.FAILURE  # after its end it takes nothing
+    (of_us,) = ExportTraceServiceRequest.FromString(gzip.decompress(body)).resource_spans
+    assert of_us.resource.attributes[0].value.string_value == "us"
+    received = of_us.scope_spans[0].spans
+    assert [span.span_id for span in received] == [span.ids.span_id.to_bytes(8, "big") for span in finished]
+    assert not exporter.export(finished)  # after its end it takes nothing
 
 
 def test_a_span_is_a_line_of_otlp(tmp_path):
     (span,) = spans(1)
 
-    document = json.loads(span_line(span))
+    document = json.loads(span_line(NOBODY, span))
 
     (written,) = document["resourceSpans"][0]["scopeSpans"][0]["spans"]
-    assert written["traceId"] == f"{span.context.trace_id:032x}"
-    assert written["parentSpanId"] == f"{span.parent.span_id:016x}"
+    assert written["traceId"] == f"{span.ids.trace_id:032x}"
+    assert written["parentSpanId"] == f"{span.ids.parent_id:016x}"
     assert (written["name"], written["kind"], written["status"]) == ("send out", 4, {"code": 2})
     assert (written["startTimeUnixNano"], written["endTimeUnixNano"]) == ("1000000000", "2000000000")
     assert written["attributes"] == [
@@ -217,11 +260,11 @@ def test_a_span_is_a_line_of_otlp(tmp_path):
 
 def test_a_span_file_takes_no_more_than_twice_its_size(tmp_path):
     path, (span,) = tmp_path / "spans.jsonl", spans(1)
-    num_bytes = len(span_line(span))
-    file = SpanFile(path, max_bytes=3 * num_bytes)
+    num_bytes = len(span_line(NOBODY, span))
+    file = SpanFile(NOBODY, path, max_bytes=3 * num_bytes)
 
     for _ in range(20):
-        assert file.export([span]) is SpanExportResult.SUCCESS
+        assert file.export([span])
     file.shutdown()
 
     assert predecessor_of(path).stat().st_size == 3 * num_bytes
@@ -232,7 +275,7 @@ def test_a_span_file_takes_no_more_than_twice_its_size(tmp_path):
 def test_a_span_file_goes_on_where_an_earlier_worker_ended(tmp_path):
     path = tmp_path / "spans.jsonl"
     for span in spans(2):
-        file = SpanFile(path, max_bytes=1 << 20)
+        file = SpanFile(NOBODY, path, max_bytes=1 << 20)
         file.export([span])
         file.shutdown()
 
@@ -241,7 +284,7 @@ def test_a_span_file_goes_on_where_an_earlier_worker_ended(tmp_path):
 
 def test_a_span_file_that_cannot_be_written_is_told_at_the_start(tmp_path):
     with pytest.raises(Misconfigured, match="spans cannot be written to"):
-        SpanFile(tmp_path / "none" / "spans.jsonl", max_bytes=1)
+        SpanFile(NOBODY, tmp_path / "none" / "spans.jsonl", max_bytes=1)
 
 
 def test_with_nothing_set_nothing_is_sampled_and_no_thread_runs(monkeypatch):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from opentelemetry.sdk.resources import Resource
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from workers.traces.reading import MAX_LINE_BYTES, read_spans
 from workers.traces.showing import terminal_table, write_page
 from workers.traces.waterfall import waterfall_of
 
+NOBODY = Resource.get_empty()
 SAMPLED = (("traceparent", f"00-{'a' * 32}-{'b' * 16}-01".encode()),)
 OTHER = (("traceparent", f"00-{'c' * 32}-{'d' * 16}-01".encode()),)
 
@@ -33,7 +35,7 @@ def lines_of_two_requests() -> list[bytes]:
     rig.turn()
     rig.now += 0.01
     rig.run()
-    return list(map(span_line, recorded.spans))
+    return [span_line(NOBODY, span) for span in recorded.finished]
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_a_read_of_blobs_that_two_requests_wait_for_brings_nothing_else_of_the_o
     rig.now += 0.01
     rig.run()
     path = tmp_path / "spans.jsonl"
-    path.write_bytes(b"".join(map(span_line, recorded.spans)))
+    path.write_bytes(b"".join(span_line(NOBODY, span) for span in recorded.finished))
 
     waterfalls = [waterfall_of(read_spans([path]).spans, name) for name in ("one", "two")]
 

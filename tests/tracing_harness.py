@@ -1,4 +1,4 @@
-"""A tracer whose spans a test looks at, and a view of them that is easy to compare."""
+"""A tracer whose spans a test looks at, as the spans of the SDK that they would have been."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
+from workers.telemetry.finished_span import SCOPE, FinishedSpan
 from workers.telemetry.sampling import Sampling
 from workers.telemetry.tracer import Tracer
 
@@ -17,7 +20,7 @@ class Recorded:
     """What a tracer has recorded."""
 
     def __init__(self) -> None:
-        self.spans: list[ReadableSpan] = []
+        self.finished: list[FinishedSpan] = []
         self.num_bad_contexts = 0
 
     def tracer(
@@ -29,8 +32,7 @@ class Recorded:
     ) -> Tracer:
         return Tracer(
             sampling=sampling,
-            resource=Resource.get_empty(),
-            emit=self.spans.append,
+            emit=self.finished.append,
             clock=clock,
             wall_ns=wall_ns,
             count_bad_context=self.count_bad_context,
@@ -38,6 +40,10 @@ class Recorded:
 
     def count_bad_context(self) -> None:
         self.num_bad_contexts += 1
+
+    @property
+    def spans(self) -> list[ReadableSpan]:
+        return [as_sdk_span(span) for span in self.finished]
 
     def names(self) -> list[str]:
         return [span.name for span in self.spans]
@@ -52,6 +58,29 @@ class Recorded:
 
     def under(self, parent: ReadableSpan) -> list[ReadableSpan]:
         return [span for span in self.spans if span.parent and span.parent.span_id == parent.context.span_id]
+
+
+def as_sdk_span(span: FinishedSpan) -> ReadableSpan:
+    """The same span as the SDK would have made it, without a resource."""
+
+    def context(span_id: int, *, is_remote: bool = False, state: bytes = b"", trace_id: int = span.ids.trace_id):
+        parsed = TraceState.from_header([state.decode()]) if state else None
+        return SpanContext(trace_id, span_id, is_remote, TraceFlags(TraceFlags.SAMPLED), parsed)
+
+    parent_id = span.ids.parent_id
+    return ReadableSpan(
+        name=span.name,
+        context=context(span.ids.span_id, state=span.state),
+        parent=None if parent_id is None else context(parent_id, is_remote=span.parent_is_remote),
+        resource=Resource.get_empty(),
+        attributes=span.attributes,
+        links=[Link(context(link.span_id, trace_id=link.trace_id)) for link in span.links],
+        kind=SpanKind[span.what.kind],
+        status=Status(StatusCode.ERROR if span.failed else StatusCode.UNSET),
+        start_time=span.started_ns,
+        end_time=span.ended_ns,
+        instrumentation_scope=InstrumentationScope(SCOPE),
+    )
 
 
 def seconds(span: ReadableSpan) -> float:

@@ -162,6 +162,12 @@ class WorkerSettings(KafkaSettings):
     otel_max_queue_spans: PositiveInt = Field(
         2048, validation_alias="OTEL_BSP_MAX_QUEUE_SIZE", description="Spans that wait to be sent; more are dropped."
     )
+    otel_max_batch_spans: PositiveInt = Field(
+        512, validation_alias="OTEL_BSP_MAX_EXPORT_BATCH_SIZE", description="So many spans are sent at once."
+    )
+    otel_span_delay_ms: PositiveInt = Field(
+        5000, validation_alias="OTEL_BSP_SCHEDULE_DELAY", description="Fewer spans than that are sent this often."
+    )
     otel_metric_export_interval_ms: PositiveInt = Field(
         60_000, validation_alias="OTEL_METRIC_EXPORT_INTERVAL", description="Metrics are sent this often."
     )
@@ -169,6 +175,8 @@ class WorkerSettings(KafkaSettings):
     @check(mode="after")
     def _limits_agree(self) -> Self:
         Topics(self.topic_prefix)
+        if self.otel_max_batch_spans > self.otel_max_queue_spans:
+            raise ValueError("OTEL_BSP_MAX_EXPORT_BATCH_SIZE is larger than OTEL_BSP_MAX_QUEUE_SIZE")
         if self.constant_engine_ms_per_item and self.engine != "constant":
             raise ValueError(f"constant_engine_ms_per_item is set and engine={self.engine} would not use it")
         if (self.engine_directory is not None) != (self.engine in ("tensorrt", "onnx")):

@@ -26,10 +26,11 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.metrics.export import Metric as OtlpMetric
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric, Sample
 
-from workers.telemetry.tracer import SCOPE
+from workers.telemetry.finished_span import SCOPE
 
 _CUMULATIVE = AggregationTemporality.CUMULATIVE
 
@@ -43,7 +44,7 @@ def metrics_data(families: Iterable[Metric], resource: Resource, *, start_ns: in
             name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
             unit = "s" if family.name.endswith("_seconds") else "1"
             metrics.append(OtlpMetric(name, family.documentation, unit, data))
-    return MetricsData([ResourceMetrics(resource, [ScopeMetrics(SCOPE, metrics, "")], "")])
+    return MetricsData([ResourceMetrics(resource, [ScopeMetrics(InstrumentationScope(SCOPE), metrics, "")], "")])
 
 
 def _data(family: Metric, start_ns: int, now_ns: int) -> Sum | Gauge | Histogram:

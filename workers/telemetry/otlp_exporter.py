@@ -1,7 +1,8 @@
-"""The SDK's OTLP exporter (address, headers, TLS, compression, retries), with the encoder that suits our spans.
+"""Sends spans to an OTLP endpoint over HTTP: the SDK's exporter (address, headers, TLS, compression, retries) with an
+encoder that suits our spans.
 
-It has no place for another encoder, so its `export` is replaced and its client, which is not public, is used: a test
-sends spans to a real endpoint through it.
+That exporter has no place for another encoder, so its client, which is not public, is used: a test sends spans to a
+real endpoint through it.
 """
 
 from __future__ import annotations
@@ -9,15 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExportResult
+from opentelemetry.sdk.resources import Resource
 
+from workers.telemetry.finished_span import FinishedSpan
 from workers.telemetry.otlp_protobuf import encode_request
 
 
-class FastSpanExporter(OTLPSpanExporter):
-    """Exports spans of one resource and scope."""
+class OtlpExporter:
+    """The exporter to where OTEL_EXPORTER_OTLP_* point."""
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        is_taken = self._client.export(encode_request(spans)).success
-        return SpanExportResult.SUCCESS if is_taken else SpanExportResult.FAILURE
+    def __init__(self, resource: Resource) -> None:
+        self._resource = resource
+        self._exporter = OTLPSpanExporter()
+
+    def export(self, spans: Sequence[FinishedSpan]) -> bool:
+        is_taken: bool = self._exporter._client.export(encode_request(self._resource, spans)).success
+        return is_taken
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]

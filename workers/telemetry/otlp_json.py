@@ -9,46 +9,46 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import SpanContext, StatusCode
+from opentelemetry.sdk.resources import Resource
 
+from workers.ports import SpanIds
+from workers.telemetry.finished_span import SCOPE, FinishedSpan
 from workers.telemetry.otlp_protobuf import KINDS
 
 
-def span_line(span: ReadableSpan) -> bytes:
+def span_line(resource: Resource, span: FinishedSpan) -> bytes:
     """The span with its resource, ended by a line feed."""
-    scope = span.instrumentation_scope
     document = {
         "resourceSpans": [
             {
-                "resource": {"attributes": _attributes(span.resource.attributes)},
-                "scopeSpans": [{"scope": {"name": scope.name if scope else ""}, "spans": [_span(span)]}],
+                "resource": {"attributes": _attributes(resource.attributes)},
+                "scopeSpans": [{"scope": {"name": SCOPE}, "spans": [_span(span)]}],
             }
         ]
     }
     return orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _span(span: ReadableSpan) -> dict[str, Any]:
+def _span(span: FinishedSpan) -> dict[str, Any]:
     written: dict[str, Any] = {
-        **_ids(span.context),
+        **_ids(span.ids),
         "name": span.name,
-        "kind": KINDS[span.kind],
-        "startTimeUnixNano": str(span.start_time),
-        "endTimeUnixNano": str(span.end_time),
-        "attributes": _attributes(span.attributes or {}),
+        "kind": KINDS[span.what.kind],
+        "startTimeUnixNano": str(span.started_ns),
+        "endTimeUnixNano": str(span.ended_ns),
+        "attributes": _attributes(span.attributes),
     }
-    if span.parent is not None:
-        written["parentSpanId"] = f"{span.parent.span_id:016x}"
+    if span.ids.parent_id is not None:
+        written["parentSpanId"] = f"{span.ids.parent_id:016x}"
     if span.links:
-        written["links"] = [_ids(link.context) for link in span.links]
-    if span.status.status_code is StatusCode.ERROR:
+        written["links"] = [_ids(link) for link in span.links]
+    if span.failed:
         written["status"] = {"code": 2}
     return written
 
 
-def _ids(context: SpanContext) -> dict[str, str]:
-    return {"traceId": f"{context.trace_id:032x}", "spanId": f"{context.span_id:016x}"}
+def _ids(ids: SpanIds) -> dict[str, str]:
+    return {"traceId": f"{ids.trace_id:032x}", "spanId": f"{ids.span_id:016x}"}
 
 
 def _attributes(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:

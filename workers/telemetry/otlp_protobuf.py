@@ -13,16 +13,16 @@ from typing import Any
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, SpanFlags, Status
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import SpanContext, SpanKind, StatusCode
+from opentelemetry.sdk.resources import Resource
 
-#: The numbers of the protocol, which are not those of the API.
+from workers.telemetry.finished_span import SCOPE, FinishedSpan
+
+#: The protocol's numbers.
 KINDS = {
-    SpanKind.INTERNAL: Span.SPAN_KIND_INTERNAL,
-    SpanKind.SERVER: Span.SPAN_KIND_SERVER,
-    SpanKind.CLIENT: Span.SPAN_KIND_CLIENT,
-    SpanKind.PRODUCER: Span.SPAN_KIND_PRODUCER,
-    SpanKind.CONSUMER: Span.SPAN_KIND_CONSUMER,
+    "INTERNAL": Span.SPAN_KIND_INTERNAL,
+    "CLIENT": Span.SPAN_KIND_CLIENT,
+    "PRODUCER": Span.SPAN_KIND_PRODUCER,
+    "CONSUMER": Span.SPAN_KIND_CONSUMER,
 }
 _ERROR = Status(code=Status.STATUS_CODE_ERROR)
 _LOCAL = SpanFlags.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
@@ -31,15 +31,13 @@ _REMOTE = _LOCAL | SpanFlags.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
 _MAX_KNOWN_ATTRIBUTES = 4096
 
 
-def encode_request(spans: Sequence[ReadableSpan]) -> bytes:
-    """One or more spans of the same resource and instrumentation scope, as `ExportTraceServiceRequest`."""
-    first = spans[0]
+def encode_request(resource: Resource, spans: Sequence[FinishedSpan]) -> bytes:
+    """Spans of one resource as `ExportTraceServiceRequest`."""
     request = ExportTraceServiceRequest()
     of_resource = request.resource_spans.add()
-    of_resource.resource.attributes.extend(_attribute(*item) for item in first.resource.attributes.items())
+    of_resource.resource.attributes.extend(_attribute(*item) for item in resource.attributes.items())
     of_scope = of_resource.scope_spans.add()
-    if first.instrumentation_scope is not None:
-        of_scope.scope.name = first.instrumentation_scope.name
+    of_scope.scope.name = SCOPE
     add = of_scope.spans.add
     for span in spans:
         _fill(add, span)
@@ -47,34 +45,30 @@ def encode_request(spans: Sequence[ReadableSpan]) -> bytes:
     return encoded
 
 
-def _fill(add: Callable[[], Span], span: ReadableSpan) -> None:
-    context, parent = span.context, span.parent
+def _fill(add: Callable[[], Span], span: FinishedSpan) -> None:
+    trace_id, span_id, parent_id = span.ids
     filled = add()
-    filled.trace_id = context.trace_id.to_bytes(16, "big")
-    filled.span_id = context.span_id.to_bytes(8, "big")
-    if context.trace_state:
-        filled.trace_state = context.trace_state.to_header()
-    if parent is not None:
-        filled.parent_span_id = parent.span_id.to_bytes(8, "big")
-    filled.flags = _flags(parent)
+    filled.trace_id = trace_id.to_bytes(16, "big")
+    filled.span_id = span_id.to_bytes(8, "big")
+    filled.flags = _LOCAL
+    if parent_id is not None:
+        filled.parent_span_id = parent_id.to_bytes(8, "big")
+        if span.parent_is_remote:
+            filled.flags = _REMOTE
+    if span.state:
+        filled.trace_state = span.state.decode()
     filled.name = span.name
-    filled.kind = KINDS[span.kind]
-    filled.start_time_unix_nano = span.start_time or 0
-    filled.end_time_unix_nano = span.end_time or 0
+    filled.kind = KINDS[span.what.kind]
+    filled.start_time_unix_nano = span.started_ns
+    filled.end_time_unix_nano = span.ended_ns
     if span.attributes:
         filled.attributes.extend([_attribute(*item) for item in span.attributes.items()])
     for link in span.links:
         filled.links.add(
-            trace_id=link.context.trace_id.to_bytes(16, "big"),
-            span_id=link.context.span_id.to_bytes(8, "big"),
-            flags=_flags(link.context),
+            trace_id=link.trace_id.to_bytes(16, "big"), span_id=link.span_id.to_bytes(8, "big"), flags=_LOCAL
         )
-    if span.status.status_code is StatusCode.ERROR:
+    if span.failed:
         filled.status.CopyFrom(_ERROR)
-
-
-def _flags(context: SpanContext | None) -> int:
-    return _REMOTE if context is not None and context.is_remote else _LOCAL
 
 
 @lru_cache(_MAX_KNOWN_ATTRIBUTES, typed=True)  # 1, 1.0 and True are one key, and three values

@@ -13,15 +13,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter
 
 from workers.metrics import Metrics
 from workers.settings import WorkerSettings
+from workers.telemetry.finished_span import FinishedSpan, SpanExporter
 from workers.telemetry.metric_export import MetricExport
 from workers.telemetry.sampling import Sampling
 from workers.telemetry.span_file import SpanFile
-from workers.telemetry.span_queue import SpanQueue
+from workers.telemetry.span_queue import QueueLimits, SpanQueue
 from workers.telemetry.tracer import Tracer
 
 #: For the last spans and metrics, at the end of a worker whose collector may be away.
@@ -32,22 +31,24 @@ def start_tracing(
     name: str, settings: WorkerSettings, metrics: Metrics, clock: Callable[[], float], stack: ExitStack
 ) -> Tracer:
     """The worker's tracer; its queues are emptied when the stack is left. Raises `Misconfigured`."""
-    exporters = [] if settings.otel_sdk_disabled else list(_span_exporters(settings))
+    exporters = [] if settings.otel_sdk_disabled else _span_exporters(settings, resource_of(name))
     if not exporters:
         return Tracer.off(metrics.bad_traceparents.inc)
+    limits = QueueLimits(
+        settings.otel_max_queue_spans, settings.otel_max_batch_spans, settings.otel_span_delay_ms / 1000
+    )
     puts = []
     for exporter in exporters:
-        queue = SpanQueue(exporter, max_spans=settings.otel_max_queue_spans, count_dropped=metrics.spans_dropped.inc)
+        queue = SpanQueue(exporter, limits, metrics.spans_dropped.inc)
         stack.callback(queue.close, CLOSE_S)
         puts.append(queue.put)
 
-    def emit(span: ReadableSpan) -> None:
+    def emit(span: FinishedSpan) -> None:
         for put in puts:
             put(span)
 
     return Tracer(
         sampling=Sampling.named(settings.otel_traces_sampler, settings.otel_traces_sampler_arg),
-        resource=resource_of(name),
         emit=puts[0] if len(puts) == 1 else emit,
         clock=clock,
         wall_ns=time.time_ns,
@@ -67,14 +68,14 @@ def start_metric_export(name: str, settings: WorkerSettings, metrics: Metrics, s
     return export
 
 
-def _span_exporters(settings: WorkerSettings) -> list[SpanExporter]:
+def _span_exporters(settings: WorkerSettings, resource: Resource) -> list[SpanExporter]:
     exporters: list[SpanExporter] = []
     if settings.otlp_endpoint or settings.otlp_traces_endpoint:
-        from workers.telemetry.otlp_exporter import FastSpanExporter
+        from workers.telemetry.otlp_exporter import OtlpExporter
 
-        exporters.append(FastSpanExporter())
+        exporters.append(OtlpExporter(resource))
     if settings.span_file is not None:
-        exporters.append(SpanFile(settings.span_file, settings.span_file_bytes))
+        exporters.append(SpanFile(resource, settings.span_file, settings.span_file_bytes))
     return exporters
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.resources import Resource
 
 from workers.errors import Misconfigured
+from workers.telemetry.finished_span import FinishedSpan
 from workers.telemetry.otlp_json import span_line
 
 log = structlog.get_logger(__name__)
@@ -25,11 +25,12 @@ def predecessor_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.1")
 
 
-class SpanFile(SpanExporter):
+class SpanFile:
     """The exporter of one file."""
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, resource: Resource, path: Path, max_bytes: int) -> None:
         """Appends to what is there. Raises `Misconfigured` if the file cannot be written."""
+        self._resource = resource
         self._path = path
         self._max_bytes = max_bytes
         try:
@@ -37,16 +38,16 @@ class SpanFile(SpanExporter):
         except OSError as error:
             raise Misconfigured(f"spans cannot be written to {path}: {error}") from error
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        lines = b"".join(map(span_line, spans))
+    def export(self, spans: Sequence[FinishedSpan]) -> bool:
+        lines = b"".join(span_line(self._resource, span) for span in spans)
         try:
             if self._file.tell() and self._file.tell() + len(lines) > self._max_bytes:
                 self._turn_over()
             self._file.write(lines)
         except OSError as error:
             log.warning("spans not written", path=str(self._path), error=str(error))
-            return SpanExportResult.FAILURE
-        return SpanExportResult.SUCCESS
+            return False
+        return True
 
     def _turn_over(self) -> None:
         self._file.close()

@@ -1,77 +1,88 @@
 """Takes finished spans without waiting, and exports them from a thread; what finds no room is dropped and counted.
 
-The thread and its batches are the SDK's (`BatchSpanProcessor`, set by OTEL_BSP_*); that one drops silently, so room is
-kept account of here. Knows no destination by name.
+Batches as the OpenTelemetry specification has them (OTEL_BSP_*). Not the SDK's queue: that one takes its own spans only
+and drops without a word. Knows no destination by name.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
-from workers.errors import Misconfigured
+from workers.telemetry.finished_span import FinishedSpan, SpanExporter
 
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """When spans are sent, and how many wait."""
+
+    max_spans: int  # waiting, or being sent
+    max_batch: int  # in one export; so many are sent at once
+    delay_s: float  # fewer are sent this often
+
+
 class SpanQueue:
-    """The way to one destination; `put` is for one thread."""
+    """The way to one destination; `put` and `close` are for one thread."""
 
-    def __init__(self, exporter: SpanExporter, *, max_spans: int, count_dropped: Callable[[int], None]) -> None:
-        """`count_dropped` is called from both threads. Raises `Misconfigured` for batches larger than the queue."""
-        self._exporter = _Accounting(exporter, count_dropped)
-        self._max_spans = max_spans
+    def __init__(self, exporter: SpanExporter, limits: QueueLimits, count_dropped: Callable[[int], None]) -> None:
+        """`count_dropped` is called from both threads."""
+        self._exporter = exporter
+        self._limits = limits
         self._count_dropped = count_dropped
+        self._waiting: deque[FinishedSpan] = deque()
         self._num_put = 0
-        try:
-            self._processor = BatchSpanProcessor(self._exporter, max_queue_size=max_spans)
-        except ValueError as error:
-            raise Misconfigured(f"OTEL_BSP_*: {error}") from error
+        self._num_left = 0  # exported or lost; written by the exporting thread alone, as `_num_put` is by the other
+        self._wake = threading.Event()
+        self._is_closing = False
+        self._has_given_up = False
+        self._thread = threading.Thread(target=self._run, name="span-queue", daemon=True)
+        self._thread.start()
 
-    def put(self, span: ReadableSpan) -> None:
-        if self._num_put - self._exporter.num_left >= self._max_spans:
+    def put(self, span: FinishedSpan) -> None:
+        if self._num_put - self._num_left >= self._limits.max_spans:
             self._count_dropped(1)
             return
         self._num_put += 1
-        self._processor.on_end(span)
+        self._waiting.append(span)
+        if len(self._waiting) == self._limits.max_batch:
+            self._wake.set()
 
     def close(self, timeout_s: float) -> None:
         """Export what is left, as far as the time allows; the rest is dropped and counted."""
-        # On a thread of its own, because the SDK waits half a minute for a destination that is away.
-        closing = threading.Thread(target=self._processor.shutdown, name="span-queue-close", daemon=True)
-        closing.start()
-        closing.join(timeout_s)
-        if closing.is_alive():
-            self._exporter.shutdown()  # ends the wait between two attempts
-            num_lost = self._num_put - self._exporter.num_left
+        self._is_closing = True
+        self._wake.set()
+        self._thread.join(timeout_s)
+        self._has_given_up = self._thread.is_alive()
+        self._exporter.shutdown()  # ends the wait between two attempts
+        if self._has_given_up:
+            num_lost = self._num_put - self._num_left
             self._count_dropped(num_lost)
             log.warning("spans are left behind: their destination does not take them", num_spans=num_lost)
 
+    def _run(self) -> None:
+        while not self._is_closing:
+            has_enough = self._wake.wait(self._limits.delay_s)
+            self._wake.clear()
+            while len(self._waiting) >= self._limits.max_batch:
+                self._export()
+            if not has_enough and self._waiting:
+                self._export()
+        while self._waiting and not self._has_given_up:
+            self._export()
 
-class _Accounting(SpanExporter):
-    """Counts what has left the queue, and what of that was lost."""
-
-    def __init__(self, exporter: SpanExporter, count_dropped: Callable[[int], None]) -> None:
-        self._exporter = exporter
-        self._count_dropped = count_dropped
-        self.num_left = 0
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = SpanExportResult.FAILURE
+    def _export(self) -> None:
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._limits.max_batch))]
+        is_taken = False
         try:
-            result = self._exporter.export(spans)
-        finally:  # the processor logs what is raised, and goes on
-            self.num_left += len(spans)
-            if result is not SpanExportResult.SUCCESS:
-                self._count_dropped(len(spans))
-        return result
-
-    def shutdown(self) -> None:
-        self._exporter.shutdown()
-
-    def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        return self._exporter.force_flush(timeout_millis)
+            is_taken = self._exporter.export(batch)
+        except Exception:
+            log.exception("spans not exported", num_spans=len(batch))
+        self._num_left += len(batch)
+        if not is_taken and not self._has_given_up:
+            self._count_dropped(len(batch))

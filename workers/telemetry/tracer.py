@@ -8,24 +8,14 @@ loop's thread alone. Knows nothing of where spans go.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
-
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
 from workers.interval import Interval
 from workers.ports import Headers, SpanIds
-from workers.telemetry.names import PROCESS, SpanName
+from workers.telemetry.finished_span import FinishedSpan
+from workers.telemetry.names import SpanName
 from workers.telemetry.sampling import Sampling
 from workers.tracing import SAMPLED, TraceContext, context_headers, names_context, new_context, new_id, read_context
-
-SCOPE = InstrumentationScope("edje.workers")
-_OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
-_KINDS = {kind.name: kind for kind in SpanKind}
-_SAMPLED_FLAGS = TraceFlags(TraceFlags.SAMPLED)
 
 Attributes = Mapping[str, Any]
 
@@ -60,15 +50,13 @@ class Tracer:
         self,
         *,
         sampling: Sampling | None,
-        resource: Resource,
-        emit: Callable[[ReadableSpan], None],
+        emit: Callable[[FinishedSpan], None],
         clock: Callable[[], float],
         wall_ns: Callable[[], int],
         count_bad_context: Callable[[], None],
     ) -> None:
         """`clock` is the loop's, in whose seconds all times are given; `wall_ns` is nanoseconds since 1970."""
         self._sampling = sampling
-        self._resource = resource
         self._emit = emit
         self._clock = clock
         self._wall_ns = wall_ns
@@ -80,7 +68,6 @@ class Tracer:
         """A tracer that records nothing."""
         return cls(
             sampling=None,
-            resource=Resource.get_empty(),
             emit=lambda span: None,
             clock=lambda: 0.0,
             wall_ns=lambda: 0,
@@ -113,7 +100,7 @@ class Tracer:
 
     def record(
         self,
-        name: SpanName,
+        what: SpanName,
         ids: SpanIds,
         interval: Interval,
         attributes: Attributes,
@@ -124,23 +111,9 @@ class Tracer:
         failed: bool = False,
     ) -> None:
         """Hand a span over; `of` completes its name, `failed` marks it as an error."""
-        parent = None
-        if ids.parent_id is not None:
-            parent = _context(ids.trace_id, ids.parent_id, b"", name is PROCESS)  # which has the producer's above it
-        span = ReadableSpan(
-            name=name.stem + of,
-            context=_context(ids.trace_id, ids.span_id, state),
-            parent=parent,
-            resource=self._resource,
-            attributes=attributes,
-            links=[Link(_context(link.trace_id, link.span_id)) for link in links],
-            kind=_KINDS[name.kind],
-            status=_ERROR if failed else _OK,
-            start_time=self._epoch_ns + round(interval.started_at * 1e9),
-            end_time=self._epoch_ns + round(interval.ended_at * 1e9),
-            instrumentation_scope=SCOPE,
-        )
-        self._emit(span)
+        started_ns = self._epoch_ns + round(interval.started_at * 1e9)
+        ended_ns = self._epoch_ns + round(interval.ended_at * 1e9)
+        self._emit(FinishedSpan(what, of, ids, started_ns, ended_ns, attributes, links, state, failed))
 
 
 def child_of(parent: SpanIds) -> SpanIds:
@@ -151,9 +124,3 @@ def child_of(parent: SpanIds) -> SpanIds:
 def root() -> SpanIds:
     """Ids of a span that begins a trace: work for many messages belongs to none of theirs."""
     return SpanIds(new_id(128), new_id(64), None)
-
-
-@lru_cache(64)  # the stages of a request have the same parent
-def _context(trace_id: int, span_id: int, state: bytes = b"", is_remote: bool = False) -> SpanContext:
-    parsed = TraceState.from_header([state.decode()]) if state else None
-    return SpanContext(trace_id, span_id, is_remote, trace_flags=_SAMPLED_FLAGS, trace_state=parsed)
