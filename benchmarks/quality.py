@@ -1,14 +1,15 @@
 """What reranking is worth, and what it costs: encoders, numbers of tokens, storage types and k, trained alike.
 
-Run: python benchmarks/quality.py scenes [--seeds 3] [--jobs 2]
+Run: python benchmarks/quality.py scenes|flickr8k [--seeds 3] [--jobs 2]
 
 Every figure is what `python -m edje.evaluate` says of what `python -m edje.train` made, and each command is printed, so
 that any one of them can be run alone. What has been trained or evaluated before is not done again: a run that was
 stopped goes on. Draws docs/quality/*.svg and writes the tables; the last line of output is one JSON document.
 
-The recipe itself is run once; its tower and first stage then serve all encoders, as a frozen tower does. Each encoder
-starts from scratch, with as many seeds as asked for, on the same data, losses, negatives and number of steps. Of each
-encoder R@1 of text-to-image search in int8, against GFLOP per pair.
+Scenes: the recipe itself is run once; its tower and first stage then serve all encoders, as a frozen tower does. Each
+encoder starts from scratch, on the same data, losses, negatives and number of steps. Flickr8k: the recipe is `maxsim`;
+the other encoders are taught by matching, on what the cross-fitted first stage confuses. Of each encoder R@1 of
+text-to-image search in int8, against GFLOP per pair. A cascade of budget 0 is the late interaction beneath its layers.
 """
 
 from __future__ import annotations
@@ -38,21 +39,37 @@ class Study:
     """What is compared on a dataset."""
 
     recipe: str
-    shared: tuple[str, ...]  # phases whose result, tower and first stage, all encoders of a seed share
-    kinds: dict[str, tuple[str, ...]]  # encoder: changes to the recipe
-    cascade_of: str  # the encoder whose late interaction picks for its layers
-    cascade_budget: int
-    tokens: tuple[int, ...]
-    tokens_kind: str
-    depths: tuple[int, ...]
     k: int
+    budget: tuple[str, ...]  # changes to the recipe that make training shorter, the same for every encoder
+    kinds: dict[str, tuple[str, ...]]  # encoder: changes to the recipe
+    depths: tuple[int, ...]  # values of k, and k itself
+    cascade_of: str | None = None  # the encoder whose late interaction picks for its layers
+    cascade_budgets: tuple[int, ...] = ()
+    shared: tuple[str, ...] = ()  # phases whose result, tower and first stage, all encoders share
+    tokens_kind: str | None = None  # the encoder that is trained with other numbers of tokens
+    tokens: tuple[int, ...] = ()
 
 
+#: Layers in which words and image meet, taught on what a cross-fitted first stage confuses.
+_MATCHING = (
+    "joint.num_layers=2",
+    "joint.match_dim=0",
+    "phase.0.losses={itm=1.0}",
+    'phase.0.negatives={source="corpus",per_sample=3,top_k=20}',
+    "phase.0.epochs=0.1",
+    "phase.0.batch_size=32",
+    "phase.0.learning_rate=2e-4",
+    "phase.0.train={adapter=5.0,visual=1.0,meeting=1.0}",
+)
 STUDIES = {
     "scenes": Study(
         recipe="scenes.toml",
+        k=20,
         shared=("see",),
+        # The recipe's numbers of steps, over half the data in half the batches: it is steps that leave the plateaus.
+        budget=("data.train_groups=2500", "phase.1.batch_size=64", "phase.2.batch_size=32"),
         kinds={
+            "minimal": (),
             # It has no late interaction: matching takes its place from the beginning.
             "full": (
                 'joint.kind="full"',
@@ -65,7 +82,6 @@ STUDIES = {
                 "phase.2.losses={itm=1.0,grounding=0.25}",
             ),
             "late": ('joint.kind="late"',),
-            "minimal": (),
             # Its words never meet the image, so there is nothing in which to ground them.
             "maxsim": (
                 'joint.kind="maxsim"',
@@ -76,12 +92,30 @@ STUDIES = {
                 "phase.2.losses={itm=1.0,late_interaction=0.25}",
             ),
         },
-        cascade_of="minimal",
-        cascade_budget=5,
-        tokens=(8, 16, 32, 64),
-        tokens_kind="minimal",
         depths=(5, 10, 20, 50),
+        cascade_of="minimal",
+        cascade_budgets=(0, 3, 5, 10),
+        tokens_kind="minimal",
+        tokens=(4, 8, 16, 32, 64),
+    ),
+    "flickr8k": Study(
+        recipe="flickr8k.toml",
         k=20,
+        budget=(),
+        kinds={
+            "maxsim": (),
+            "minimal": ('joint.kind="minimal"', *_MATCHING),
+            "late": ('joint.kind="late"', *_MATCHING),
+            "full": (
+                'joint.kind="full"',
+                "joint.text_layers=0",
+                "joint.visual_layers=0",
+                "joint.bert_layers=[4,5]",
+                *(change for change in _MATCHING if not change.startswith("phase.0.train")),
+                "phase.0.train={adapter=5.0,meeting=1.0}",
+            ),
+        },
+        depths=(5, 10, 20),
     ),
 }
 
@@ -95,13 +129,23 @@ class Runner:
         self._common = common
         self._captions = captions
 
-    def train(self, name: str, seed: int, changes: Sequence[str]) -> Path:
-        """Train a variant unless it is there; returns its checkpoint."""
-        out = self._folder / f"seed{seed}" / name
-        if not (out / "checkpoint" / "config.json").exists():
+    def checkpoint(self, name: str, seed: int) -> Path:
+        return self._folder / f"seed{seed}" / name / "checkpoint"
+
+    def train(self, name: str, seed: int, changes: Sequence[str]) -> None:
+        """Train a variant unless it is there."""
+        checkpoint = self.checkpoint(name, seed)
+        if not (checkpoint / "config.json").exists():
             given = [word for change in (*self._common, f"seed={seed}", *changes) for word in ("--set", change)]
-            self._run("edje.train", str(RECIPES / self._study.recipe), "--out", str(out), "--threads", "1", *given)
-        return out / "checkpoint"
+            self._run(
+                "edje.train",
+                str(RECIPES / self._study.recipe),
+                "--out",
+                str(checkpoint.parent),
+                "--threads",
+                "1",
+                *given,
+            )
 
     def evaluate(self, checkpoint: Path, storage: str, scorer: str, depths: Sequence[int]) -> Report:
         """What evaluation says; kept beside the checkpoint."""
@@ -133,35 +177,39 @@ def recall(report: Report, k: int) -> tuple[float, float]:
     raise SystemExit(f"the report holds no k = {k}")
 
 
-def shared_start(runner: Runner, study: Study) -> tuple[str, ...]:
-    """Changes by which a run begins with the recipe's own tower and first stage."""
-    base = runner.train("recipe", 0, ())
-    return (f'start={{checkpoint="{base}",parts=["vision","first_stage"]}}', f"skip={json.dumps(study.shared)}")
+def runs_of(study: Study, num_seeds: int, start: Sequence[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+    """What is trained: name, seed and changes to the recipe; the seeds one after the other."""
+    common = (*start, *study.budget)
+    for seed, (kind, changes) in product(range(num_seeds), study.kinds.items()):
+        yield kind, seed, (*common, *changes)
+    if study.tokens_kind is not None:
+        for num_tokens in study.tokens:
+            # The adapter that gives any number of tokens; the recipes' gives one for each patch.
+            adapter = (f"adapter.num_tokens={num_tokens}", 'adapter.kind="decoder"')
+            yield tokens_name(num_tokens), 0, (*common, *study.kinds[study.tokens_kind], *adapter)
 
 
-def study_seed(runner: Runner, study: Study, start: Sequence[str], seed: int) -> dict[str, dict[str, float]]:
-    """Every encoder with one seed: scorer -> R@1, first stage, GFLOP per pair at k."""
+def tokens_name(num_tokens: int) -> str:
+    return f"tokens{num_tokens}"
+
+
+def judge_encoders(runner: Runner, study: Study, seed: int) -> dict[str, dict[str, float]]:
+    """Every encoder with one seed: scorer -> R@1 before and after, and GFLOP per pair, at k."""
     found = {}
-    for kind, changes in study.kinds.items():
-        checkpoint = runner.train(kind, seed, (*start, *changes))
-        scorers = {kind: "maxsim" if kind == "maxsim" else "torch"}
-        if kind == study.cascade_of:
-            scorers["cascade"] = f"cascade:{study.cascade_budget}"
-        for name, scorer in scorers.items():
-            report = runner.evaluate(checkpoint, "int8", scorer, (study.k,))
+    for kind in study.kinds:
+        depths = {"torch": study.depths}
+        if kind == study.cascade_of:  # a cascade's scores depend on k, so each k is another evaluation
+            depths |= {f"cascade:{budget}": (study.k,) for budget in study.cascade_budgets}
+        for scorer, ks in depths.items():
+            report = runner.evaluate(runner.checkpoint(kind, seed), "int8", scorer, ks)
             before, after = recall(report, study.k)
             cost = report.results[0].cost
-            found[name] = {"first_stage": before, "r1": after, "gflop": cost.per_pair_at(study.k) if cost else 0.0}
+            found[kind if scorer == "torch" else scorer] = {
+                "first_stage": before,
+                "r1": after,
+                "gflop": cost.per_pair_at(study.k) if cost else 0.0,
+            }
     return found
-
-
-def token_curves(runner: Runner, study: Study, start: Sequence[str]) -> Iterator[tuple[int, str, Report]]:
-    """One encoder with fewer and more tokens, in every storage type."""
-    for num_tokens in study.tokens:
-        changes = (*study.kinds[study.tokens_kind], f"adapter.num_tokens={num_tokens}", 'adapter.kind="decoder"')
-        checkpoint = runner.train(f"tokens{num_tokens}", 0, (*start, *changes))
-        for storage in STORAGES:
-            yield num_tokens, storage, runner.evaluate(checkpoint, storage, "torch", (study.k,))
 
 
 def main() -> None:
@@ -179,30 +227,39 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     runner = Runner(study, folder, given.set, given.captions)
 
-    start = shared_start(runner, study)
-    wanted = list(product(range(given.seeds), study.kinds.items()))
+    start: tuple[str, ...] = ()
+    if study.shared:
+        runner.train("recipe", 0, ())
+        base = runner.checkpoint("recipe", 0)
+        parts = f'start={{checkpoint="{base}",parts=["vision","first_stage"]}}'
+        start = (parts, f'vocabulary="{base}"', f"skip={json.dumps(study.shared)}")
     with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(lambda one: runner.train(one[1][0], one[0], (*start, *one[1][1])), wanted))
-    by_seed = [study_seed(runner, study, start, seed) for seed in range(given.seeds)]
+        list(pool.map(lambda run: runner.train(*run), runs_of(study, given.seeds, start)))
+
+    by_seed = [judge_encoders(runner, study, seed) for seed in range(given.seeds)]
     points = [
         Point(name, by_seed[0][name]["gflop"], tuple(found[name]["r1"] for found in by_seed)) for name in by_seed[0]
     ]
-    first = statistics.fmean(found[study.tokens_kind]["first_stage"] for found in by_seed)
+    first = statistics.fmean(each["first_stage"] for found in by_seed for each in found.values())
     title = f"{given.study}: text-to-image, k = {study.k}, int8"
     quality_vs_cost(points, given.out / f"{given.study}-cost.svg", title=title, first_stage=first)
 
-    checkpoint = folder / "seed0" / study.tokens_kind / "checkpoint"
-    depths = runner.evaluate(checkpoint, "int8", "torch", study.depths)
-    curve = Curve(study.tokens_kind, tuple(Point("", k, (recall(depths, k)[1],)) for k in study.depths))
-    quality_vs_k([curve], given.out / f"{given.study}-k.svg", title=f"{given.study}: int8", first_stage=first)
+    by_k = {}
+    for kind in study.kinds:
+        report = runner.evaluate(runner.checkpoint(kind, 0), "int8", "torch", study.depths)
+        by_k[kind] = {k: recall(report, k)[1] for k in study.depths}
+    curves = [Curve(kind, tuple(Point("", k, (r1,)) for k, r1 in found.items())) for kind, found in by_k.items()]
+    quality_vs_k(curves, given.out / f"{given.study}-k.svg", title=f"{given.study}: int8", first_stage=first)
 
-    by_bytes: dict[str, list[Point]] = {}
-    for num_tokens, storage, report in token_curves(runner, study, start):
-        size = report.payload_bytes_per_image
-        point = Point("", size, (recall(report, study.k)[1],), note=str(num_tokens))
-        by_bytes.setdefault(storage, []).append(point)
+    by_bytes: dict[str, dict[int, tuple[int, float]]] = {storage: {} for storage in STORAGES if study.tokens}
+    for num_tokens, storage in product(study.tokens, by_bytes):
+        report = runner.evaluate(runner.checkpoint(tokens_name(num_tokens), 0), storage, "torch", (study.k,))
+        by_bytes[storage][num_tokens] = report.payload_bytes_per_image, recall(report, study.k)[1]
     if by_bytes:
-        curves = [Curve(storage, tuple(found)) for storage, found in by_bytes.items()]
+        curves = [
+            Curve(storage, tuple(Point("", size, (r1,), note=str(num)) for num, (size, r1) in found.items()))
+            for storage, found in by_bytes.items()
+        ]
         quality_vs_bytes(curves, given.out / f"{given.study}-bytes.svg", title=title, first_stage=first)
 
     result = {
@@ -210,8 +267,8 @@ def main() -> None:
         "k": study.k,
         "seeds": given.seeds,
         "encoders": by_seed,
-        "by_k": {k: recall(depths, k)[1] for k in study.depths},
-        "by_bytes": {s: {point.note: [point.x, *point.recalls] for point in found} for s, found in by_bytes.items()},
+        "by_k": by_k,
+        "by_bytes": by_bytes,
     }
     (given.out / f"{given.study}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
