@@ -57,6 +57,7 @@ _MATCHING = (
     "phase.0.losses={itm=1.0}",
     'phase.0.negatives={source="corpus",per_sample=3,top_k=20}',
     "phase.0.epochs=0.1",
+    "phase.0.crop_views=0",  # each caption is seen once
     "phase.0.batch_size=32",
     "phase.0.learning_rate=2e-4",
     "phase.0.train={adapter=5.0,visual=1.0,meeting=1.0}",

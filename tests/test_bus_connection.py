@@ -1,0 +1,69 @@
+"""What a Kafka client is given to connect with, and that TLS files which cannot be used are named before it tries."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from certificates import Authority
+from workers.bus.connection import kafka_connection
+from workers.errors import Misconfigured
+from workers.settings import KafkaSettings
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return Authority(tmp_path / "authority")
+
+
+def settings(**files):
+    return KafkaSettings(kafka_security_protocol="SSL", **{f"kafka_ssl_{name}": file for name, file in files.items()})
+
+
+def test_tls_files_that_can_be_used_are_handed_to_the_client(authority):
+    ours = authority.issue("worker")
+
+    connection = kafka_connection(
+        settings(cafile=authority.certificate, certfile=ours.certificate, keyfile=ours.key), "edje"
+    )
+
+    assert connection["ssl_cafile"] == str(authority.certificate)
+    assert (connection["ssl_certfile"], connection["ssl_keyfile"]) == (str(ours.certificate), str(ours.key))
+
+
+def test_without_tls_no_file_is_read():
+    assert kafka_connection(KafkaSettings(), "edje")["security_protocol"] == "PLAINTEXT"
+
+
+@pytest.mark.parametrize(
+    ("written", "why"), [(None, "No such file"), (b"", "no certificate"), (b"not a certificate", "no certificate")]
+)
+def test_an_authority_that_is_not_there_or_is_no_certificate_is_named(tmp_path, written, why):
+    path = tmp_path / "ca.crt"
+    if written is not None:
+        path.write_bytes(written)
+
+    with pytest.raises(Misconfigured, match=f"KAFKA_SSL_CAFILE: {path} cannot be used: .*{why}"):
+        kafka_connection(settings(cafile=path), "edje")
+
+
+def test_a_key_of_another_certificate_is_named(authority):
+    ours, other = authority.issue("worker"), authority.issue("other")
+
+    with pytest.raises(Misconfigured, match=f"KAFKA_SSL_CERTFILE with the key {other.key}: .*(?i:mismatch)"):
+        kafka_connection(settings(certfile=ours.certificate, keyfile=other.key), "edje")
+
+
+def test_a_key_is_opened_with_its_password_alone_and_nobody_is_asked_for_one(authority):
+    ours = authority.issue("worker")
+    locked = ours.key.with_suffix(".locked")
+    command = ["openssl", "pkey", "-in", ours.key, "-out", locked, "-aes256", "-passout", "pass:opensesame"]
+    subprocess.run(command, check=True)
+
+    given = {"certfile": ours.certificate, "keyfile": locked}
+    assert kafka_connection(settings(**given, password="opensesame"), "edje")["ssl_password"] == "opensesame"
+    for wrong in ({}, {"password": "sesame"}):
+        with pytest.raises(Misconfigured, match=f"key {locked}") as told:
+            kafka_connection(settings(**given, **wrong), "edje")
+        assert "sesame" not in str(told.value)
