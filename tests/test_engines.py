@@ -19,6 +19,7 @@ from edje.weights import load_checkpoint
 from engine_directories import FIRST_LIMIT_S, sample
 from protocols.quantize import quantize
 from recorded_engine import open_recorded
+from torch_recorder import done_again
 from trt.constant import ConstantEngine
 from trt.engine import EngineBroken, EngineMismatch, EngineUnavailable, LimitExceeded
 from trt.grouping import MAX_PADDING, MIN_GROUP_PAIRS, groups_by_length
@@ -62,11 +63,12 @@ def checkpoint(checkpoints):
     return checkpoints / "tiny"
 
 
-def torch_engine(checkpoint, storage, dtype=torch.float32, *, staged=False):
+def torch_engine(checkpoint, storage, dtype=torch.float32, *, staged=False, record=None):
     loaded = load_checkpoint(checkpoint)
     layout = SlotLayout(storage, loaded.config.adapter.num_tokens, loaded.config.joint.dim)
     slab = StagedSlab(layout, NUM_SLOTS, CPU, STAGING_ROWS) if staged else SharedSlab(layout, NUM_SLOTS)
-    return TorchEngine(loaded, slab=slab, max_pairs=MAX_PAIRS, max_images=MAX_IMAGES, device=CPU, dtype=dtype)
+    sizes = {"max_pairs": MAX_PAIRS, "max_images": MAX_IMAGES}
+    return TorchEngine(loaded, slab=slab, device=CPU, dtype=dtype, record=record, **sizes)
 
 
 def constant_engine(checkpoint, storage, ms_per_item=0.0):
@@ -119,6 +121,7 @@ KINDS = {
     "constant": constant_engine,
     "torch": torch_engine,
     "torch-bf16": lambda checkpoint, storage: torch_engine(checkpoint, storage, torch.bfloat16),
+    "torch-graphs": lambda checkpoint, storage: torch_engine(checkpoint, storage, record=done_again),
     "torch-staged": lambda checkpoint, storage: torch_engine(checkpoint, storage, staged=True),
 }
 
@@ -126,7 +129,7 @@ KINDS = {
 @pytest.fixture(
     params=[
         *((kind, storage, "tiny") for kind in KINDS for storage in STORAGES),
-        *((kind, "int8", variant) for kind in ("torch", "torch-bf16", "tensorrt") for variant in APART),
+        *((kind, "int8", variant) for kind in ("torch", "torch-bf16", "torch-graphs", "tensorrt") for variant in APART),
         # Other storage types and encoders: test_onnx_engine.
         pytest.param(("onnx", "int8", "full"), marks=pytest.mark.timeout(FIRST_LIMIT_S), id="onnx-int8-full"),
     ],
@@ -197,6 +200,16 @@ def test_the_same_call_gives_the_same_logits(engine, pixels):
     fill(engine, range(6), engine.encode_images(pixels[:6])[0])
 
     np.testing.assert_array_equal(all_scores(engine, [DOG], 6), all_scores(engine, [DOG], 6))
+
+
+def test_scoring_that_comes_back_is_recorded_once_for_each_text_length(checkpoint, pixels):
+    engine = torch_engine(checkpoint, "int8", record=done_again)
+    fill(engine, range(12), engine.encode_images(pixels)[0])
+
+    scores = [all_scores(engine, [DOG, CAT], 12) for _ in range(3)]
+
+    assert engine.num_graphs == 2
+    np.testing.assert_allclose(scores[1:], scores[:1] * 2, atol=1e-5)
 
 
 def test_a_rewritten_slot_changes_its_score_and_no_other(engine, pixels):

@@ -22,6 +22,8 @@ from trt.dequantize import dequantise
 from trt.engine import DeviceCopies, EngineBroken, QueryStates, check_images, check_pairs, check_texts
 from trt.grouping import fixed_groups, groups_by_length
 from trt.identity import engine_digest, engine_info
+from trt.static_shapes import Buckets
+from trt.torch_graphs import CudaRecorder, GraphedScoring, Record, pair_buckets
 from trt.torch_slab import GatherSlab
 
 #: Pairs in one forward pass on a CPU: 8 to 32 measured alike, and this bounds what the activations take.
@@ -55,8 +57,12 @@ class TorchEngine:
         device: torch.device,
         dtype: torch.dtype,
         fixed_buckets: bool = False,
+        record: Record | None = None,
     ) -> None:
-        """`fixed_buckets`: a pair's logit is the same to the last bit whatever else is in the call."""
+        """`fixed_buckets`: a pair's logit is the same to the last bit whatever else is in the call.
+
+        `record` makes CUDA graphs of the scoring; on a CUDA device they are made without being asked for.
+        """
         config = checkpoint.config
         self._layout = slab.layout
         self._device = device
@@ -73,6 +79,9 @@ class TorchEngine:
         self._copies = CopyClock(_timing_event) if device.type == "cuda" else None
         self._is_fixed = fixed_buckets
         self._group_pairs = CPU_GROUP_PAIRS if device.type == "cpu" else max_pairs
+        if record is None and device.type == "cuda":
+            record = CudaRecorder(device)
+        self._graphs = None if record is None else self._graphed(record)
         self.info = engine_info(
             config,
             slab.layout,
@@ -90,6 +99,18 @@ class TorchEngine:
             max_images=max_images,
             max_pairs=max_pairs,
             num_slots=slab.num_slots,
+        )
+
+    def _graphed(self, record: Record) -> GraphedScoring:
+        fixed_pairs = FIXED_GROUP_PAIRS[self._device.type]
+        return GraphedScoring(
+            self._score,
+            record,
+            buckets=Buckets((fixed_pairs,)) if self._is_fixed else pair_buckets(self._group_pairs),
+            max_text_tokens=self._config.preprocess.max_text_tokens,
+            token_dim=self._layout.token_dim,
+            device=self._device,
+            record_at=1 if self._is_fixed else 2,  # fixed: never once by other means than all the other times
         )
 
     def warm_up(self) -> None:
@@ -162,6 +183,11 @@ class TorchEngine:
             for group in groups_by_length(lengths, self._group_pairs):
                 yield group, len(group)
 
+    @property
+    def num_graphs(self) -> int:
+        """Sizes of scoring that are replayed by a CUDA graph."""
+        return 0 if self._graphs is None else self._graphs.num_recorded
+
     def last_copies(self) -> DeviceCopies | None:
         """By events of the device; None on a CPU, which copies nothing."""
         return None if self._copies is None else self._copies.copies()
@@ -174,11 +200,20 @@ class TorchEngine:
         lengths: NDArray[np.int64],
         first_stage: NDArray[np.float32] | None,
     ) -> Tensor:
-        text = states[:, : int(lengths.max())].index_select(0, self._on_device(queries))
-        visual = dequantise(self._layout, *self.slab.gather(self._on_device(slots)))
-        equal = bool((lengths == lengths[0]).all())
+        text, rows, on_device = states[:, : int(lengths.max())], self._on_device(queries), self._on_device(slots)
         scores = None if first_stage is None else self._on_device(first_stage)
-        return self._model.score(text, visual, None if equal else self._on_device(lengths), scores)
+        if (lengths != lengths[0]).any():
+            return self._score(text.index_select(0, rows), on_device, scores, self._on_device(lengths))
+        if self._graphs is not None:
+            return self._graphs(text, rows, on_device, scores)
+        return self._score(text.index_select(0, rows), on_device, scores)
+
+    def _score(
+        self, text: Tensor, slots: Tensor, first_stage: Tensor | None, text_lengths: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, d) texts against (B,) slots of the slab, (B,) logits; `text_lengths` None: all of each text counts."""
+        visual = dequantise(self._layout, *self.slab.gather(slots))
+        return self._model.score(text, visual, text_lengths, first_stage)
 
     def _on_device(self, numbers: NDArray[Any]) -> Tensor:
         with self._copies.to_device() if self._copies is not None else nullcontext():

@@ -64,3 +64,26 @@ def test_the_time_of_copies_is_told(engine, pixels):  # noqa: F811
 
     assert 0 < copies.to_device_s < 1
     assert 0 < copies.to_host_s < 1
+
+
+def test_what_comes_back_is_replayed_by_a_cuda_graph_with_the_logits_of_the_first_time(engine, pixels):  # noqa: F811
+    fill(engine, range(12), engine.encode_images(pixels)[0])
+    first = all_scores(engine, [DOG, CAT], 12)
+    assert engine.num_graphs == 0
+
+    again = [all_scores(engine, [DOG, CAT], 12) for _ in range(3)]
+
+    assert engine.num_graphs == 2  # one for each length of text
+    np.testing.assert_allclose(again[0], first, atol=BATCH_TOLERANCE)
+    np.testing.assert_array_equal(again[1:], again[:1] * 2)
+
+
+def test_a_graph_reads_the_slab_as_it_is_when_it_is_replayed(engine, pixels):  # noqa: F811
+    tokens, _ = engine.encode_images(pixels)
+    fill(engine, range(12), tokens)
+    before = [all_scores(engine, [DOG], 12) for _ in range(3)][-1]
+    assert engine.num_graphs == 1
+
+    fill(engine, range(12), tokens[::-1])
+
+    np.testing.assert_allclose(all_scores(engine, [DOG], 12)[0], before[0, ::-1], atol=BATCH_TOLERANCE)
