@@ -71,6 +71,16 @@ STUDIES = {
         budget=("data.train_groups=2500", "phase.1.batch_size=64", "phase.2.batch_size=32"),
         kinds={
             "minimal": (),
+            # Its words never meet the image, so there is nothing in which to ground them.
+            "maxsim": (
+                'joint.kind="maxsim"',
+                "joint.num_layers=0",
+                "joint.text_layers=4",
+                "joint.visual_layers=4",
+                "phase.1.losses={late_interaction=1.0}",
+                "phase.2.losses={itm=1.0,late_interaction=0.25}",
+            ),
+            "late": ('joint.kind="late"',),
             # It has no late interaction: matching takes its place from the beginning.
             "full": (
                 'joint.kind="full"',
@@ -81,23 +91,15 @@ STUDIES = {
                 "phase.1.losses={itm=1.0,grounding=0.5}",
                 'phase.1.negatives={source="batch",per_sample=1,top_k=3}',
                 "phase.2.losses={itm=1.0,grounding=0.25}",
-            ),
-            "late": ('joint.kind="late"',),
-            # Its words never meet the image, so there is nothing in which to ground them.
-            "maxsim": (
-                'joint.kind="maxsim"',
-                "joint.num_layers=0",
-                "joint.text_layers=4",
-                "joint.visual_layers=4",
-                "phase.1.losses={late_interaction=1.0}",
-                "phase.2.losses={itm=1.0,late_interaction=0.25}",
+                "phase.1.learning_rate=1e-3",
+                "phase.2.learning_rate=1e-3",
             ),
         },
         depths=(5, 10, 20, 50),
         cascade_of="minimal",
         cascade_budgets=(0, 3, 5, 10),
         tokens_kind="minimal",
-        tokens=(4, 8, 16, 32, 64),
+        tokens=(8, 16, 32, 64),
     ),
     "flickr8k": Study(
         recipe="flickr8k.toml",
