@@ -1,0 +1,94 @@
+"""What `benchmarks/quality.py` compares on each dataset, and with what training. Runs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What is compared on a dataset."""
+
+    recipe: str
+    k: int
+    budget: tuple[str, ...]  # changes to the recipe that make training shorter, the same for every encoder
+    kinds: dict[str, tuple[str, ...]]  # encoder: changes to the recipe
+    depths: tuple[int, ...]  # values of k, and k itself
+    cascade_of: str | None = None  # the encoder whose late interaction picks for its layers
+    cascade_budgets: tuple[int, ...] = ()
+    shared: tuple[str, ...] = ()  # phases whose result, tower and first stage, all encoders share
+    tokens_kind: str | None = None  # the encoder that is trained with other numbers of tokens
+    tokens: tuple[int, ...] = ()
+
+
+#: Layers in which words and image meet, taught on what a cross-fitted first stage confuses.
+_MATCHING = (
+    "joint.num_layers=2",
+    "joint.match_dim=0",
+    "phase.0.losses={itm=1.0}",
+    'phase.0.negatives={source="corpus",per_sample=3,top_k=20}',
+    "phase.0.epochs=0.1",
+    "phase.0.crop_views=0",  # each caption is seen once
+    "phase.0.batch_size=32",
+    "phase.0.learning_rate=2e-4",
+    "phase.0.train={adapter=5.0,visual=1.0,meeting=1.0}",
+)
+STUDIES = {
+    "scenes": Study(
+        recipe="scenes.toml",
+        k=20,
+        shared=("see",),
+        # The recipe's numbers of steps, over half the data in half the batches: it is steps that leave the plateaus.
+        budget=("data.train_groups=2500", "phase.1.batch_size=64", "phase.2.batch_size=32"),
+        kinds={
+            "minimal": (),
+            # Its words never meet the image, so there is nothing in which to ground them.
+            "maxsim": (
+                'joint.kind="maxsim"',
+                "joint.num_layers=0",
+                "joint.text_layers=4",
+                "joint.visual_layers=4",
+                "phase.1.losses={late_interaction=1.0}",
+                "phase.2.losses={itm=1.0,late_interaction=0.25}",
+            ),
+            "late": ('joint.kind="late"',),
+            # It has no late interaction: matching takes its place from the beginning.
+            "full": (
+                'joint.kind="full"',
+                "joint.num_layers=5",
+                "joint.text_layers=0",
+                "joint.visual_layers=0",
+                "joint.match_dim=0",
+                "phase.1.losses={itm=1.0,grounding=0.5}",
+                'phase.1.negatives={source="batch",per_sample=1,top_k=3}',
+                "phase.2.losses={itm=1.0,grounding=0.25}",
+                "phase.1.learning_rate=1e-3",
+                "phase.2.learning_rate=1e-3",
+            ),
+        },
+        depths=(5, 10, 20, 50),
+        cascade_of="minimal",
+        cascade_budgets=(0, 3, 5, 10),
+        tokens_kind="minimal",
+        tokens=(8, 16, 32, 64),
+    ),
+    "flickr8k": Study(
+        recipe="flickr8k.toml",
+        k=20,
+        budget=(),
+        kinds={
+            "maxsim": (),
+            "minimal": ('joint.kind="minimal"', *_MATCHING),
+            "late": ('joint.kind="late"', *_MATCHING),
+            "full": (
+                'joint.kind="full"',
+                "joint.text_layers=0",
+                "joint.visual_layers=0",
+                "joint.bert_layers=[4,5]",
+                *(change for change in _MATCHING if not change.startswith("phase.0.train")),
+                "phase.0.train={adapter=5.0,meeting=1.0}",
+            ),
+        },
+        depths=(5, 10, 20),
+    ),
+}
