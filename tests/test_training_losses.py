@@ -181,6 +181,26 @@ def test_distillation_is_least_where_the_student_agrees():
     torch.testing.assert_close(slopes, torch.zeros(3), atol=1e-6, rtol=0)
 
 
+def both_ways(similarity, positive):
+    return (contrastive_loss(similarity, positive) + contrastive_loss(similarity.T, positive.T)) / 2
+
+
+@given(seed=seeds, num_rows=st.integers(1, 4), num_shares=st.integers(1, 3), share=st.floats(0, 1))
+def test_a_contrast_in_shares_of_rows_is_the_contrast_of_them_all(seed, num_rows, num_shares, share):
+    rng = np.random.default_rng(seed)
+    size = num_rows * num_shares
+    similarity = torch.from_numpy(rng.normal(size=(size, size)))
+    positive = torch.from_numpy((rng.random((size, size)) < share) | np.eye(size, dtype=bool))
+
+    starts = range(0, size, num_rows)
+    shares = [
+        contrastive_loss(similarity[start : start + num_rows], positive[start : start + num_rows], start)
+        for start in starts
+    ]
+
+    torch.testing.assert_close(torch.stack(shares).mean(), contrastive_loss(similarity, positive))
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, num_samples=st.integers(1, 5), share=st.floats(0, 1))
 def test_a_contrast_neither_rewards_nor_punishes_further_true_pairs(seed, num_samples, share):
@@ -188,7 +208,7 @@ def test_a_contrast_neither_rewards_nor_punishes_further_true_pairs(seed, num_sa
     positive = (rng.random((num_samples, num_samples)) < share) | np.eye(num_samples, dtype=bool)
 
     check(
-        lambda similarity: contrastive_loss(similarity, torch.from_numpy(positive)),
+        lambda similarity: both_ways(similarity, torch.from_numpy(positive)),
         lambda similarity: plain_contrastive(similarity, positive),
         4 * rng.normal(size=(num_samples, num_samples)),
     )

@@ -54,6 +54,18 @@ losses = {itm = 1, text_recovery = 1}
 negatives = {source = "corpus", per_sample = 2, top_k = 2}
 score_dropout = 0.0
 """
+#: One step of both contrasts, in which each sample is compared with all others.
+CONTRAST = """
+[[phase]]
+name = "contrast"
+epochs = 0.01
+batch_size = 8
+learning_rate = 1e-3
+precision = "fp32"
+clip_norm = 1e9
+train = {adapter = 1, text = 1, visual = 1, meeting = 1, first_stage = 1}
+losses = {late_interaction = 1, first_stage = 1}
+"""
 STUDENT = """
 [[phase]]
 name = "distil"
@@ -310,8 +322,12 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.timeout(600)  # two processes import torch anew
-def test_two_devices_do_together_what_one_does(finished, out, tmp_path):
+@pytest.mark.parametrize("losses", ["matching", "contrast"])
+def test_two_devices_do_together_what_one_does(finished, out, tmp_path, losses):
     text = one_step_after(finished).replace('"corpus"', '"batch"')
+    if losses == "contrast":
+        apart = HEAD.replace('kind = "full"', 'kind = "late"\ntext_layers = 1\nvisual_layers = 1\nmatch_dim = 8')
+        text = begun_by(finished, "vision", "first_stage") + apart + CONTRAST
     alone = last_step(tiny_recipe(tmp_path, text=text), out, CPU)
     tiny_recipe(tmp_path, text=text.replace("batch_size = 8", "batch_size = 4"))
     with socket.socket() as free:

@@ -147,7 +147,24 @@ def test_every_name_is_there_once_and_is_needed(step):
         assert names.tolist() == sorted(set(names.tolist()))
         assert set(places.tolist()) - {NONE} <= set(range(len(names)))
     assert (plan.pair_caption == NONE).tolist() == (plan.pair_image == NONE).tolist()
-    assert plan.positive.diagonal().all()
+    assert plan.images_of_own.diagonal().all()
+    assert plan.captions_of_own.diagonal().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(step=steps())
+def test_each_device_is_told_its_rows_of_what_is_true_in_the_global_batch(step):
+    num_devices = step[2]
+
+    whole = planned(step, 0, 1)
+    shares = [planned(step, rank, num_devices) for rank in range(num_devices)]
+
+    assert np.array_equal(np.concatenate([share.images_of_own for share in shares]), whole.images_of_own)
+    assert np.array_equal(np.concatenate([share.captions_of_own for share in shares]), whole.captions_of_own)
+    assert np.array_equal(whole.captions_of_own, whole.images_of_own.T)
+    for share in shares:
+        rows = np.arange(len(share.own_caption))
+        assert share.images_of_own[rows, share.first + rows].all()
 
 
 @settings(max_examples=40, deadline=None)

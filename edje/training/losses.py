@@ -68,16 +68,16 @@ def grounding_loss(by_role: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     ).sum()
 
 
-def contrastive_loss(similarity: Tensor, positive: Tensor) -> Tensor:
-    """Both directions of InfoNCE over scaled similarities (Q, N); `positive` (Q, N) marks every true pair.
+def contrastive_loss(similarity: Tensor, positive: Tensor, first: int = 0) -> Tensor:
+    """InfoNCE of scaled similarities (B, G), G at least B; `positive` (B, G) marks every true pair.
 
-    Column i is row i's own; other true pairs (the same image, an equal caption) are neither rewarded nor punished.
+    Column `first + i` is row i's own; other true pairs (the same image, an equal caption) are neither rewarded nor
+    punished. One direction: the other one is that of the columns.
     """
-    own = torch.arange(len(similarity), device=similarity.device)
+    rows = torch.arange(len(similarity), device=similarity.device)
     others = positive.clone()
-    others[own, own] = False
-    logits = similarity.float().masked_fill(others, -torch.inf)
-    return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
+    others[rows, first + rows] = False
+    return functional.cross_entropy(similarity.float().masked_fill(others, -torch.inf), first + rows)
 
 
 def _first_wins(logits: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ class Plan:
     own_image: Ints  # (B,)
     pair_caption: Ints  # (B + 2 B n,)
     pair_image: Ints  # (B + 2 B n,)
-    positive: NDArray[np.bool_]  # (B, B): which caption is true of which image of the samples
+    images_of_own: NDArray[np.bool_]  # (B, G): of which of all devices' samples the image is one of an own caption
+    captions_of_own: NDArray[np.bool_]  # (B, G): of which of them the caption is one of an own image
+    first: int  # where the own samples stand among those of all devices
     num_negatives: int  # n; 0 where no pairs are wanted
 
 
@@ -105,9 +107,17 @@ def plan_step(
     pair_image = np.concatenate((own_image, _places(all_images, image_negatives), np.repeat(own_image, num)))
     missing = (pair_caption == NONE) | (pair_image == NONE)
     pair_caption[missing] = pair_image[missing] = NONE
-    positive = truth.of(own_captions, own_images)
     return Plan(
-        all_captions, all_images, own_caption, own_image, pair_caption, pair_image, positive, num if miner else 0
+        captions=all_captions,
+        images=all_images,
+        own_caption=own_caption,
+        own_image=own_image,
+        pair_caption=pair_caption,
+        pair_image=pair_image,
+        images_of_own=truth.of(own_captions, images),
+        captions_of_own=truth.of(batch, own_images).T,
+        first=share.start,
+        num_negatives=num if miner else 0,
     )
 
 

@@ -20,6 +20,7 @@ from edje.data.dataset import Role
 from edje.first_stage import FirstStageModel
 from edje.model import Edje
 from edje.recipe import Phase
+from edje.training.gathered import gathered, gathered_texts
 from edje.training.losses import (
     contrastive_loss,
     distillation_loss,
@@ -47,7 +48,9 @@ class Batch:
     pair_caption: Tensor  # (P,), -1 where there is no pair
     pair_image: Tensor  # (P,)
     pair_score: Tensor  # (P,) of the first stage
-    positive: Tensor  # bool (B, B)
+    images_of_own: Tensor  # bool (B, G); see `Plan`
+    captions_of_own: Tensor  # bool (B, G)
+    first: int
     first_stage_texts: Tensor | None  # (B, e) the first stage's embeddings of the samples' captions
     num_negatives: int
     labels: Tensor | None = None  # (U, R, labels) of the images' regions, where they are known
@@ -136,11 +139,7 @@ class TrainingStep(nn.Module):
                 blocks = [len(batch.own_caption)] + 2 * [len(batch.own_caption) * batch.num_negatives]
                 losses["distillation"] = distillation_loss(torch.split(student, blocks), torch.split(taught, blocks))
         if "late_interaction" in wanted:
-            joint = self.model.joint
-            assert isinstance(joint, ApartEncoder)  # the recipe was checked
-            own = batch.own_caption
-            matrix = joint.similarity(text[own], visual[batch.own_image], batch.text_lengths[own])
-            losses["late_interaction"] = contrastive_loss(matrix, batch.positive)
+            losses["late_interaction"] = self._late_interaction(text, visual, batch)
         if "mlm" in wanted:
             losses["mlm"] = self._masked_words(batch, visual, phase.mask_share)
         if "text_recovery" in wanted:
@@ -189,6 +188,17 @@ class TrainingStep(nn.Module):
         text = teacher.encode_queries(batch.text_ids, batch.text_lengths)
         return self._score(teacher, text, teacher.encode_patches(patches), batch, 0.0)
 
+    def _late_interaction(self, text: Tensor, visual: Tensor, batch: Batch) -> Tensor:
+        joint = self.model.joint
+        assert isinstance(joint, ApartEncoder)  # the recipe was checked
+        captions, lengths = text[batch.own_caption], batch.text_lengths[batch.own_caption]
+        images = visual[batch.own_image]
+        to_images = joint.similarity(captions, gathered(images), lengths)
+        if len(to_images) == to_images.shape[1]:
+            return _contrast(to_images, to_images.T, batch)  # one device: both ways are the same products
+        all_captions, all_lengths = gathered_texts(captions, lengths)
+        return _contrast(to_images, joint.similarity(all_captions, images, all_lengths).T, batch)
+
     def _masked_words(self, batch: Batch, visual: Tensor, share: float) -> Tensor:
         own = batch.own_caption
         ids, hidden = self._hidden(batch, share, own)
@@ -227,12 +237,19 @@ class TrainingStep(nn.Module):
         own = batch.own_caption
         texts = first_stage.embed_texts(batch.text_ids[own], batch.text_lengths[own])
         images = first_stage.embed_images(pooled[batch.own_image])
-        return contrastive_loss(first_stage.log_scale.exp() * texts @ images.T, batch.positive)
+        scale = first_stage.log_scale.exp()
+        return _contrast(scale * texts @ gathered(images).T, scale * images @ gathered(texts).T, batch)
 
 
 def total(losses: Mapping[str, Tensor], phase: Phase) -> Tensor:
     """The weighted sum that is differentiated."""
     return torch.stack([phase.losses[name] * value for name, value in losses.items()]).sum()  # type: ignore[index]
+
+
+def _contrast(to_images: Tensor, to_captions: Tensor, batch: Batch) -> Tensor:
+    """Both directions, (B, G) each: own captions with the images of all devices, own images with their captions."""
+    with_images = contrastive_loss(to_images, batch.images_of_own, batch.first)
+    return (with_images + contrastive_loss(to_captions, batch.captions_of_own, batch.first)) / 2
 
 
 def _by_direction(logits: Tensor, num_samples: int, num_negatives: int) -> tuple[Tensor, Tensor]:
