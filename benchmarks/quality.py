@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from edje.evaluation.plots import Curve, Point, quality_vs_bytes, quality_vs_cost, quality_vs_k
 from edje.evaluation.report import Report, read_report
+from quality_shown import show
 from studies import STUDIES, Study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,16 +90,16 @@ def recall(report: Report, k: int) -> tuple[float, float]:
     raise SystemExit(f"the report holds no k = {k}")
 
 
-def runs_of(study: Study, num_seeds: int, start: Sequence[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+def runs_of(
+    study: Study, num_seeds: int, start: Sequence[str], tokens: Sequence[int]
+) -> Iterator[tuple[str, int, tuple[str, ...]]]:
     """What is trained: name, seed and changes to the recipe; the seeds one after the other."""
-    common = (*start, *study.budget)
     for seed, (kind, changes) in product(range(num_seeds), study.kinds.items()):
-        yield kind, seed, (*common, *changes)
-    if study.tokens_kind is not None:
-        for num_tokens in study.tokens:
-            # The adapter that gives any number of tokens; the recipes' gives one for each patch.
-            adapter = (f"adapter.num_tokens={num_tokens}", 'adapter.kind="decoder"')
-            yield tokens_name(num_tokens), 0, (*common, *study.kinds[study.tokens_kind], *adapter)
+        yield kind, seed, (*start, *changes)
+    for num_tokens in tokens:
+        # The adapter that gives any number of tokens; the recipes' gives one for each patch.
+        adapter = (f"adapter.num_tokens={num_tokens}", 'adapter.kind="decoder"')
+        yield tokens_name(num_tokens), 0, (*start, *study.kinds[study.tokens_kind], *adapter)
 
 
 def tokens_name(num_tokens: int) -> str:
@@ -126,6 +125,27 @@ def judge_encoders(runner: Runner, study: Study, seed: int) -> dict[str, dict[st
     return found
 
 
+def judge_depths(runner: Runner, study: Study, kind: str) -> dict[int, float]:
+    """R@1 of one encoder against the number of candidates."""
+    report = runner.evaluate(runner.checkpoint(kind, 0), "int8", "torch", study.depths)
+    return {k: recall(report, k)[1] for k in study.depths}
+
+
+def judge_tokens(runner: Runner, study: Study, tokens: Sequence[int]) -> list[dict[str, object]]:
+    """R@1 at k of one encoder with each number of tokens, the recipe's own among them, in every storage type."""
+    checkpoints = {tokens_name(num_tokens): num_tokens for num_tokens in tokens}
+    config = json.loads((runner.checkpoint(study.tokens_kind, 0) / "config.json").read_text())
+    checkpoints[study.tokens_kind] = config["config"]["adapter"]["num_tokens"]
+    found: list[dict[str, object]] = []
+    for name, num_tokens in sorted(checkpoints.items(), key=lambda each: each[1]):
+        for storage in STORAGES:
+            report = runner.evaluate(runner.checkpoint(name, 0), storage, "torch", (study.k,))
+            size, r1 = report.payload_bytes_per_image, recall(report, study.k)[1]
+            adapter = "decoder" if name != study.tokens_kind else config["config"]["adapter"]["kind"]
+            found.append({"tokens": num_tokens, "adapter": adapter, "storage": storage, "bytes": size, "r1": r1})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
@@ -133,13 +153,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--captions", type=int, help="ask with so many captions only")
     parser.add_argument("--set", action="append", default=[], help="a change to the recipe, for every run")
+    parser.add_argument("--no-tokens", action="store_true", help="train with the recipe's own number of tokens only")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality")
     given = parser.parse_args()
     study = STUDIES[given.study]
     folder = ROOT / "build" / "quality" / given.study
     folder.mkdir(parents=True, exist_ok=True)
-    given.out.mkdir(parents=True, exist_ok=True)
     runner = Runner(study, folder, given.set, given.captions)
+    tokens = () if given.no_tokens else study.tokens
 
     start: tuple[str, ...] = ()
     if study.shared:
@@ -148,43 +169,17 @@ def main() -> None:
         parts = f'start={{checkpoint="{base}",parts=["vision","first_stage"]}}'
         start = (parts, f'vocabulary="{base}"', f"skip={json.dumps(study.shared)}")
     with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(lambda run: runner.train(*run), runs_of(study, given.seeds, start)))
-
-    by_seed = [judge_encoders(runner, study, seed) for seed in range(given.seeds)]
-    points = [
-        Point(name, by_seed[0][name]["gflop"], tuple(found[name]["r1"] for found in by_seed)) for name in by_seed[0]
-    ]
-    first = statistics.fmean(each["first_stage"] for found in by_seed for each in found.values())
-    title = f"{given.study}: text-to-image, k = {study.k}, int8"
-    quality_vs_cost(points, given.out / f"{given.study}-cost.svg", title=title, first_stage=first)
-
-    by_k = {}
-    for kind in study.kinds:
-        report = runner.evaluate(runner.checkpoint(kind, 0), "int8", "torch", study.depths)
-        by_k[kind] = {k: recall(report, k)[1] for k in study.depths}
-    curves = [Curve(kind, tuple(Point("", k, (r1,)) for k, r1 in found.items())) for kind, found in by_k.items()]
-    quality_vs_k(curves, given.out / f"{given.study}-k.svg", title=f"{given.study}: int8", first_stage=first)
-
-    by_bytes: dict[str, dict[int, tuple[int, float]]] = {storage: {} for storage in STORAGES if study.tokens}
-    for num_tokens, storage in product(study.tokens, by_bytes):
-        report = runner.evaluate(runner.checkpoint(tokens_name(num_tokens), 0), storage, "torch", (study.k,))
-        by_bytes[storage][num_tokens] = report.payload_bytes_per_image, recall(report, study.k)[1]
-    if by_bytes:
-        curves = [
-            Curve(storage, tuple(Point("", size, (r1,), note=str(num)) for num, (size, r1) in found.items()))
-            for storage, found in by_bytes.items()
-        ]
-        quality_vs_bytes(curves, given.out / f"{given.study}-bytes.svg", title=title, first_stage=first)
+        list(pool.map(lambda run: runner.train(*run), runs_of(study, given.seeds, start, tokens)))
 
     result = {
         "study": given.study,
         "k": study.k,
-        "seeds": given.seeds,
-        "encoders": by_seed,
-        "by_k": by_k,
-        "by_bytes": by_bytes,
+        "captions": given.captions,
+        "encoders": [judge_encoders(runner, study, seed) for seed in range(given.seeds)],
+        "by_k": {kind: judge_depths(runner, study, kind) for kind in study.kinds},
+        "by_tokens": judge_tokens(runner, study, tokens),
     }
-    (given.out / f"{given.study}.json").write_text(json.dumps(result, indent=2) + "\n")
+    show(result, given.out)
     print(json.dumps(result))
 
 

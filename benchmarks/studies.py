@@ -11,14 +11,13 @@ class Study:
 
     recipe: str
     k: int
-    budget: tuple[str, ...]  # changes to the recipe that make training shorter, the same for every encoder
     kinds: dict[str, tuple[str, ...]]  # encoder: changes to the recipe
     depths: tuple[int, ...]  # values of k, and k itself
+    tokens_kind: str  # the encoder that is trained with other numbers of tokens, and judged in every storage type
+    tokens: tuple[int, ...]
     cascade_of: str | None = None  # the encoder whose late interaction picks for its layers
     cascade_budgets: tuple[int, ...] = ()
     shared: tuple[str, ...] = ()  # phases whose result, tower and first stage, all encoders share
-    tokens_kind: str | None = None  # the encoder that is trained with other numbers of tokens
-    tokens: tuple[int, ...] = ()
 
 
 #: Layers in which words and image meet, taught on what a cross-fitted first stage confuses.
@@ -38,7 +37,6 @@ STUDIES = {
         recipe="scenes.toml",
         k=20,
         shared=("see",),
-        budget=(),
         kinds={
             "minimal": (),
             # Its words never meet the image, so there is nothing in which to ground them.
@@ -72,7 +70,6 @@ STUDIES = {
     "flickr8k": Study(
         recipe="flickr8k.toml",
         k=20,
-        budget=(),
         kinds={
             "maxsim": (),
             "minimal": ('joint.kind="minimal"', *_MATCHING),
@@ -87,5 +84,7 @@ STUDIES = {
             ),
         },
         depths=(5, 10, 20),
+        tokens_kind="maxsim",
+        tokens=(8, 16, 32),
     ),
 }
