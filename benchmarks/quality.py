@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -149,6 +150,7 @@ def judge_tokens(runner: Runner, study: Study, tokens: Sequence[int]) -> list[di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--encoders", default="", help="some of them, with commas between")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--captions", type=int, help="ask with so many captions only")
@@ -157,6 +159,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality")
     given = parser.parse_args()
     study = STUDIES[given.study]
+    if given.encoders:
+        study = replace(study, kinds={kind: study.kinds[kind] for kind in given.encoders.split(",")})
     folder = ROOT / "build" / "quality" / given.study
     folder.mkdir(parents=True, exist_ok=True)
     runner = Runner(study, folder, given.set, given.captions)
@@ -177,6 +181,7 @@ def main() -> None:
         "captions": given.captions,
         "encoders": [judge_encoders(runner, study, seed) for seed in range(given.seeds)],
         "by_k": {kind: judge_depths(runner, study, kind) for kind in study.kinds},
+        "tokens_kind": study.tokens_kind,
         "by_tokens": judge_tokens(runner, study, tokens),
     }
     show(result, given.out)

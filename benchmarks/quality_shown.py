@@ -23,6 +23,7 @@ def show(found: Mapping[str, Any], folder: Path) -> None:
         for kind, by_depth in found["by_k"].items()
     ]
     quality_vs_k(curves, folder / f"{name}-k.svg", title=f"{name}: text-to-image, int8", first_stage=first)
+    title = f"{name}: text-to-image, k = {k}, `{found['tokens_kind']}`"
     quality_vs_bytes(_by_bytes(found), folder / f"{name}-bytes.svg", title=title, first_stage=first)
     (folder / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     (folder / f"{name}.md").write_text("\n".join(_tables(found, first)))
@@ -53,10 +54,11 @@ def _tables(found: Mapping[str, Any], first: float) -> Iterable[str]:
     yield f"Blobs in int8 where nothing else is said. The first stage alone: {_percent(first)}."
     yield ""
     rows = [
-        [f"`{point.name}`", f"{point.x:.4f}", _percent(statistics.fmean(point.recalls)), _spread(point.recalls)]
+        [f"`{point.name}`", f"{point.x:.4f}", _percent(statistics.fmean(point.recalls)), *_each(point.recalls)]
         for point in sorted(_by_cost(found), key=lambda point: point.x)
     ]
-    yield from _table([f"scorer, k = {found['k']}", "GFLOP a pair", "R@1", "of the runs"], rows)
+    head = [f"scorer, k = {found['k']}", "GFLOP a pair", "R@1", *(["of each run"] if num_seeds > 1 else [])]
+    yield from _table(head, rows)
     depths = next(iter(found["by_k"].values()))
     rows = [[f"`{kind}`", *map(_percent, by_depth.values())] for kind, by_depth in found["by_k"].items()]
     yield from _table(["encoder", *(f"k = {depth}" for depth in depths)], rows)
@@ -64,7 +66,7 @@ def _tables(found: Mapping[str, Any], first: float) -> Iterable[str]:
         [each["tokens"], each["adapter"], each["storage"], f"{each['bytes']:,}", _percent(each["r1"])]
         for each in found["by_tokens"]
     ]
-    yield from _table(["tokens", "adapter", "stored as", "bytes an image", "R@1"], rows)
+    yield from _table(["tokens", "adapter", "stored as", "bytes an image", f"R@1 of `{found['tokens_kind']}`"], rows)
     yield f"![cost]({found['study']}-cost.svg) ![k]({found['study']}-k.svg) ![bytes]({found['study']}-bytes.svg)"
     yield ""
 
@@ -79,5 +81,5 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _spread(recalls: Sequence[float]) -> str:
-    return ", ".join(map(_percent, recalls)) if len(recalls) > 1 else ""
+def _each(recalls: Sequence[float]) -> list[str]:
+    return [", ".join(map(_percent, recalls))] if len(recalls) > 1 else []
