@@ -160,6 +160,8 @@ def main() -> None:
     given = parser.parse_args()
     study = STUDIES[given.study]
     if given.encoders:
+        if unknown := set(given.encoders.split(",")) - study.kinds.keys():
+            parser.error(f"--encoders: {given.study} has no {min(unknown)!r}, but {', '.join(study.kinds)}")
         study = replace(study, kinds={kind: study.kinds[kind] for kind in given.encoders.split(",")})
     folder = ROOT / "build" / "quality" / given.study
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import psutil
 
 from harness import CANDIDATES, Bench, RerankTopics, bench, rerank_worker
 from protocols.blob import decode_blobs
@@ -56,15 +54,8 @@ def bare_loop(bench: Bench, seconds: float) -> float:
     return rate
 
 
-class Drained(NamedTuple):
-    """How fast a worker drained a backlog, and what that cost it."""
-
-    pairs_per_s: float
-    cpu_ms_per_request: float  # of all its threads; little disturbed by whatever else the machine does
-
-
-def drained(bench: Bench, *, num_requests: int, num_images: int, num_slots: int, **settings: object) -> Drained:
-    """A worker drains a backlog over the first `num_images` images, round and round."""
+def drained(bench: Bench, *, num_requests: int, num_images: int, num_slots: int, **settings: object) -> float:
+    """Pairs per second of a worker that drains a backlog over the first `num_images` images, round and round."""
     topics = RerankTopics(bench.services.brokers)
     images = bench.images[:num_images]
     windows = len(images) // CANDIDATES
@@ -74,23 +65,15 @@ def drained(bench: Bench, *, num_requests: int, num_images: int, num_slots: int,
     ]
     topics.publish(requests)
     slot_bytes = bench.layout.token_bytes + bench.layout.scale_bytes
-    with rerank_worker(bench, topics.prefix, slab_bytes=num_slots * slot_bytes, **settings) as worker:
-        began_s = cpu_s(worker)
+    with rerank_worker(bench, topics.prefix, slab_bytes=num_slots * slot_bytes, **settings):
         while topics.num_replies() < num_requests:
             time.sleep(0.25)
-        took_s = cpu_s(worker) - began_s
     replies = topics.replies(num_requests)
     topics.close()
     wrong = [reply for _, reply in replies if reply["status"] != "ok" or len(reply["results"]) != CANDIDATES]
     assert not wrong, wrong[0]
     counted = [sent for sent, _ in replies][num_requests // 5 :]
-    return Drained((len(counted) - 1) * CANDIDATES / (counted[-1] - counted[0]), took_s / num_requests * 1000)
-
-
-def cpu_s(worker: subprocess.Popen) -> float:
-    """What the process has used of the processors so far."""
-    times = psutil.Process(worker.pid).cpu_times()
-    return times.user + times.system
+    return (len(counted) - 1) * CANDIDATES / (counted[-1] - counted[0])
 
 
 def latency(bench: Bench, *, seconds: float, num_slots: int, num_images: int, **settings: object) -> dict[str, float]:
@@ -138,7 +121,7 @@ def main() -> None:
             for name, num_requests, case in (("cold", 3000 // scale, cold), ("hot", 8000 // scale, hot)):
                 if name in arguments.cases.split(","):
                     rates["loop"].append(bare_loop(ready, 4.0 / scale))
-                    rates[name].append(drained(ready, num_requests=num_requests, **case).pairs_per_s)
+                    rates[name].append(drained(ready, num_requests=num_requests, **case))
         for name, case in (("cold", cold), ("hot", hot)):
             if f"{name}_latency" in arguments.cases.split(","):
                 latencies[name] = latency(ready, seconds=20.0 / scale, **case)

@@ -79,9 +79,10 @@ class TorchEngine:
         self._copies = CopyClock(_timing_event) if device.type == "cuda" else None
         self._is_fixed = fixed_buckets
         self._group_pairs = CPU_GROUP_PAIRS if device.type == "cpu" else max_pairs
-        if record is None and device.type == "cuda":
-            record = CudaRecorder(device)
-        self._graphs = None if record is None else self._graphed(record)
+        with _broken_device():
+            if record is None and device.type == "cuda" and slab.num_slots:
+                record = CudaRecorder(device)
+            self._graphs = None if record is None else self._graphed(record)
         self.info = engine_info(
             config,
             slab.layout,

@@ -24,7 +24,7 @@ class FinishedSpan(NamedTuple):
     started_ns: int
     ended_ns: int
     attributes: Mapping[str, Any]
-    links: Sequence[SpanIds] = ()
+    links: tuple[SpanIds, ...] = ()
     state: bytes = b""  # the `tracestate` that its message came with
     failed: bool = False
 

@@ -111,9 +111,10 @@ class Tracer:
         failed: bool = False,
     ) -> None:
         """Hand a span over; `of` completes its name, `failed` marks it as an error."""
+        # The links are copied: their owner may go on with its list while another thread exports the span.
         started_ns = self._epoch_ns + round(interval.started_at * 1e9)
         ended_ns = self._epoch_ns + round(interval.ended_at * 1e9)
-        self._emit(FinishedSpan(what, of, ids, started_ns, ended_ns, attributes, links, state, failed))
+        self._emit(FinishedSpan(what, of, ids, started_ns, ended_ns, attributes, tuple(links), state, failed))
 
 
 def child_of(parent: SpanIds) -> SpanIds:
