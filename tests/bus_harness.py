@@ -124,13 +124,14 @@ class KafkaBus:
     def outbox(self, **connection) -> KafkaOutbox:
         return self._closing(KafkaOutbox({**self.connection, **connection}, max_message_bytes=MAX_MESSAGE_BYTES))
 
-    def transactional_outbox(self, inbox: KafkaInbox, *, membership=None, name: str = "producer"):
+    def transactional_outbox(self, inbox: KafkaInbox, *, membership=None, name: str = "producer", **settings):
         return self._closing(
             KafkaTransactionalOutbox(
                 self.connection,
                 transactional_id=self.prefix + name,
                 membership=membership or inbox.membership,
                 max_message_bytes=MAX_MESSAGE_BYTES,
+                **settings,
             )
         )
 

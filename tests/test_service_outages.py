@@ -73,7 +73,9 @@ def test_with_redis_away_requests_wait_unless_their_deadline_passes(make_service
 def test_with_the_broker_killed_and_back_nothing_is_lost_and_work_resumes(
     make_service, private_kafka, redis_url, delivery
 ):
-    kafka = private_kafka({"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"})
+    # Not one that looks for dead transactions more often than by default: a Kafka 4.4 that aborts one while it starts
+    # takes its partitions for deleted and tells them nothing, and the next transaction commits its messages.
+    kafka = private_kafka()
     service = make_service(kafka.brokers, redis_url)
     service.store_images(IMAGES)
     settings = {"delivery": delivery, "constant_engine_ms_per_item": 5}
@@ -88,9 +90,16 @@ def test_with_the_broker_killed_and_back_nothing_is_lost_and_work_resumes(
     kafka.start()
     back = time.monotonic()
     ids += ask_many(service, "after", 5)
-    if delivery == "exactly_once" and worker.has_ended("whether a transaction was committed is not known"):
-        worker = service.rerank(**settings)
-    answered = replies.wait_ids(ids, BACK_S)
+
+    def all_answered():
+        nonlocal worker
+        if delivery == "exactly_once" and worker.has_ended("whether a transaction was committed is not known"):
+            worker = service.rerank(**settings)
+        replies.pull()
+        return set(ids) <= set(replies.by_id())
+
+    eventually(all_answered, "every message has its answer", BACK_S)
+    answered = replies.by_id()
     print(f"{delivery}: all answered {time.monotonic() - back:.1f} s after the broker was back")
 
     assert {reply_in(record)["status"] for records in answered.values() for record in records} == {"ok"}

@@ -22,6 +22,11 @@ from workers.ports import Outgoing, Partition
 
 log = structlog.get_logger(__name__)
 
+#: How long a commit may go without an answer. A broker that comes back by then says what became of it.
+COMMIT_LIMIT_S = 60.0
+#: The same of an abort, which the start of the next producer makes good.
+ABORT_LIMIT_S = 5.0
+
 
 class KafkaTransactionalOutbox:
     """A transactional producer whose transactions carry a group's offsets; implements `TransactionalOutbox`."""
@@ -46,6 +51,8 @@ class KafkaTransactionalOutbox:
             "delivery_timeout_ms": transaction_timeout_ms,
             "request_timeout_ms": transaction_timeout_ms,
         }
+        # By then each message has failed, and the broker would refuse the offsets.
+        self._limit_s = 2 * transaction_timeout_ms / 1000
         self._producer: Any = self._opened()
         self._lookup = TopicLookup()
         self._outcome: Future[None] = Future()
@@ -61,7 +68,7 @@ class KafkaTransactionalOutbox:
         return producer
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
-        # kafka-python waits for an absent broker without limit: on a thread that `close` can leave behind.
+        # However long the broker stays away: on a thread that `close` can leave behind.
         outcome = self._outcome = Future[None]()
         threading.Thread(
             target=self._settle, args=(outcome, messages, offsets), name="kafka-transaction", daemon=True
@@ -86,9 +93,9 @@ class KafkaTransactionalOutbox:
         with translating():
             self._meet({message.topic: number for number, message in enumerate(messages)})
             with self._transaction() as producer:
-                refusals = _flush(producer, messages)
+                refusals = _flush(producer, messages, self._limit_s)
                 if not refusals:
-                    producer.send_offsets_to_transaction(kafka_offsets(offsets), membership)
+                    _send_offsets(producer, offsets, membership, self._limit_s)
                     _commit(producer)
                     return
                 self._give_up()
@@ -123,7 +130,7 @@ class KafkaTransactionalOutbox:
             number = suspect.message_number
             self._meet({messages[number].topic: number})
             with self._transaction() as producer:
-                alone = _flush(producer, [messages[number]])
+                alone = _flush(producer, [messages[number]], self._limit_s)
                 self._give_up()
             if alone:
                 refused = alone[0]
@@ -154,7 +161,7 @@ class KafkaTransactionalOutbox:
         """
         producer, self._producer = self._producer, None
         try:
-            producer.abort_transaction()
+            _await_answer(producer, producer._transaction_manager.begin_abort(), ABORT_LIMIT_S)
         except kafka_errors.KafkaError as error:
             log.warning("transaction could not be aborted by its producer", error=str(error))
         close_producer(producer, 0)
@@ -168,9 +175,24 @@ class KafkaTransactionalOutbox:
                 self._outcome.set_exception(Transient("the worker ends while a transaction is open"))
 
 
+def _await_answer(producer: Any, asked: Any, limit_s: float) -> None:
+    """Wait for what was asked of a transaction's coordinator.
+
+    kafka-python 3.0.12 itself waits without limit. After an outage it may have lost the request: then for ever.
+    """
+    producer._sender.wakeup()
+    if not asked.wait(limit_s * 1000):
+        raise kafka_errors.KafkaTimeoutError(f"no answer of the transaction's coordinator in {limit_s:g} s")
+
+
+def _send_offsets(producer: Any, offsets: Mapping[Partition, int], membership: Any, limit_s: float) -> None:
+    asked = producer._transaction_manager.send_offsets_to_transaction(kafka_offsets(offsets), membership)
+    _await_answer(producer, asked, limit_s)
+
+
 def _commit(producer: Any) -> None:
     try:
-        producer.commit_transaction()
+        _await_answer(producer, producer._transaction_manager.begin_commit(), COMMIT_LIMIT_S)
     except kafka_errors.KafkaError as error:
         if isinstance(error, REBALANCING):
             raise
@@ -178,8 +200,9 @@ def _commit(producer: Any) -> None:
         raise RuntimeError(f"whether a transaction was committed is not known: {error}") from error
 
 
-def _flush(producer: Any, messages: Sequence[Outgoing]) -> list[Refused]:
+def _flush(producer: Any, messages: Sequence[Outgoing], limit_s: float) -> list[Refused]:
     """Send and wait; returns the refusals of those that failed with one. Raises for any other failure."""
+    give_up_at = time.monotonic() + limit_s
     futures: list[Any] = []
     stopped: BaseException | None = None
     for number, message in enumerate(messages):
@@ -194,12 +217,14 @@ def _flush(producer: Any, messages: Sequence[Outgoing]) -> list[Refused]:
     for future in futures:
         # Not `flush`, which takes it for a bug that a batch too large for its topic has been split and goes on in two.
         with contextlib.suppress(kafka_errors.KafkaError):
-            future.get()
+            future.get(timeout=max(0.0, give_up_at - time.monotonic()))
     ended = [(future.exception, number) for number, future in enumerate(futures) if future.exception is not None]
     refusals = [refused for error, number in ended if (refused := refusal(error, messages[number], number))]
     cause = ended[0][0] if ended else stopped
     if cause is not None and not refusals:
         raise cause  # not every lost message fails the transaction that it is lost from
+    if not all(future.is_done for future in futures):
+        raise kafka_errors.KafkaTimeoutError(f"no answer of the broker to a message in {limit_s:g} s")
     return refusals
 
 
