@@ -43,8 +43,11 @@ class Edje(nn.Module):
 
     def extract(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # uint8 (B, 3, H, W) -> (B, S, D), (B, E)
         """What the tower sees: patch tokens before the adapter, and the pooled embedding."""
-        normalised = pixels.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
-        return self.vision(normalised.to(input_dtype(self.vision)))  # type: ignore[no-any-return]
+        return self.vision(self.normalise(pixels).to(input_dtype(self.vision)))  # type: ignore[no-any-return]
+
+    def normalise(self, pixels: Tensor) -> Tensor:  # uint8 (B, 3, H, W) -> (B, 3, H, W)
+        """What the tower takes."""
+        return pixels.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
 
     def encode_patches(self, patches: Tensor) -> Tensor:  # (B, S, D) -> (B, m, d)
         """From the tower's patch tokens, which may have been computed long ago, to the visual tokens to store."""

@@ -162,14 +162,6 @@ def test_a_model_that_cannot_be_traced_is_told_by_its_part(tmp_path_factory, tmp
         )
 
 
-def test_a_tower_that_is_an_onnx_graph_itself_is_refused_with_what_to_do(tmp_path_factory, tmp_path, monkeypatch):
-    monkeypatch.setattr(trt.export, "graph_of", lambda tower: b"a graph")
-    checkpoint = load_checkpoint(sample(tmp_path_factory, "full").checkpoint)
-
-    with pytest.raises(ExportFailed, match=r"ONNX graph of its own.*the torch engine"):
-        export_graph("image", checkpoint, tmp_path, storage="int8", precision="fp32")
-
-
 def test_weights_of_a_large_model_lie_beside_its_graph(tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.setattr(trt.export, "MAX_INLINE_BYTES", 1000)
     checkpoint = load_checkpoint(sample(tmp_path_factory, "full").checkpoint)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,9 +20,10 @@ from edje.tower_sources import tower_from
 from edje.towers import TowerError, build_tower
 from edje.variants import VARIANTS
 from edje.vision import VisionTower
-from edje.vision_config import HubVisionConfig, OnnxVisionConfig, TimmVisionConfig, VitConfig
+from edje.vision_config import HubVisionConfig, TimmVisionConfig, VitConfig
 from edje.vocabulary import character_tokenizer
 from edje.weights import load_checkpoint, save_checkpoint
+from graph_towers import GRAPH, noise, patch_graph
 
 VIT = VitConfig(patch_size=8, dim=32, num_layers=1, num_heads=4, hidden_dim=48, stem="conv")
 SIGLIP = HubVisionConfig(
@@ -41,7 +41,6 @@ CLIP = replace(
     SIGLIP, architecture="clip_vision_model", hidden_act="quick_gelu", norm_eps=1e-5, hidden_state="penultimate"
 )
 RESNET = TimmVisionConfig(model_name="test_resnet", dim=96, tokens_per_image=4, pooled_dim=96, num_heads=8)
-GRAPH = OnnxVisionConfig(dim=8, tokens_per_image=16, pooled_dim=8, num_heads=2)
 SIZE = {"vit": 32, "transformers": 32, "timm": 64, "onnx": 16}
 #: What each kind needs beside torch.
 LIBRARY = {"vit": "torch", "transformers": "transformers", "timm": "timm", "onnx": "onnxruntime"}
@@ -51,44 +50,12 @@ every_kind = pytest.mark.parametrize(
 )
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def randomised(module):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(0, 0.3, generator=generator)
     return module.eval()
-
-
-def patch_graph(weight, *, has_pooled=False, inputs=("N", 3, 16, 16), tokens="tokens"):
-    """A convolution of patches as an ONNX graph; the pooled embedding is the largest value of each channel."""
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
-    dim, _, stride, _ = weight.shape
-    nodes = [
-        helper.make_node("Conv", ["pixels", "weight"], ["grid"], strides=[stride, stride]),
-        helper.make_node("Reshape", ["grid", "shape"], ["rows"]),
-        helper.make_node("Transpose", ["rows"], [tokens], perm=[0, 2, 1]),
-    ]
-    outputs = [helper.make_tensor_value_info(tokens, floats, ["N", None, dim])]
-    if has_pooled:
-        nodes.append(helper.make_node("ReduceMax", ["rows"], ["pooled"], axes=[2], keepdims=0))
-        outputs.append(helper.make_tensor_value_info("pooled", floats, ["N", dim]))
-    graph = helper.make_graph(
-        nodes,
-        "patches",
-        [helper.make_tensor_value_info("pixels", floats, list(inputs))],
-        outputs,
-        [
-            onnx.numpy_helper.from_array(weight.numpy(), "weight"),
-            onnx.numpy_helper.from_array(np.array([0, dim, -1]), "shape"),
-        ],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
 def model_of(vision):

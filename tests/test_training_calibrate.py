@@ -54,6 +54,17 @@ def test_a_first_stage_that_knows_something_is_given_weight_and_helps():
     assert recall(search, gain) > recall(search, 100.0) + 0.03
 
 
+def test_a_model_that_is_too_sure_of_itself_is_given_as_much_of_the_first_stage_as_its_scale_asks():
+    sober = search_of(first_stage_weight=2.0, own_weight=1.0)
+    sure = search_of(first_stage_weight=2.0, own_weight=1.0)
+    sure.scorers._own *= 30
+
+    gain = best_gain(sure, 1.0, 0.0, 1.0)
+
+    assert gain / 30 == pytest.approx(best_gain(sober, 1.0, 0.0, 1.0), rel=0.15)
+    assert recall(sure, gain) > recall(sure, 1000.0)
+
+
 def test_a_first_stage_that_knows_nothing_gets_next_to_no_weight():
     search = search_of(first_stage_weight=0.0, own_weight=3.0)
 

@@ -25,9 +25,19 @@ from edje.model import Edje
 from edje.towers import graph_of
 from edje.weights import Checkpoint
 from trt.engine import EngineError
-from trt.export_modules import DTYPES, ImagePart, PairPart, QueryPart, attend, to_precision
-from trt.graphs import TEXT_TOKENS, GraphName, GraphSpec, Precision, TensorSpec, graphs_of
+from trt.export_modules import (
+    DTYPES,
+    ImagePart,
+    NormalisedPixels,
+    PairPart,
+    QueryPart,
+    TokensOfPatches,
+    attend,
+    to_precision,
+)
+from trt.graphs import IMAGES, TEXT_TOKENS, GraphName, GraphSpec, Precision, TensorSpec, graphs_of
 from trt.slab import SlotLayout
+from trt.tower_graph import around, gives_pooled
 
 #: The first whose Conv takes bfloat16; TensorRT reads 9 to 24.
 OPSET = 22
@@ -60,17 +70,23 @@ def export_graph(
     A graph of more than `MAX_INLINE_BYTES` keeps its weights in `<name>.onnx.data`. The checkpoint's model stays as it
     is. Raises `ExportFailed`, and `EngineUnavailable` for a storage type that the tokens do not fit.
     """
-    config = checkpoint.config
-    if name == "image" and graph_of(checkpoint.model.vision) is not None:
-        raise ExportFailed(
-            "the vision tower is an ONNX graph of its own, which cannot become a part of another: "
-            "serve this model with the torch engine, or train it with a tower of weights"
-        )
+    config, vision = checkpoint.config, checkpoint.model.vision
     spec = graphs_of(config, storage, precision)[name]
-    model = to_precision(copy.deepcopy(checkpoint.model), precision).eval()
-    layout = SlotLayout(storage, config.adapter.num_tokens, config.joint.dim)
+    tower = graph_of(vision)
+    kept = {} if tower is None else {id(vision): vision}  # it is opened in ONNX Runtime, and holds nothing that changes
+    model = to_precision(copy.deepcopy(checkpoint.model, kept), precision).eval()
     path = directory / f"{name}.onnx"
-    _export(_part(name, model, layout, precision), spec, path, config)
+    if name == "image" and tower is not None:
+        graph = _around(tower, model, spec, config)
+        onnx.save(
+            graph, str(path), save_as_external_data=graph.ByteSize() > MAX_INLINE_BYTES, location=f"{path.name}.data"
+        )
+    else:
+        layout = SlotLayout(storage, config.adapter.num_tokens, config.joint.dim)
+        part = _part(name, model, layout, precision)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in part.state_dict().values())
+        _export(part, spec, config).save(path, external_data=num_bytes > MAX_INLINE_BYTES)
+    check_graph(path, spec)
     return path
 
 
@@ -80,7 +96,32 @@ def _part(name: GraphName, model: Edje, layout: SlotLayout, precision: Precision
     return QueryPart(model, DTYPES[precision]) if name == "query" else PairPart(model, layout)
 
 
-def _export(part: nn.Module, spec: GraphSpec, path: Path, config: EdjeConfig) -> None:
+def _around(tower: bytes, model: Edje, spec: GraphSpec, config: EdjeConfig) -> onnx.ModelProto:
+    """The image graph of a model whose tower is an ONNX graph: that, between what comes before and after it."""
+    vision, [pixels] = config.vision, spec.inputs
+    normalised = TensorSpec("normalised", "float32", pixels.shape)
+    patches = TensorSpec("patches", "float32", (IMAGES, vision.num_tokens(config.preprocess.image_size), vision.dim))
+    pooled = TensorSpec("tower_pooled", "float32", (IMAGES, vision.pooled_dim))
+    between = (patches, pooled) if gives_pooled(tower) else (patches,)
+    before = _export(NormalisedPixels(model), GraphSpec(spec.name, spec.inputs, (normalised,)), config)
+    after = _export(TokensOfPatches(model), GraphSpec(spec.name, between, spec.outputs), config)
+    try:
+        return around(
+            tower,
+            before.model_proto,
+            after.model_proto,
+            pixels=normalised.name,
+            patches=patches.name,
+            pooled=pooled.name,
+        )
+    except Exception as error:  # of a converter and a composer, without a common root
+        raise ExportFailed(
+            f"the vision tower's own ONNX graph cannot become a part of another: {_first_line(error)}: "
+            "serve this model with the torch engine, or give it another tower"
+        ) from error
+
+
+def _export(part: nn.Module, spec: GraphSpec, config: EdjeConfig) -> torch.onnx.ONNXProgram:
     largest = {TEXT_TOKENS: config.preprocess.max_text_tokens}  # there are no positions for longer texts
     dimensions = {name: torch.export.Dim(name, min=1, max=largest.get(name)) for name in spec.dimensions}
     shapes = {
@@ -109,9 +150,7 @@ def _export(part: nn.Module, spec: GraphSpec, path: Path, config: EdjeConfig) ->
     except Exception as error:  # of a tracer, a translator and an optimiser, without a common root
         raise ExportFailed(f"the {spec.name} part of the model cannot be exported: {_first_line(error)}") from error
     _cast_bytes_first(program.model.graph)
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in part.state_dict().values())
-    program.save(path, external_data=num_bytes > MAX_INLINE_BYTES)
-    check_graph(path, spec)
+    return program
 
 
 def _cast_bytes_first(graph: Any) -> None:

@@ -28,6 +28,30 @@ class ImagePart(nn.Module):
         return tokens.float(), pooled.float()
 
 
+class NormalisedPixels(nn.Module):
+    """What comes before a tower that is no part of the module: `pixels` to what it takes."""
+
+    def __init__(self, model: Edje) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:  # uint8 (n, 3, S, S) -> float32 (n, 3, S, S)
+        return self.model.normalise(pixels).float()
+
+
+class TokensOfPatches(nn.Module):
+    """What comes after it: its `patches`, and its `tower_pooled` where it has one, to `tokens` and `pooled`."""
+
+    def __init__(self, model: Edje) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, patches: Tensor, tower_pooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(n, s, w), (n, e) -> (n, m, d), (n, e)"""
+        pooled = patches.mean(dim=1) if tower_pooled is None else tower_pooled
+        return self.model.encode_patches(patches).float(), pooled
+
+
 class QueryPart(nn.Module):
     """`text_ids` and `text_lengths` to `states`."""
 

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from edje.training.dev_search import DevSearch
 
 #: Gains that are tried, as multiples of one standard deviation of the candidates' scores.
-GAINS = np.concatenate(([0.0], np.geomspace(0.05, 20.0, 60)))
+GAINS = np.concatenate(([0.0], np.geomspace(0.05, 200.0, 80)))
+#: What all logits are multiplied with, as far as it helps.
+SHARPNESS = np.geomspace(0.005, 5.0, 30)
 
 
 def candidates_of(search: DevSearch) -> NDArray[np.int64]:
@@ -22,10 +24,12 @@ def candidates_of(search: DevSearch) -> NDArray[np.int64]:
 
 
 def best_gain(search: DevSearch, gain: float, mean: float, std: float) -> float:
-    """The gain with the least cross-entropy of the right image among a caption's candidates.
+    """The gain with the least cross-entropy of the right image among a caption's candidates, at its best sharpness.
 
-    `gain`, `mean` and `std` are those the model has now. Captions whose image is not among the candidates say nothing.
-    Where there is none at all, the present gain is kept.
+    A model that has learned its training pairs by heart is too sure of all others. At the sharpness it has, its terms
+    would seem to need less of the first stage than they do; ranks depend on the gain alone. `gain`, `mean` and `std`
+    are those the model has now. Captions whose image is not among the candidates say nothing; where there is none at
+    all, the present gain is kept.
     """
     candidates = candidates_of(search)
     captions = np.repeat(np.arange(len(candidates)), search.k)
@@ -35,7 +39,10 @@ def best_gain(search: DevSearch, gain: float, mean: float, std: float) -> float:
     says = is_right.any(axis=1)
     if not says.any():
         return gain
-    losses = [_cross_entropy((logits + (each - gain) * standard)[says], is_right[says]) for each in GAINS]
+    own, standard, is_right = (logits - gain * standard)[says], standard[says], is_right[says]
+    losses = [
+        min(_cross_entropy(sharpness * (own + each * standard), is_right) for sharpness in SHARPNESS) for each in GAINS
+    ]
     return float(GAINS[int(np.argmin(losses))])
 
 
