@@ -162,6 +162,8 @@ def main() -> None:
     if given.encoders:
         if unknown := set(given.encoders.split(",")) - study.kinds.keys():
             parser.error(f"--encoders: {given.study} has no {min(unknown)!r}, but {', '.join(study.kinds)}")
+        if study.tokens_kind not in given.encoders.split(","):
+            parser.error(f"--encoders: without {study.tokens_kind!r} there is no table of tokens and bytes")
         study = replace(study, kinds={kind: study.kinds[kind] for kind in given.encoders.split(",")})
     folder = ROOT / "build" / "quality" / given.study
     folder.mkdir(parents=True, exist_ok=True)
