@@ -46,6 +46,12 @@ def with_packed_weights():
     return graph
 
 
+def with_packed_weights_and_no_zero_point():
+    graph = with_packed_weights()
+    graph.graph.node[0].input[2] = ""
+    return graph
+
+
 def with_more_outputs_and_weights_among_its_inputs():
     graph = plain()
     graph.graph.output.append(helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["N", 8, 16]))
@@ -67,7 +73,7 @@ def checkpoint_of(tower, folder):
     return load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("tower", [plain, with_pooled, with_packed_weights])
+@pytest.mark.parametrize("tower", [plain, with_pooled, with_packed_weights, with_packed_weights_and_no_zero_point])
 def test_the_image_graph_gives_the_models_tokens_at_any_number_of_images(tower, tmp_path):
     checkpoint = checkpoint_of(tower(), tmp_path / "model")
 

@@ -51,8 +51,9 @@ def _unpacked(tower: onnx.ModelProto) -> onnx.ModelProto:
     opsets = {each.domain: each.version for each in tower.opset_import}
     weights = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
     for node in list(graph.node):
-        if node.op_type == "DequantizeLinear" and set(node.input) <= weights.keys():
-            [values] = ReferenceEvaluator(node, opsets=opsets).run(None, {name: weights[name] for name in node.input})
+        taken = [name for name in node.input if name]  # one without a name is left out: there may be no zero point
+        if node.op_type == "DequantizeLinear" and set(taken) <= weights.keys():
+            [values] = ReferenceEvaluator(node, opsets=opsets).run(None, {name: weights[name] for name in taken})
             graph.initializer.append(numpy_helper.from_array(np.asarray(values, np.float32), node.output[0]))
             graph.node.remove(node)
     return tower
