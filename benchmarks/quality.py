@@ -22,7 +22,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 from edje.evaluation.report import Report, read_report
@@ -95,8 +94,9 @@ def runs_of(
     study: Study, num_seeds: int, start: Sequence[str], tokens: Sequence[int]
 ) -> Iterator[tuple[str, int, tuple[str, ...]]]:
     """What is trained: name, seed and changes to the recipe; the seeds one after the other."""
-    for seed, (kind, changes) in product(range(num_seeds), study.kinds.items()):
-        yield kind, seed, (*start, *changes)
+    for seed in range(num_seeds):
+        for kind, changes in study.kinds_of(seed).items():
+            yield kind, seed, (*start, *changes)
     for num_tokens in tokens:
         # The adapter that gives any number of tokens; the recipes' gives one for each patch.
         adapter = (f"adapter.num_tokens={num_tokens}", 'adapter.kind="decoder"')
@@ -110,7 +110,7 @@ def tokens_name(num_tokens: int) -> str:
 def judge_encoders(runner: Runner, study: Study, seed: int) -> dict[str, dict[str, float]]:
     """Every encoder with one seed: scorer -> R@1 before and after, and GFLOP per pair, at k."""
     found = {}
-    for kind in study.kinds:
+    for kind in study.kinds_of(seed):
         depths = {"torch": study.depths}
         if kind == study.cascade_of:  # a cascade's scores depend on k, so each k is another evaluation
             depths |= {f"cascade:{budget}": (study.k,) for budget in study.cascade_budgets}

@@ -32,7 +32,7 @@ def show(found: Mapping[str, Any], folder: Path) -> None:
 def _by_cost(found: Mapping[str, Any]) -> list[Point]:
     by_seed = found["encoders"]
     return [
-        Point(scorer, by_seed[0][scorer]["gflop"], tuple(seed[scorer]["r1"] for seed in by_seed))
+        Point(scorer, by_seed[0][scorer]["gflop"], tuple(seed[scorer]["r1"] for seed in by_seed if scorer in seed))
         for scorer in by_seed[0]
     ]
 
@@ -47,14 +47,19 @@ def _by_bytes(found: Mapping[str, Any]) -> list[Curve]:
 def _tables(found: Mapping[str, Any], first: float) -> Iterable[str]:
     num_seeds, captions = len(found["encoders"]), found["captions"]
     asked = "every test caption" if captions is None else f"{captions:,} test captions"
-    runs = f"{num_seeds} training runs of each" if num_seeds > 1 else "one training run of each"
+    runs = f"up to {num_seeds} training runs of each" if num_seeds > 1 else "one training run of each"
     yield f"# {found['study']}: what each encoder finds, and what it costs"
     yield ""
     yield f"Written by `benchmarks/quality.py {found['study']}`: R@1 of text-to-image search, %, {asked}, {runs}."
     yield f"Blobs in int8 where nothing else is said. The first stage alone: {_percent(first)}."
     yield ""
     rows = [
-        [f"`{point.name}`", f"{point.x:.4f}", _percent(statistics.fmean(point.recalls)), *_each(point.recalls)]
+        [
+            f"`{point.name}`",
+            f"{point.x:.4f}",
+            _percent(statistics.fmean(point.recalls)),
+            *([", ".join(map(_percent, point.recalls))] if num_seeds > 1 else []),
+        ]
         for point in sorted(_by_cost(found), key=lambda point: point.x)
     ]
     head = [f"scorer, k = {found['k']}", "GFLOP a pair", "R@1", *(["of each run"] if num_seeds > 1 else [])]
@@ -79,7 +84,3 @@ def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Iterable
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _each(recalls: Sequence[float]) -> list[str]:
-    return [", ".join(map(_percent, recalls))] if len(recalls) > 1 else []

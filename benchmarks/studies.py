@@ -17,7 +17,12 @@ class Study:
     tokens: tuple[int, ...]
     cascade_of: str | None = None  # the encoder whose late interaction picks for its layers
     cascade_budgets: tuple[int, ...] = ()
+    once: tuple[str, ...] = ()  # encoders of which one run says enough
     shared: tuple[str, ...] = ()  # phases whose result, tower and first stage, all encoders share
+
+    def kinds_of(self, seed: int) -> dict[str, tuple[str, ...]]:
+        """The encoders that are trained with this seed."""
+        return {kind: changes for kind, changes in self.kinds.items() if seed == 0 or kind not in self.once}
 
 
 #: Layers in which words and image meet, taught on what a cross-fitted first stage confuses.
@@ -37,6 +42,7 @@ STUDIES = {
         recipe="scenes.toml",
         k=20,
         shared=("see",),
+        once=("full",),  # it leaves no plateau, so another seed would find the same
         kinds={
             "minimal": (),
             # Its words never meet the image, so there is nothing in which to ground them.

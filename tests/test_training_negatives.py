@@ -10,11 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edje.recipe import FirstStageRecipe, RecipeError
+from edje.recipe import FirstStageRecipe, Negatives, RecipeError
 from edje.training import pairs as pairs_module
+from edje.training.candidates import miner_for
 from edje.training.corpus import Captions
 from edje.training.negatives import NONE, Truth, draw, mine
-from edje.training.pairs import FirstStageViews, best_mistakes, cross_fit, mistaken_images, score_spread, search_pools
+from edje.training.pairs import (
+    FirstStageViews,
+    best_mistakes,
+    cross_fit,
+    handed_over,
+    mistaken_images,
+    score_spread,
+    search_pools,
+)
 from edje.training.sampling import batch_miner, corpus_miner
 
 seeds = st.integers(0, 2**32 - 1)
@@ -74,7 +83,9 @@ def test_no_mined_negative_is_true(corpus, per_sample, more, seed, from_corpus):
     captions, views = corpus
     truth, rng = truth_of(captions), np.random.default_rng(seed)
     if from_corpus:
-        miner = corpus_miner(*best_mistakes(views, captions, truth, per_sample + more), per_sample)
+        listed = best_mistakes(views, captions, truth, per_sample + more)
+        finds = handed_over(views, captions, *listed)
+        miner = corpus_miner(*listed, finds, per_sample)
     else:
         miner = batch_miner(views.similarity, truth, per_sample, per_sample + more)
     batch = rng.permutation(len(captions))[: rng.integers(1, len(captions) + 1)]
@@ -96,8 +107,9 @@ def test_no_mined_negative_is_true(corpus, per_sample, more, seed, from_corpus):
             for other in in_reach
             if views.text_folds[other] == views.text_folds[caption] and not is_true(captions, other, image)
         }
-        for found, wrong in ((images_for[row], wrong_images), (captions_for[row], wrong_captions)):
-            if wrong:
+        both = ((images_for[row], wrong_images), (captions_for[row], wrong_captions))
+        for way, (found, wrong) in enumerate(both):
+            if wrong and (not from_corpus or finds[way][caption]):
                 assert set(found.tolist()) <= wrong
                 # A batch may hold an image twice, and then it may be met twice.
                 assert not from_corpus or len(set(found.tolist())) == min(per_sample, len(wrong))
@@ -122,6 +134,32 @@ def test_the_hardest_are_taken_where_nothing_is_left_to_chance(corpus, num_wante
             best = [int(column) for column in np.argsort(-line)[:num_wanted] if np.isfinite(line[column])]
             assert other[row].tolist() == best + [NONE] * (num_wanted - len(best))
             assert one is None or set(one[row].tolist()) == set(best or [NONE])
+
+
+@settings(max_examples=40, deadline=None)
+@given(corpus=corpora(), num_kept=st.integers(1, 4))
+def test_what_the_first_stage_does_not_hand_over_is_not_ranked(corpus, num_kept):
+    captions, views = corpus
+    truth = truth_of(captions)
+    rows, columns = np.arange(len(captions)), np.arange(len(views.images))
+    compared = views.similarity(rows, columns)
+    wrong = np.where(truth.of(rows, columns), -np.inf, compared)
+    own = compared[rows, captions.images]
+
+    finds_image, finds_caption = handed_over(views, captions, *best_mistakes(views, captions, truth, num_kept))
+
+    assert finds_image.tolist() == ((wrong > own[:, None]).sum(axis=1) < num_kept).tolist()
+    above = (wrong[:, captions.images] > own[None, :]).sum(axis=0)  # captions that stand above an image's own
+    assert finds_caption.tolist() == (above < num_kept).tolist()
+
+
+def test_a_first_stage_that_finds_nothing_leaves_nothing_to_rank():
+    captions, views = captions_of(np.arange(4), np.arange(4)), views_of(np.arange(4), 4, np.random.default_rng(0))
+    views = replace(views, texts=-views.images)  # each caption is least like its own image
+    wanted = Negatives(source="corpus", per_sample=1, top_k=1)
+
+    with pytest.raises(RecipeError, match="no caption's image among its 1 best mistakes"):
+        miner_for(wanted, views, captions, truth_of(captions), 1)
 
 
 def test_more_than_are_kept_cannot_be_drawn():

@@ -20,6 +20,7 @@ from edje.training.pairs import (
     best_mistakes,
     cross_fit,
     embed,
+    handed_over,
     mistaken_images,
     score_spread,
     search_pools,
@@ -98,14 +99,20 @@ def miner_for(
     wanted: Negatives, views: FirstStageViews, captions: Captions, truth: Truth, num_candidates: int
 ) -> tuple[Miner, Callable[[], tuple[float, float]]]:
     """What draws a step's negatives; and a way to the mean and deviation of the scores of what is handed over,
-    `num_candidates` or more for each caption."""
+    `num_candidates` or more for each caption. Raises `RecipeError` where nothing right is handed over."""
     top_k = wanted.top_k or wanted.per_sample
     if wanted.source == "corpus":
         best_images, best_captions = best_mistakes(views, captions, truth, top_k)
-        rows = np.arange(len(captions))
+        finds = handed_over(views, captions, best_images, best_captions)
+        rows = np.flatnonzero(finds[0])
+        if not len(rows):
+            raise RecipeError(
+                f"negatives: the first stage finds no caption's image among its {top_k} best mistakes, so there is "
+                "nothing to rank: raise `top_k`"
+            )
         return (
-            corpus_miner(best_images, best_captions, wanted.per_sample),
-            lambda: score_spread(views, captions, rows, best_images),
+            corpus_miner(best_images, best_captions, finds, wanted.per_sample),
+            lambda: score_spread(views, captions, rows, best_images[rows]),
         )
 
     def spread() -> tuple[float, float]:

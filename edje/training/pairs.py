@@ -51,7 +51,12 @@ class FirstStageViews:
 
     def of_pairs(self, captions: Ints, images: Ints) -> Matrix:
         """(P,), (P,) of one fold each -> (P,)"""
-        scores: Matrix = np.einsum("pe,pe->p", _single(self.texts[captions]), _single(self.images[images]))
+        scores = np.empty(len(captions), np.float32)
+        step = max(1, _COMPARED // self.texts.shape[1])
+        for start in range(0, len(captions), step):
+            part = slice(start, start + step)
+            texts, seen = _single(self.texts[captions[part]]), _single(self.images[images[part]])
+            scores[part] = np.einsum("pe,pe->p", texts, seen)
         return scores
 
 
@@ -130,6 +135,26 @@ def best_mistakes(views: FirstStageViews, captions: Captions, truth: Truth, num_
 
         best_captions[images] = _best(compared, images, rows, num_kept)
     return best_images, best_captions
+
+
+def handed_over(
+    views: FirstStageViews, captions: Captions, best_images: Ints, best_captions: Ints
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """For each caption (C,) whether the first stage hands over its image among its best mistakes, and whether it hands
+    over the caption among those of its image; both from `best_mistakes`.
+
+    What it does not hand over is never ranked. Shown beside its mistakes all the same, a right image would be the one
+    with the lowest score among them, and a model that reads the score learns to turn the first stage's order round.
+    """
+    rows = np.arange(len(captions))
+    own = views.of_pairs(rows, captions.images)
+    worst_image, worst_caption = best_images[:, -1], best_captions[captions.images, -1]
+    # With fewer mistakes than are kept, everything is handed over.
+    by_caption, by_image = worst_image == NONE, worst_caption == NONE
+    by_caption[~by_caption] = own[~by_caption] > views.of_pairs(rows[~by_caption], worst_image[~by_caption])
+    others, at = worst_caption[~by_image], captions.images[~by_image]
+    by_image[~by_image] = own[~by_image] > views.of_pairs(others, at)
+    return by_caption, by_image
 
 
 def mistaken_images(views: FirstStageViews, captions: Captions, truth: Truth, wanted: Ints, num_kept: int) -> Ints:

@@ -136,11 +136,21 @@ def batch_miner(
     return negatives
 
 
-def corpus_miner(best_images: Ints, best_captions: Ints, per_sample: int) -> Miner:
-    """Negatives from lists of the first stage's best mistakes, (C, M) images and (N, M) captions."""
+def corpus_miner(
+    best_images: Ints, best_captions: Ints, finds: tuple[NDArray[np.bool_], NDArray[np.bool_]], per_sample: int
+) -> Miner:
+    """Negatives from lists of the first stage's best mistakes, (C, M) images and (N, M) captions.
+
+    `finds` says for each caption (C,) whether its image, and whether it itself, is handed over with them; see
+    `handed_over`. If not, there are none.
+    """
+    finds_image, finds_caption = finds
 
     def negatives(captions: Ints, images: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
-        return draw(best_images[captions], per_sample, rng), draw(best_captions[images], per_sample, rng)
+        others, texts = draw(best_images[captions], per_sample, rng), draw(best_captions[images], per_sample, rng)
+        others[~finds_image[captions]] = NONE
+        texts[~finds_caption[captions]] = NONE
+        return others, texts
 
     return negatives
 
