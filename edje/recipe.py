@@ -79,8 +79,8 @@ class Negatives(_Closed):
     """`per_sample` for each caption and each image, drawn from the `top_k` that the first stage ranks highest.
 
     From the `batch` (all devices' together, as in the paper), or from the `corpus`: what the first stage, cross-fitted,
-    would hand over at test time: a caption whose image is not among the best `top_k` is not ranked and has none. Take it
-    where the head reads the score of a weak first stage: beside the worst mistakes of a batch, the right one scores low.
+    would hand over at test time; a caption whose image is not among the best `top_k` is not ranked and has none. Take
+    it where the head reads a weak first stage: beside the worst mistakes of a batch, what is right scores low.
     """
 
     source: Literal["batch", "corpus"] = "batch"
