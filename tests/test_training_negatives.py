@@ -187,6 +187,7 @@ def test_a_large_corpus_is_searched_piece_by_piece_with_the_same_outcome(monkeyp
     images = np.arange(12).repeat(3)
     captions, views = captions_of(images, rng.integers(0, 30, 36)), views_of(images, 12, rng, num_folds=2)
     whole = best_mistakes(views, captions, truth_of(captions), 3)
+    finds = handed_over(views, captions, *whole)
     monkeypatch.setattr(pairs_module, "_COMPARED", num_compared)
 
     pieces = best_mistakes(views, captions, truth_of(captions), 3)
@@ -195,6 +196,7 @@ def test_a_large_corpus_is_searched_piece_by_piece_with_the_same_outcome(monkeyp
     np.testing.assert_array_equal(whole[0], pieces[0])
     np.testing.assert_array_equal(whole[1], pieces[1])
     np.testing.assert_array_equal(some, whole[0][[1, 20, 35]])
+    np.testing.assert_array_equal(handed_over(views, captions, *pieces), finds)
 
 
 def test_scores_are_spread_as_those_of_all_that_is_handed_over():
