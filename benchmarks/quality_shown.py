@@ -40,8 +40,9 @@ def _by_cost(found: Mapping[str, Any]) -> list[Point]:
 def _by_bytes(found: Mapping[str, Any]) -> list[Curve]:
     points: dict[str, list[Point]] = {}
     for each in found["by_tokens"]:
-        points.setdefault(each["storage"], []).append(Point("", each["bytes"], (each["r1"],), str(each["tokens"])))
-    return [Curve(storage, tuple(of_storage)) for storage, of_storage in points.items()]
+        name = f"{each['storage']}, {each['adapter']}"  # tokens of two adapters are no steps of one curve
+        points.setdefault(name, []).append(Point("", each["bytes"], (each["r1"],), str(each["tokens"])))
+    return [Curve(name, tuple(joined)) for name, joined in points.items()]
 
 
 def _tables(found: Mapping[str, Any], first: float) -> Iterable[str]:
