@@ -15,6 +15,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 
 from deploy_manifests import OVERLAYS, ROOT, WORKERS, environment_of, rendered
 from protocols.topics import Topics
+from service_worker import eventually
 from up import topic_names
 from workers.settings import IngestSettings, RerankSettings
 
@@ -73,12 +74,20 @@ def test_missing_topics_are_made_with_the_settings_of_the_table(kafka_brokers: s
     }
     wanted = {f"{unique_prefix}{name}": own["partitions"] for name, own in TABLE["topics"].items()}
     assert made == wanted | {early: 2}
-    for name, own in TABLE["topics"].items():
-        settings = settings_of(admin, unique_prefix)[f"{unique_prefix}{name}"]
-        configs = {key: str(value) for key, value in own.items() if key != "partitions"}
-        assert {key: settings[key] for key in configs} == configs
-        assert settings["max.message.bytes"] == str(TABLE["every_topic"]["max.message.bytes"])
-        assert settings["min.insync.replicas"] == "1"  # there is one copy
+    every = {key: str(value) for key, value in TABLE["every_topic"].items()} | {"min.insync.replicas": "1"}  # one copy
+    own = {name: {key: str(value) for key, value in each.items()} for name, each in TABLE["topics"].items()}
+    configs = {f"{unique_prefix}{name}": every | each for name, each in own.items()}
+
+    def lacking() -> dict[str, dict[str, str]]:
+        """What the table says of each topic and the broker does not."""
+        settings = settings_of(admin, unique_prefix)
+        return {
+            name: {key: value for key, value in each.items() if key != "partitions" and settings[name][key] != value}
+            for name, each in configs.items()
+        }
+
+    # The controller answers before the broker has heard of every setting.
+    eventually(lambda: not any(lacking().values()), "every topic has the settings of the table")
 
 
 def settings_of(admin: KafkaAdminClient, prefix: str) -> dict[str, dict[str, str]]:
