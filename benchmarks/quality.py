@@ -7,9 +7,9 @@ that any one of them can be run alone. What has been trained or evaluated before
 stopped goes on. Draws docs/quality/*.svg and writes the tables; the last line of output is one JSON document.
 
 Scenes: the recipe itself is run once; its tower and first stage then serve all encoders, as a frozen tower does. Each
-encoder starts from scratch, on the same data, losses, negatives and number of steps. Flickr8k: all are
-taught as the recipe's encoder is, in one pass, `full` by matching alone. Of each encoder R@1 of text-to-image search in
-int8, against GFLOP per pair. A cascade of budget 0 is the late interaction beneath its layers.
+encoder starts from scratch, on the same data, losses, negatives and number of steps. Flickr8k: all are taught as the
+recipe's encoder is, in one pass, `full` by matching alone. Of each encoder R@1 of text-to-image search in int8, against
+GFLOP per pair. A cascade of budget 0 is the late interaction beneath its layers.
 """
 
 from __future__ import annotations
