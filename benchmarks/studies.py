@@ -30,7 +30,7 @@ STUDIES = {
         recipe="scenes.toml",
         k=20,
         shared=("see",),
-        once=("full",),  # it leaves no plateau, so another seed would find the same
+        once=("full",),  # it left no plateau, and a run of it takes the longest
         kinds={
             "minimal": (),
             # Its words never meet the image, so there is nothing in which to ground them.

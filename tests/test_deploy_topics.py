@@ -75,14 +75,17 @@ def test_missing_topics_are_made_with_the_settings_of_the_table(kafka_brokers: s
     wanted = {f"{unique_prefix}{name}": own["partitions"] for name, own in TABLE["topics"].items()}
     assert made == wanted | {early: 2}
     every = {key: str(value) for key, value in TABLE["every_topic"].items()} | {"min.insync.replicas": "1"}  # one copy
-    own = {name: {key: str(value) for key, value in each.items()} for name, each in TABLE["topics"].items()}
+    own = {
+        name: {key: str(value) for key, value in each.items() if key != "partitions"}
+        for name, each in TABLE["topics"].items()
+    }
     configs = {f"{unique_prefix}{name}": every | each for name, each in own.items()}
 
     def lacking() -> dict[str, dict[str, str]]:
         """What the table says of each topic and the broker does not."""
         settings = settings_of(admin, unique_prefix)
         return {
-            name: {key: value for key, value in each.items() if key != "partitions" and settings[name][key] != value}
+            name: {key: value for key, value in each.items() if settings[name][key] != value}
             for name, each in configs.items()
         }
 
