@@ -6,8 +6,8 @@ Every figure is what `python -m edje.evaluate` says of what `python -m edje.trai
 that any one of them can be run alone. What has been trained or evaluated before is not done again: a run that was
 stopped goes on. Draws docs/quality/*.svg and writes the tables; the last line of output is one JSON document.
 
-Scenes: the recipe itself is run once; its tower and first stage then serve all encoders, as a frozen tower does. Each
-encoder starts from scratch, on the same data, losses, negatives and number of steps. Flickr8k: all are taught as the
+Scenes: tower and first stage of the shipped model serve all encoders, as a frozen tower does, so runs of several
+machines can be compared. Each encoder starts from scratch, on the same data, losses, negatives and number of steps. Flickr8k: all are taught as the
 recipe's encoder is, in one pass, `full` by matching alone. Of each encoder R@1 of text-to-image search in int8, against
 GFLOP per pair. A cascade of budget 0 is the late interaction beneath its layers.
 """
@@ -171,9 +171,8 @@ def main() -> None:
     tokens = () if given.no_tokens else study.tokens
 
     start: tuple[str, ...] = ()
-    if study.shared:
-        runner.train("recipe", 0, ())
-        base = runner.checkpoint("recipe", 0)
+    if study.base is not None:
+        base = ROOT / study.base
         parts = f'start={{checkpoint="{base}",parts=["vision","first_stage"]}}'
         start = (parts, f'vocabulary="{base}"', f"skip={json.dumps(study.shared)}")
     with ThreadPoolExecutor(given.jobs) as pool:

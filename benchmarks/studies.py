@@ -18,7 +18,8 @@ class Study:
     cascade_of: str | None = None  # the encoder whose late interaction picks for its layers
     cascade_budgets: tuple[int, ...] = ()
     once: tuple[str, ...] = ()  # encoders of which one run says enough
-    shared: tuple[str, ...] = ()  # phases whose result, tower and first stage, all encoders share
+    base: str | None = None  # the checkpoint whose tower and first stage all encoders share
+    shared: tuple[str, ...] = ()  # phases of the recipe that made those
 
     def kinds_of(self, seed: int) -> dict[str, tuple[str, ...]]:
         """The encoders that are trained with this seed."""
@@ -29,6 +30,7 @@ STUDIES = {
     "scenes": Study(
         recipe="scenes.toml",
         k=20,
+        base="deploy/models/scenes",
         shared=("see",),
         once=("full",),  # it left no plateau, and a run of it takes the longest
         kinds={
