@@ -99,7 +99,7 @@ def runs_of(
             yield kind, seed, (*start, *changes)
     for num_tokens in tokens:
         # The adapter that gives any number of tokens; the recipes' gives one for each patch.
-        adapter = (f"adapter.num_tokens={num_tokens}", 'adapter.kind="decoder"')
+        adapter = (f"adapter.num_tokens={num_tokens}", 'adapter.kind="decoder"', "adapter.places=true")
         yield tokens_name(num_tokens), 0, (*start, *study.kinds[study.tokens_kind], *adapter)
 
 

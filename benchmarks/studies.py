@@ -46,6 +46,7 @@ STUDIES = {
             # It has no late interaction: matching takes its place from the beginning.
             "full": (
                 'joint.kind="full"',
+                "adapter.places=true",  # where a patch lies, which the others are told when text and image meet
                 "joint.num_layers=5",
                 "joint.text_layers=0",
                 "joint.visual_layers=0",

@@ -27,7 +27,8 @@ from torch.nn import functional
 
 from edje.config import JointConfig
 from edje.head import FirstStageInput, MatchingHead
-from edje.joint import IMAGE, JointBlock, TextEmbeddings, compute_dtype, table, visible
+from edje.joint import IMAGE, JointBlock, TextEmbeddings, compute_dtype, visible
+from edje.layers import table
 
 #: Of the similarity at the start of training: a mean cosine of 0.5 more is a factor of 150 in the odds, as in CLIP.
 INITIAL_SCALE = 10.0

@@ -33,7 +33,8 @@ from torch.nn import functional
 
 from edje.checkpoint import CheckpointIncomplete, CheckpointMismatch, CheckpointMissing, CheckpointTampered
 from edje.config import JointConfig
-from edje.joint import JointBlock, table, visible
+from edje.joint import JointBlock, visible
+from edje.layers import table
 from edje.vision_config import Count
 
 FOLDER, _CONFIG, _WEIGHTS = "first_stage", "config.json", "model.safetensors"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edje.config import JointConfig
 from edje.head import FirstStageInput, MatchingHead
-from edje.layers import Attention, KeysValues, Mlp
+from edje.layers import Attention, KeysValues, Mlp, table
 
 TEXT, IMAGE = 0, 1  # token types; the last [SEP] counts as image
 
@@ -141,9 +141,3 @@ def visible(text_lengths: Tensor, num_text: int, num_images: int) -> Tensor:
 def compute_dtype(layers: nn.ModuleList) -> torch.dtype:
     """What the layers compute in."""
     return next(layers.parameters()).dtype
-
-
-def table(num_rows: int, dim: int) -> nn.Embedding:
-    """An embedding with its memory and no values yet: torch's own initialisation, which is thrown away here, imports
-    its compiler when the module is built on the meta device, and that takes seconds."""
-    return nn.Embedding(num_rows, dim, _weight=torch.empty(num_rows, dim))

@@ -67,3 +67,9 @@ class Mlp(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
         return self.fc2(functional.gelu(self.fc1(hidden), approximate=self.approximate))  # type: ignore[no-any-return]
+
+
+def table(num_rows: int, dim: int) -> nn.Embedding:
+    """An embedding with its memory and no values yet: torch's own initialisation, which is thrown away here, imports
+    its compiler when the module is built on the meta device, and that takes seconds."""
+    return nn.Embedding(num_rows, dim, _weight=torch.empty(num_rows, dim))

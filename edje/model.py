@@ -75,7 +75,7 @@ def build_edje(config: EdjeConfig, device: str = "cpu", graph: bytes | None = No
     """
     with torch.device(device):
         vision = build_tower(config.vision, config.preprocess.image_size, graph)
-        adapter = build_adapter(config.adapter, config.vision, config.joint)
+        adapter = build_adapter(config.adapter, config.vision, config.num_patches, config.joint)
         joint = (
             ApartEncoder(config.joint, config.adapter.num_tokens) if config.joint.apart else JointEncoder(config.joint)
         )
@@ -83,7 +83,7 @@ def build_edje(config: EdjeConfig, device: str = "cpu", graph: bytes | None = No
 
 
 #: Parameters that are looked up or attended from, not multiplied with.
-_TABLES = ("words.weight", "positions.weight", "types.weight", "positions", "query", "probe")
+_TABLES = ("words.weight", "positions.weight", "types.weight", "places.table.weight", "positions", "query", "probe")
 
 #: At 1, attention is nearly uniform and pairs score within 0.1 of each other; at 1.5 they spread over about 1.
 _GAIN = 1.5

@@ -41,12 +41,14 @@ def _options(storage: str, precision: str) -> BuildOptions:
     )
 
 
-def _small(variant: str, *, num_layers: int, reads_first_stage: bool = False) -> EdjeConfig:
+def _small(variant: str, *, num_layers: int, reads_first_stage: bool = False, decoder: bool = False) -> EdjeConfig:
     config = VARIANTS[variant]
     first_stage = FirstStageConfig(mean=0.3, std=0.1) if reads_first_stage else None
     joint = replace(config.joint, num_layers=num_layers, first_stage=first_stage)
-    # The paper's adapter once: tracing takes time by the operator, and this one has the most.
+    # The paper's adapter and the decoder once each: tracing takes time by the operator, and they have the most.
     adapter = config.adapter if variant == "tiny" else replace(config.adapter, kind="local")
+    if decoder:
+        adapter = replace(adapter, kind="decoder", places=True)
     return replace(config, vision=replace(config.vision, num_layers=1), adapter=adapter, joint=joint)
 
 
@@ -54,7 +56,7 @@ def _small(variant: str, *, num_layers: int, reads_first_stage: bool = False) ->
 KINDS = {
     "full": (_small("tiny", num_layers=2), _options("int8", "fp32")),
     "late": (_small("tiny-late", num_layers=2, reads_first_stage=True), _options("int4", "bf16")),
-    "minimal": (_small("tiny-minimal", num_layers=1), _options("fp16", "fp16")),
+    "minimal": (_small("tiny-minimal", num_layers=1, decoder=True), _options("fp16", "fp16")),
     "maxsim": (_small("tiny-maxsim", num_layers=0, reads_first_stage=True), _options("bf16", "fp32")),
 }
 

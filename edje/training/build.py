@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from edje.adapter import Adapter, LocalAdapter, Places
 from edje.bert import BertShape, load_bert, read_shape, tokenizer_json
 from edje.bert_source import read_tokenizer
 from edje.checkpoint import read_tokenizer_json
@@ -29,7 +30,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 #: The files of a BERT that are needed.
 BERT_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt")
 _TABLE_STD, _NORM_EPS = 0.02, 1e-12  # as in BERT
-_MEETING_STD = 1.0  # as large as the states it is added to
+_PLACES_STD = 1.0  # as large as the states they are added to
+_PLACES = ("meeting_positions.weight", "places.table.weight")
 _TABLES = ("words.weight", "positions.weight", "types.weight", ".positions", "query", "probe")
 
 
@@ -91,14 +93,31 @@ def draw_for_training(model: Edje, seed: int) -> None:
             parameter.zero_()
         elif parameter.ndim == 1:
             parameter.fill_(1.0)
-        elif name.endswith("meeting_positions.weight"):
-            parameter.normal_(0.0, _MEETING_STD, generator=generator)
+        elif name.endswith(_PLACES):
+            parameter.normal_(0.0, _PLACES_STD, generator=generator)
         else:
             std = _TABLE_STD if name.endswith(_TABLES) else parameter[0].numel() ** -0.5
             parameter.normal_(0.0, std, generator=generator)
+    begin_at_places(model.adapter)
     if model.joint.head is not None:
         # The first logits are zero, or what the first stage says: no order of its own before anything was learned.
         model.joint.head.out.weight.zero_()
+
+
+@torch.no_grad()
+def begin_at_places(adapter: Adapter) -> None:
+    """Have each query of a compressor look at a place of its own first, where the adapter knows places.
+
+    It is that place's vector, and is compared with keys through the keys' own map. Drawn at random, queries look at
+    everything alike, and what is made of a picture then says what is in it, but not where.
+    """
+    if isinstance(adapter, LocalAdapter) or not isinstance(adapter.places, Places):
+        return
+    adapter.query.add_(adapter.places.spread(adapter.query.shape[1]))
+    for crossing in adapter.crossings:
+        weight = crossing.attention.in_proj_weight
+        dim = weight.shape[1]
+        weight[:dim] = weight[dim : 2 * dim]
 
 
 @torch.no_grad()
