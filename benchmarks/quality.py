@@ -7,9 +7,9 @@ that any one of them can be run alone. What has been trained or evaluated before
 stopped goes on. Draws docs/quality/*.svg and writes the tables; the last line of output is one JSON document.
 
 Scenes: tower and first stage of the shipped model serve all encoders, as a frozen tower does, so runs of several
-machines can be compared. Each encoder starts from scratch, on the same data, losses, negatives and number of steps. Flickr8k: all are taught as the
-recipe's encoder is, in one pass, `full` by matching alone. Of each encoder R@1 of text-to-image search in int8, against
-GFLOP per pair. A cascade of budget 0 is the late interaction beneath its layers.
+machines can be compared. Each encoder starts from scratch, on the same data, losses, negatives and number of steps.
+Flickr8k: all are taught as the recipe's encoder is, in one pass, `full` by matching alone. Of each encoder R@1 of
+text-to-image search in int8, against GFLOP per pair. A cascade of budget 0 is the late interaction beneath its layers.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def runs_of(
 ) -> Iterator[tuple[str, int, tuple[str, ...]]]:
     """What is trained: name, seed and changes to the recipe; the seeds one after the other."""
     for seed in range(num_seeds):
-        for kind, changes in study.kinds_of(seed).items():
+        for kind, changes in study.kinds.items():
             yield kind, seed, (*start, *changes)
     for num_tokens in tokens:
         # The adapter that gives any number of tokens; the recipes' gives one for each patch.
@@ -110,7 +110,7 @@ def tokens_name(num_tokens: int) -> str:
 def judge_encoders(runner: Runner, study: Study, seed: int) -> dict[str, dict[str, float]]:
     """Every encoder with one seed: scorer -> R@1 before and after, and GFLOP per pair, at k."""
     found = {}
-    for kind in study.kinds_of(seed):
+    for kind in study.kinds:
         depths = {"torch": study.depths}
         if kind == study.cascade_of:  # a cascade's scores depend on k, so each k is another evaluation
             depths |= {f"cascade:{budget}": (study.k,) for budget in study.cascade_budgets}

@@ -32,7 +32,7 @@ def show(found: Mapping[str, Any], folder: Path) -> None:
 def _by_cost(found: Mapping[str, Any]) -> list[Point]:
     by_seed = found["encoders"]
     return [
-        Point(scorer, by_seed[0][scorer]["gflop"], tuple(seed[scorer]["r1"] for seed in by_seed if scorer in seed))
+        Point(scorer, by_seed[0][scorer]["gflop"], tuple(seed[scorer]["r1"] for seed in by_seed))
         for scorer in by_seed[0]
     ]
 
@@ -48,7 +48,7 @@ def _by_bytes(found: Mapping[str, Any]) -> list[Curve]:
 def _tables(found: Mapping[str, Any], first: float) -> Iterable[str]:
     num_seeds, captions = len(found["encoders"]), found["captions"]
     asked = "every test caption" if captions is None else f"{captions:,} test captions"
-    runs = f"up to {num_seeds} training runs of each" if num_seeds > 1 else "one training run of each"
+    runs = f"{num_seeds} training runs of each" if num_seeds > 1 else "one training run of each"
     yield f"# {found['study']}: what each encoder finds, and what it costs"
     yield ""
     yield f"Written by `benchmarks/quality.py {found['study']}`: R@1 of text-to-image search, %, {asked}, {runs}."

@@ -17,13 +17,8 @@ class Study:
     tokens: tuple[int, ...]
     cascade_of: str | None = None  # the encoder whose late interaction picks for its layers
     cascade_budgets: tuple[int, ...] = ()
-    once: tuple[str, ...] = ()  # encoders of which one run says enough
     base: str | None = None  # the checkpoint whose tower and first stage all encoders share
     shared: tuple[str, ...] = ()  # phases of the recipe that made those
-
-    def kinds_of(self, seed: int) -> dict[str, tuple[str, ...]]:
-        """The encoders that are trained with this seed."""
-        return {kind: changes for kind, changes in self.kinds.items() if seed == 0 or kind not in self.once}
 
 
 STUDIES = {
@@ -32,7 +27,6 @@ STUDIES = {
         k=20,
         base="deploy/models/scenes",
         shared=("see",),
-        once=("full",),  # it left no plateau, and a run of it takes the longest
         kinds={
             "minimal": (),
             # Its words never meet the image, so there is nothing in which to ground them.
@@ -84,6 +78,6 @@ STUDIES = {
         },
         depths=(5, 10, 20),
         tokens_kind="minimal",
-        tokens=(16,),
+        tokens=(8, 16, 32),
     ),
 }
