@@ -37,7 +37,8 @@ STUDIES = {
                 "phase.2.losses={itm=1.0,late_interaction=0.25}",
             ),
             "late": ('joint.kind="late"',),
-            # It has no late interaction: matching takes its place from the beginning.
+            # It has no late interaction: matching takes its place from the beginning, and has to tell apart what that
+            # would, so its negatives are not the confusers alone.
             "full": (
                 'joint.kind="full"',
                 "adapter.places=true",  # where a patch lies, which the others are told when text and image meet
@@ -46,9 +47,10 @@ STUDIES = {
                 "joint.visual_layers=0",
                 "joint.match_dim=0",
                 "phase.1.losses={itm=1.0,grounding=0.5}",
-                'phase.1.negatives={source="batch",per_sample=1,top_k=3}',
+                'phase.1.negatives={source="batch",per_sample=1,top_k=64}',
+                "phase.1.learning_rate=2e-3",
                 "phase.2.losses={itm=1.0,grounding=0.25}",
-                "phase.1.learning_rate=1e-3",
+                'phase.2.negatives={source="batch",per_sample=3,top_k=16}',
                 "phase.2.learning_rate=1e-3",
             ),
         },
