@@ -7,9 +7,10 @@ that any one of them can be run alone. What has been trained or evaluated before
 stopped goes on. Draws docs/quality/*.svg and writes the tables; the last line of output is one JSON document.
 
 Scenes: tower and first stage of the shipped model serve all encoders, as a frozen tower does, so runs of several
-machines can be compared. Each encoder starts from scratch, on the same data, losses, negatives and number of steps.
-Flickr8k: all are taught as the recipe's encoder is, in one pass, `full` by matching alone. Of each encoder R@1 of
-text-to-image search in int8, against GFLOP per pair. A cascade of budget 0 is the late interaction beneath its layers.
+machines can be compared. Each encoder starts from scratch, on the same data, losses, negatives and number of steps;
+`full` has no late interaction, so matching against more negatives takes its place. Flickr8k: all are taught as the
+recipe's encoder is, in one pass, `full` by matching alone. Of each encoder R@1 of text-to-image search in int8, against
+GFLOP per pair. A cascade of budget 0 is the late interaction beneath its layers.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from edje.recipe import RecipeError
 from edje.train import main
 from edje.training import loop as loop_module
 from edje.training import run as run_module
+from edje.training.build import build_from
 from edje.training.devices import Devices
 from edje.weights import load_checkpoint
 from training_harness import (
@@ -193,6 +194,19 @@ def test_a_set_that_can_be_learned_by_heart_is_learned(finished, out, tmp_path):
     first, last = metrics(out)[0], metrics(out)[-2]
     assert last["first_stage"] < 0.8 * first["first_stage"]
     assert last["mlm"] < 0.9 * first["mlm"]
+
+
+def test_places_and_the_decoder_that_begins_at_them_are_trained_and_saved(out, tmp_path):
+    changes = ('adapter.kind="decoder"', "adapter.num_tokens=3", "adapter.places=true", 'skip=["rank"]')
+    recipe = tiny_recipe(tmp_path, *changes)
+
+    adapter = load_checkpoint(train(recipe, out)).model.adapter
+
+    drawn = build_from(recipe, ["one caption"]).model.adapter
+    for ours, before in ((adapter.places.table.weight, drawn.places.table.weight), (adapter.query, drawn.query)):
+        assert ours.shape == before.shape
+        assert not torch.equal(ours, before)
+    assert (adapter.query[0] * adapter.places.spread(3)).sum(dim=1).min() > 0  # near where they began
 
 
 @pytest.mark.parametrize("kind", ["late", "minimal", "maxsim"])
