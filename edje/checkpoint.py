@@ -14,7 +14,7 @@ Errors:
       CheckpointMissing     there is no such folder, or it holds no checkpoint
       CheckpointIncomplete  a file is missing or cut off: copied half, or still being written
       CheckpointTampered    the files are whole, but not the ones the digest was taken of
-      CheckpointMismatch    the parts do not fit together, or a newer version wrote them
+      CheckpointMismatch    the parts do not fit together, or another version wrote them
       CheckpointExists      saving would overwrite something
 """
 
@@ -30,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from edje.config import EdjeConfig, canonical_json, parse_config
 
-FORMAT_VERSION = 1
+#: Grows with the fields of a configuration: digests are taken over all of them, so an older one's would not agree.
+FORMAT_VERSION = 2
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 GRAPH_FILE = "vision.onnx"
 #: Hexadecimal digits of a digest: 64 bits, as it stands in store keys and replies.
@@ -58,7 +59,7 @@ class CheckpointTampered(CheckpointError):
 
 
 class CheckpointMismatch(CheckpointError):
-    """The parts do not fit together, or a newer version wrote them."""
+    """The parts do not fit together, or another version wrote them."""
 
 
 class CheckpointExists(CheckpointError):

@@ -22,8 +22,8 @@ class AdapterConfig:
 
     `compression` attends from `num_tokens` learned queries; `local` maps every patch by itself (the teacher);
     `decoder` is compression by `num_layers` decoder layers in the joint encoder's width, as VEDJE does it.
-    With `places` a learned vector for each patch joins what is made of it: for towers whose patches do not tell where
-    they lie (docs/LOG.md). Off is the published form of each.
+    With `places` a learned vector for each patch joins what is made of it, in a decoder its key: for towers whose
+    patches do not tell where they lie (docs/LOG.md). Off is the published form of each.
     """
 
     __pydantic_config__ = _CLOSED

@@ -166,11 +166,12 @@ def rewrite(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_later_format_is_refused_by_its_number(folder):
-    rewrite(folder, format_version=2)
+@pytest.mark.parametrize("version", [files.FORMAT_VERSION - 1, files.FORMAT_VERSION + 1])
+def test_an_earlier_or_later_format_is_refused_by_its_number_and_not_as_tampered(folder, version):
+    rewrite(folder, format_version=version)
 
-    with pytest.raises(CheckpointMismatch, match="format 2"):
-        read_config(folder)
+    with pytest.raises(CheckpointMismatch, match=f"format {version}"):
+        read_digest(folder)
 
 
 def test_an_unknown_setting_is_refused_by_name(folder):
