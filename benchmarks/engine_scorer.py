@@ -17,7 +17,7 @@ from edje.checkpoint import read_config
 from edje.evaluation.subject import Subject
 from edje.text import Tokenizer
 from protocols.blob import BlobLayout, decode_blobs
-from trt.engine import PairScorer
+from trt.contract import PairScorer
 from trt.load import Runtime, load_engine
 
 MAX_PAIRS = 256

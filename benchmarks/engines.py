@@ -38,13 +38,13 @@ from rich.table import Table  # noqa: E402
 
 from edje.config import EdjeConfig, JointConfig  # noqa: E402
 from edje.evaluation.plots import COLOURS  # noqa: E402
-from edje.flops import cost_of  # noqa: E402
 from edje.init import initialise  # noqa: E402
-from edje.variants import VARIANTS  # noqa: E402
-from edje.vision_config import TimmVisionConfig  # noqa: E402
+from edje.model.flops import cost_of  # noqa: E402
+from edje.model.variants import VARIANTS  # noqa: E402
+from edje.tower_config import TimmVisionConfig  # noqa: E402
 from protocols.quantize import quantize  # noqa: E402
 from rivals import AuthorsWay, text_cross_encoder  # noqa: E402
-from trt.engine import Engine  # noqa: E402
+from trt.contract import Engine  # noqa: E402
 from trt.load import load_engine  # noqa: E402
 
 NUM_VISUAL, NUM_TEXT, TOKEN_DIM = 64, 18, 384
@@ -58,7 +58,7 @@ import torch
 marks["import torch"] = time.time()
 from pathlib import Path
 from trt.load import load_engine
-import trt.torch_engine
+import trt.runtimes.torch_engine
 marks["import the rest"] = time.time()
 torch.set_num_threads(int(sys.argv[2]))
 engine = load_engine("torch", Path(sys.argv[1]), storage="int8", num_slots=10_000, max_pairs=512, max_images=1,

@@ -28,12 +28,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "deploy" / "local")]
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition  # noqa: E402
 
 from edje.init import initialise  # noqa: E402
-from edje.variants import VARIANTS  # noqa: E402
+from edje.model.variants import VARIANTS  # noqa: E402
 from protocols.blob import BlobLayout, encode_blob  # noqa: E402
 from protocols.keys import blob_key  # noqa: E402
 from protocols.topics import Topics  # noqa: E402
 from services import Services, create_topics, free_port  # noqa: E402
-from workers.store import RedisStore  # noqa: E402
+from workers.store.client import RedisStore  # noqa: E402
 
 NUM_TOKENS, TOKEN_DIM, CANDIDATES = 64, 384, 100
 NUM_PARTITIONS = 4

@@ -28,7 +28,7 @@ import numpy as np
 
 from harness import CANDIDATES, Bench, RerankTopics, bench, rerank_worker
 from protocols.blob import decode_blobs
-from workers.store import RedisStore
+from workers.store.client import RedisStore
 
 NUM_IMAGES = 20_000
 #: Fewer slots than any run of requests touches before it comes back to an image: always a miss.

@@ -1,6 +1,6 @@
 """A checkpoint folder as files: where things are, what they hash to, and what is wrong with them.
 
-Knows neither torch nor the model, so that reading a digest or a configuration is cheap to import; `edje.weights`
+Knows neither torch nor the model, so that reading a digest or a configuration is cheap to import; `edje.model.weights`
 saves and loads the model itself.
 
     config.json        format version, model digest, configuration

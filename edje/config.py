@@ -1,6 +1,6 @@
 """The numbers a model is made of, as frozen data, and their canonical JSON.
 
-Knows neither torch nor files; `edje.variants` has named instances.
+Knows neither torch nor files; `edje.model.variants` has named instances.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from edje.vision_config import CLOSED as _CLOSED
-from edje.vision_config import Count, VisionConfig
+from edje.tower_config import CLOSED as _CLOSED
+from edje.tower_config import Count, VisionConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """`python -m edje.convert SOURCE DEST`: the authors' weights as a checkpoint of ours that gives the logits theirs give.
 
-Reads their file and writes ours; what is where in it is `edje.authors`, where it comes from `edje.hub`.
+Reads their file and writes ours. Tensor names: `edje.imports.authors`; sources of files: `edje.imports.sources`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from edje.authors import AuthorsError, Chosen, Layout, check_names, config_of, layout_of, twin_words, unwrapped
-from edje.bert_source import BertConfig, BertError, load_pickled, read_bert_config, read_tokenizer
 from edje.checkpoint import CheckpointError, CheckpointExists
 from edje.config import EdjeConfig
-from edje.hub import SourceError, find_source, only_file
-from edje.layouts import listed, misshapen, size
-from edje.model import Edje, build_edje
+from edje.imports.authors import AuthorsError, Chosen, Layout, check_names, config_of, layout_of, twin_words, unwrapped
+from edje.imports.bert_checkpoint import BertConfig, BertError, load_pickled, read_bert_config, read_tokenizer
+from edje.imports.layouts import listed, misshapen, size
+from edje.imports.sources import SourceError, find_source, only_file
+from edje.model.edje import Edje, build_edje
+from edje.model.weights import save_checkpoint
 from edje.text import Tokenizer
-from edje.vision_config import Count, VitConfig
-from edje.weights import save_checkpoint
+from edje.tower_config import Count, VitConfig
 
 #: What their joint encoder started from, and so the tokenizer that its words belong to.
 MINILM = "hub:microsoft/MiniLM-L12-H384-uncased"

@@ -29,7 +29,7 @@ from edje.evaluation.scorers import check_scorer_name, cost_of_scorer, is_of_pai
 from edje.evaluation.storage import Storage
 from edje.evaluation.subject import OWN, Subject, load_subject
 from edje.evaluation.task import Direction, RetrievalTask, image_to_text, refuse_depth, text_to_image
-from edje.feature_files import FeaturesError
+from edje.features.storage import FeaturesError
 from edje.optional import PackageMissing
 
 DIRECTIONS: tuple[Direction, ...] = ("text-to-image", "image-to-text")

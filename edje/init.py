@@ -10,10 +10,10 @@ import typer
 
 from edje.checkpoint import CheckpointError
 from edje.config import EdjeConfig
-from edje.model import build_edje, draw_weights
-from edje.variants import VARIANTS
+from edje.model.edje import build_edje, draw_weights
+from edje.model.variants import VARIANTS
+from edje.model.weights import save_checkpoint
 from edje.vocabulary import VocabularyError, character_tokenizer, wordpiece_tokenizer
-from edje.weights import save_checkpoint
 
 
 def initialise(config: EdjeConfig, checkpoint: Path, *, seed: int, vocabulary: Path | None = None) -> str:

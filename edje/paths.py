@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edje.hub import HUB_PREFIX, PACKAGE_PREFIX, is_on_the_hub
+from edje.imports.sources import HUB_PREFIX, PACKAGE_PREFIX, is_on_the_hub
 
 #: What of a table that describes a dataset is a path, whatever the kind of dataset.
 _DATA_PATHS = ("json_path", "image_root", "csv_path", "folder")
@@ -22,14 +22,14 @@ def path_from(folder: Path, value: Any) -> Any:
 
 
 def source_from(folder: Path, value: Any) -> Any:
-    """A source of weights (see `edje.hub.find_source`), taken from `folder` where it is a path."""
+    """A source of weights (see `edje.imports.sources.find_source`), taken from `folder` where it is a path."""
     if not isinstance(value, str) or value.startswith((PACKAGE_PREFIX, HUB_PREFIX)):
         return value
     return value if is_on_the_hub(value, folder / value) else path_from(folder, value)
 
 
 def tower_from(folder: Path, value: Any) -> Any:
-    """The name of a tower (see `edje.tower_sources`), taken from `folder` where it is a graph's file."""
+    """The name of a tower (see `edje.towers.sources`), taken from `folder` where it is a graph's file."""
     if not isinstance(value, str) or not value.startswith(_GRAPH_PREFIX):
         return value
     return _GRAPH_PREFIX + str(path_from(folder, value.removeprefix(_GRAPH_PREFIX)))

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from edje.config import AdapterConfig
 from edje.data.spec import DataSpec
 from edje.recipe_table import change, located
-from edje.vision_config import VitConfig
+from edje.tower_config import VitConfig
 
 Part = Literal["vision", "adapter", "text", "visual", "meeting", "first_stage"]
 LossName = Literal[

@@ -13,15 +13,15 @@ import torch
 import typer
 from rich.console import Console
 
-from edje.bert import BertError
 from edje.checkpoint import CheckpointError
 from edje.data.dataset import DataError
-from edje.feature_files import FeaturesError
-from edje.hub import SourceError
+from edje.features.storage import FeaturesError
 from edje.images import ImageError
+from edje.imports.bert import BertError
+from edje.imports.sources import SourceError
 from edje.optional import PackageMissing
 from edje.recipe import RecipeError, read_recipe
-from edje.towers import TowerError
+from edje.towers.base import TowerError
 from edje.training.devices import DeviceError, devices
 from edje.training.interrupt import sigterm_as_interrupt
 from edje.training.loop import TrainingStopped

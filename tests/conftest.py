@@ -7,7 +7,6 @@ is the server started. Without pytest-xdist the one process is its own controlle
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import socketserver
@@ -19,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from services import KafkaServer, RedisServer, ServiceError, Services
+from skipping import missing
 
-#: Fixtures of the tests in gpu/; not a conftest there, because there can only be one module of the name.
+#: Fixtures of the tests that need a GPU.
 pytest_plugins = ["gpu_devices"]
 
 ADDRESS_LIMIT_S = 300.0  # of a first run that downloads Kafka
@@ -69,13 +69,6 @@ def pytest_configure_node(node) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if DESK in config.stash:
         config.stash[DESK].close()
-
-
-def missing(reason: str) -> None:
-    """Optional at home, mandatory where CI is set."""
-    if os.environ.get("CI"):
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
 
 
 def address_of(service: str, config: pytest.Config) -> str:

@@ -23,11 +23,11 @@ MAY_IMPORT = {
 #: Each of these third parties is met in the named files and nowhere else.
 ONLY_IN = {
     "kafka": "workers/bus/",
-    "redis": "workers/store.py",
+    "redis": "workers/store/client.py",
 }
 #: The modules that put a program together, and so alone say which adapter stands behind a port.
 ROOTS = {f"workers/{name}.py" for name in ("runtime", "client", "publish/__main__")}
-ADAPTERS = {f"workers.bus.{name}" for name in ("inbox", "outbox", "transactions", "reader")} | {"workers.store"}
+ADAPTERS = {f"workers.bus.{name}" for name in ("inbox", "outbox", "transactions", "reader")} | {"workers.store.client"}
 #: The two workers and what they share: neither knows the other, and what they share knows neither.
 WORKERS = ("ingest", "rerank")
 HEAVY = ["kafka", "redis", "tensorrt", "pycuda", "torch"]
@@ -114,9 +114,9 @@ def test_a_worker_is_known_to_itself_alone(worker):
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("tensorrt", ("trt/tensorrt_", "trt/plan")),
-        ("pycuda", ("trt/cuda_", "trt/tensorrt_")),
-        ("cuda", ("trt/cuda_",)),
+        ("tensorrt", ("trt/runtimes/tensorrt_", "trt/build/plan")),
+        ("pycuda", ("trt/cuda/", "trt/runtimes/tensorrt_")),
+        ("cuda", ("trt/cuda/",)),
     ],
 )
 def test_the_device_libraries_stay_in_the_modules_named_after_them(library, allowed):
@@ -165,7 +165,7 @@ def test_no_module_is_named_after_a_dependency():
     [
         "protocols.events, protocols.blob",
         "edje.text, edje.images, edje.checkpoint",
-        "trt.engine, trt.load, trt.constant",
+        "trt.contract, trt.load, trt.runtimes.constant_engine",
     ],
 )
 def test_what_the_hot_path_and_the_constant_engine_need_loads_nothing_heavy(modules):

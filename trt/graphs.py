@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edje.config import EdjeConfig
-from trt.slab import INT4_GROUP, SlotLayout
+from trt.slab.layout import INT4_GROUP, SlotLayout
 
 Precision = Literal["fp32", "fp16", "bf16"]
 GraphName = Literal["image", "query", "pair"]

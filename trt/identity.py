@@ -6,8 +6,8 @@ import hashlib
 from typing import Any
 
 from edje.config import EdjeConfig
-from trt.engine import EngineInfo
-from trt.slab import SlotLayout
+from trt.contract import EngineInfo
+from trt.slab.layout import SlotLayout
 
 
 def engine_digest(model_digest: str, runtime: str, *details: str) -> str:

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trt.engine import EngineMismatch
-from trt.layers import LayersUnreadable, attention_in, read_layers
+from trt.check.plan_layers import LayersUnreadable, attention_in, read_layers
+from trt.contract import EngineMismatch
 from trt.manifest import GraphFiles, Manifest, check_files, read_manifest, rebuild_command
 
 

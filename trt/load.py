@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edje.checkpoint import CheckpointError, read_config, read_digest
-from trt.engine import Engine, EngineMismatch, EngineUnavailable
+from trt.contract import Engine, EngineMismatch, EngineUnavailable
 from trt.manifest import Manifest, read_manifest
 from trt.matching import limit_mismatches, model_mismatches, refuse, with_limits
-from trt.slab import SlotLayout
+from trt.slab.layout import SlotLayout
 
 Runtime = Literal["torch", "tensorrt", "onnx", "constant"]
 
@@ -84,7 +84,7 @@ def open_onnx(
     directory: Path, manifest: Manifest, num_slots: int, max_pairs: int, max_images: int, num_threads: int | None
 ) -> Engine:
     """The graphs of an engine directory in ONNX Runtime. Raises `EngineMismatch` and `EngineUnavailable`."""
-    from trt.onnx_engine import OnnxEngine
+    from trt.runtimes.onnx_engine import OnnxEngine
 
     return OnnxEngine(
         directory,
@@ -108,7 +108,7 @@ def open_tensorrt(
 ) -> Engine:
     """The plans of an engine directory on a GPU. Raises `EngineMismatch` and `EngineUnavailable`."""
     try:
-        from trt.tensorrt_load import load_tensorrt
+        from trt.runtimes.tensorrt_load import load_tensorrt
     except ImportError as error:
         raise EngineUnavailable(
             f"the tensorrt engine needs TensorRT and pycuda, which cannot be imported ({error}): "
@@ -128,7 +128,7 @@ def open_tensorrt(
 def _load_constant(
     checkpoint: Path, storage: str, num_slots: int, max_pairs: int, max_images: int, ms_per_item: float
 ) -> Engine:
-    from trt.constant import ConstantEngine
+    from trt.runtimes.constant_engine import ConstantEngine
 
     return ConstantEngine(
         read_config(checkpoint),
@@ -155,9 +155,9 @@ def _load_torch(
         import torch
     except ImportError as error:
         raise EngineUnavailable(f"the torch engine needs torch, which cannot be imported: {error}") from error
-    from edje.weights import load_checkpoint
-    from trt.torch_engine import TorchEngine, fastest_dtype
-    from trt.torch_slab import build_slab
+    from edje.model.weights import load_checkpoint
+    from trt.runtimes.torch_engine import TorchEngine, fastest_dtype
+    from trt.slab.host import build_slab
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)

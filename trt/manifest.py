@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edje.config import EdjeConfig, parse_config
-from trt.engine import EngineMismatch
+from trt.contract import EngineMismatch
 from trt.graphs import DIMENSIONS, GraphName, Precision
 from trt.identity import engine_digest
 from trt.parity import Agreement, Thresholds

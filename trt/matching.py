@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trt.engine import EngineMismatch
+from trt.contract import EngineMismatch
 from trt.manifest import Manifest, again
 
 _AMPERE = (8, 0)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from trt.engine import EngineError
+from trt.contract import EngineError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

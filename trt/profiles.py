@@ -12,7 +12,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trt.engine import LimitExceeded
+from trt.contract import LimitExceeded
 from trt.graphs import IMAGES, PAIRS, QUERIES, TEXT_TOKENS, GraphName
 
 #: A call a quarter as large is worth kernels of its own; so is one a sixteenth as large.

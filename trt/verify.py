@@ -20,13 +20,13 @@ from rich.console import Console
 
 from edje.checkpoint import CheckpointError, read_config
 from edje.config import EdjeConfig
+from edje.model.weights import load_checkpoint
 from edje.optional import PackageMissing
 from edje.text import Tokenizer
-from edje.weights import load_checkpoint
-from trt.assemble import require
-from trt.comparison import report_on, scored, torch_reference
-from trt.engine import Engine, EngineError, EngineMismatch
-from trt.held_pairs import hold_pairs
+from trt.build.assemble import require
+from trt.check.comparison import report_on, scored, torch_reference
+from trt.check.pairs import hold_pairs
+from trt.contract import Engine, EngineError, EngineMismatch
 from trt.load import open_onnx, open_tensorrt
 from trt.manifest import Manifest, read_manifest
 from trt.parity import THRESHOLDS, Thresholds

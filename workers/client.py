@@ -21,12 +21,12 @@ from protocols.dead_letters import DeadLetter
 from protocols.encoding import CONTENT_TYPE_HEADER, JSON, MSGPACK, content_type_of, decode, encode
 from protocols.events import Event, ImageIndexed, ImageNew, RerankRequest, RerankResponse
 from protocols.topics import Topics
-from workers.bus.outbox import KafkaOutbox
+from workers.bus.producer import KafkaOutbox
 from workers.bus.reader import KafkaReader
 from workers.errors import WorkerError
 from workers.ports import Headers, Outbox, Outgoing, Record
 from workers.telemetry import names
-from workers.tracing import trace_id_of
+from workers.telemetry.trace_context import trace_id_of
 
 log = structlog.get_logger(__name__)
 

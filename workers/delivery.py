@@ -24,7 +24,7 @@ from workers.job import Finished
 from workers.ledger import Done, Ledger, commit_offsets
 from workers.ports import Inbox, Outbox, Outgoing, Partition, Record, SpanIds, TransactionalOutbox
 from workers.telemetry.bus_spans import BusSpans
-from workers.tracing import trace_id_of
+from workers.telemetry.trace_context import trace_id_of
 
 log = structlog.get_logger(__name__)
 

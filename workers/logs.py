@@ -18,7 +18,7 @@ from typing import Any, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from workers.store_url import without_secrets
+from workers.store.address import without_secrets
 
 Level = Literal["debug", "info", "warning", "error"]
 

@@ -16,7 +16,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from trt.engine import EngineInfo
+from trt.contract import EngineInfo
 from workers.interval import Interval
 from workers.ports import Partition, SpanIds
 from workers.telemetry import names

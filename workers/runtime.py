@@ -21,10 +21,10 @@ from typing import Generic, TypeVar
 import structlog
 
 from protocols.topics import Topics
-from trt.engine import EngineError
+from trt.contract import EngineError
 from workers.bus.connection import kafka_connection
-from workers.bus.inbox import KafkaInbox
-from workers.bus.outbox import KafkaOutbox
+from workers.bus.consumer import KafkaInbox
+from workers.bus.producer import KafkaOutbox
 from workers.bus.transactions import KafkaTransactionalOutbox
 from workers.delivery import AtLeastOnce, Delivery, ExactlyOnce
 from workers.errors import Misconfigured, Transient
@@ -38,7 +38,7 @@ from workers.read_settings import near_misses, read_settings, secrets_of
 from workers.retrying import Retry
 from workers.settings import WorkerSettings
 from workers.show_config import show_config
-from workers.store import RedisStore
+from workers.store.client import RedisStore
 from workers.telemetry.bus_spans import BusSpans
 from workers.telemetry.metric_export import MetricExport
 from workers.telemetry.setup import start_metric_export, start_tracing

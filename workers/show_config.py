@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workers.read_settings import variable_names
-from workers.store_url import without_secrets
+from workers.store.address import without_secrets
 
 #: Wide enough for a pipe or a file that one setting stays on one line.
 UNBOUNDED_WIDTH = 240

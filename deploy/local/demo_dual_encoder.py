@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from demo_first_stage import Found, best_of
-from edje.first_stage import FirstStage as Embedder
-from edje.first_stage import load_first_stage
+from edje.first_stage.dual_encoder import FirstStage as Embedder
+from edje.first_stage.dual_encoder import load_first_stage
 from edje.images import ImageLimits, decode_image
+from edje.model.weights import load_checkpoint
 from edje.text import Tokenizer
-from edje.weights import load_checkpoint
 
 #: The ingest worker's own, by default: it has taken these pictures already.
 LIMITS = ImageLimits(max_bytes=32 << 20, max_pixels=50_000_000)

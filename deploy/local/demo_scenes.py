@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from demo_pictures import Pictures
-from edje.data.scenes import holdout, write_scenes
+from edje.data.scenes.dataset import holdout, write_scenes
 from workers.publish.image_files import image_files
 
 #: Fifty groups of a scene and its three confusers.

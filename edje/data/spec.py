@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edje.data.caption_table import caption_table
+from edje.data.concatenated import several
 from edje.data.dataset import Dataset, Split
 from edje.data.flickr8k import flickr8k
 from edje.data.karpathy import karpathy
-from edje.data.scene_world import SWAPS, Swap
-from edje.data.scenes import scenes
-from edje.data.several import several
+from edje.data.scenes.dataset import scenes
+from edje.data.scenes.world import SWAPS, Swap
 
 Count = Annotated[int, Field(gt=0)]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edje.flops import Cost
+from edje.model.flops import Cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class ScorerCost:
 
 
 def scorer_cost(cost: Cost) -> ScorerCost:
-    """From the operations that `edje.flops` counts."""
+    """From the operations that `edje.model.flops` counts."""
     return ScorerCost(cost.per_query / 1e9, cost.per_pair / 1e9)
 
 

@@ -1,7 +1,7 @@
 """What is judged: a checkpoint on a dataset, with its images stored as the service would store them.
 
 The one place in which checkpoint, data and storage meet; everything else here takes arrays and callables. What the
-tower sees is kept on the disk (`edje.features`), so that judging a second model over the same tower costs little.
+tower sees is kept on the disk (`edje.features.extraction`), so judging a second model over the same tower costs little.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from edje.evaluation.protocol import Scorer
 from edje.evaluation.scorers import CHEAP, FULL
 from edje.evaluation.storage import Storage, StoredTokens, store_tokens
 from edje.evaluation.torch_scorers import TorchScorers, joint_cost, late_interaction_cost
-from edje.feature_files import Features
-from edje.features import extract, extractor_of
-from edje.first_stage import load_first_stage
-from edje.model import Edje
+from edje.features.extraction import extract, extractor_of
+from edje.features.storage import Features
+from edje.first_stage.dual_encoder import load_first_stage
+from edje.model.edje import Edje
+from edje.model.weights import load_checkpoint
 from edje.text import Tokenizer
-from edje.weights import load_checkpoint
 
 BATCH_IMAGES = 32
 OWN = "checkpoint"  # the first stage that lies in the checkpoint

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edje.apart import ApartEncoder, TokenMatch
 from edje.config import JointConfig
 from edje.evaluation.cost import ScorerCost, scorer_cost
-from edje.flops import Cost, cost_of
-from edje.model import Edje
+from edje.model.edje import Edje
+from edje.model.flops import Cost, cost_of
+from edje.model.late_fusion import ApartEncoder, TokenMatch
 
 #: A batch that keeps two cores or one GPU busy without much memory: 256 x 96 tokens x 1,536 hidden values are 150 MB.
 BATCH_PAIRS = 256

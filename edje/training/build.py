@@ -10,21 +10,21 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from edje.adapter import Adapter, LocalAdapter, Places
-from edje.bert import BertShape, load_bert, read_shape, tokenizer_json
-from edje.bert_source import read_tokenizer
 from edje.checkpoint import read_tokenizer_json
 from edje.config import EdjeConfig, FirstStageConfig, JointConfig, PreprocessConfig
-from edje.features import extractor_of
-from edje.first_stage import load_first_stage
-from edje.hub import find_source
-from edje.model import Edje, build_edje
+from edje.features.extraction import extractor_of
+from edje.first_stage.dual_encoder import load_first_stage
+from edje.imports.bert import BertShape, load_bert, read_shape, tokenizer_json
+from edje.imports.bert_checkpoint import read_tokenizer
+from edje.imports.sources import find_source
+from edje.model.adapter import Adapter, LocalAdapter, Places
+from edje.model.edje import Edje, build_edje
+from edje.model.weights import load_checkpoint
 from edje.recipe import Recipe, RecipeError, Start
-from edje.tower_sources import FoundTower, tower_from
-from edje.towers import BorrowedTower, graph_of
+from edje.towers.base import BorrowedTower, graph_of
+from edje.towers.sources import FoundTower, tower_from
 from edje.training.schedule import part_of
 from edje.vocabulary import caption_tokenizer
-from edje.weights import load_checkpoint
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 #: The files of a BERT that are needed.

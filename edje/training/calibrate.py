@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edje.training.dev_search import DevSearch
+from edje.training.dev_retrieval import DevSearch
 
 #: Gains that are tried, as multiples of one standard deviation of the candidates' scores.
 GAINS = np.concatenate(([0.0], np.geomspace(0.05, 200.0, 80)))

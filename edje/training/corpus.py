@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edje.data.dataset import DataError, Dataset, readable
-from edje.feature_files import Features
-from edje.features import DECODING_THREADS
+from edje.features.extraction import DECODING_THREADS
+from edje.features.storage import Features
 from edje.images import Resample
 from edje.text import Tokenizer, canonical_caption
 

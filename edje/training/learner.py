@@ -10,15 +10,15 @@ import torch
 
 from edje.config import EdjeConfig, FirstStageConfig
 from edje.data.dataset import Dataset, LabelledSource
-from edje.first_stage import FirstStage, FirstStageModel, save_first_stage
-from edje.model import Edje
+from edje.first_stage.dual_encoder import FirstStage, FirstStageModel, save_first_stage
+from edje.model.edje import Edje
+from edje.model.weights import save_checkpoint
 from edje.recipe import Phase, Recipe
 from edje.text import Tokenizer
 from edje.training.build import build_from, draw_heads, load_teacher, take_over
-from edje.training.candidates import new_first_stage
 from edje.training.devices import Devices
+from edje.training.first_stage.candidates import new_first_stage
 from edje.training.step import TrainingHeads, TrainingStep
-from edje.weights import save_checkpoint
 
 
 class Learner:

@@ -16,15 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from edje.checkpoint import CheckpointError, read_digest
 from edje.data.spec import open_dataset
-from edje.first_stage import FOLDER, read_folder
+from edje.first_stage.dual_encoder import FOLDER, read_folder
 from edje.recipe import Phase, Recipe
+from edje.training.batches.phase_data import Lessons
 from edje.training.calibrate import best_gain, candidates_of
-from edje.training.dev_search import DevSearch, dev_search
+from edje.training.dev_retrieval import DevSearch, dev_search
 from edje.training.devices import Devices, computes_bf16
 from edje.training.interrupt import stop_requests
 from edje.training.journal import Journal
 from edje.training.learner import Learner
-from edje.training.lessons import Lessons
 from edje.training.loop import train_phase
 from edje.training.schedule import parameter_groups
 from edje.training.state import Place, SavedState, find_state, restore_module, restore_optimizer, save_state

@@ -1,7 +1,7 @@
 """One step's losses: the module that is differentiated, and that several devices wrap as one.
 
 Holds the model, the first stage and what only training needs (the vocabulary head, the text recovery). Which pairs are
-scored was decided before (`edje.training.sampling`); nothing here draws at random but which words and patches to hide.
+scored was decided before (`edje.training.batches.sampling`); only masked words and patches are drawn at random here.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edje.apart import ApartEncoder
 from edje.config import JointConfig
 from edje.data.dataset import Role
-from edje.first_stage import FirstStageModel
-from edje.model import Edje
+from edje.first_stage.dual_encoder import FirstStageModel
+from edje.model.edje import Edje
+from edje.model.late_fusion import ApartEncoder
 from edje.recipe import Phase
-from edje.training.gathered import gathered, gathered_texts
+from edje.training.all_gather import gathered, gathered_texts
 from edje.training.losses import (
     contrastive_loss,
     distillation_loss,

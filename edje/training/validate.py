@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edje.evaluation.comparison import evaluate
-from edje.training.dev_search import DevSearch
+from edje.training.dev_retrieval import DevSearch
 
 
 def validate(search: DevSearch) -> dict[str, float]:

@@ -14,8 +14,8 @@ import structlog
 from kafka import KafkaProducer
 
 from workers.bus.clients import close_producer, kafka_offsets, send_to, started
+from workers.bus.consumer import SESSION_TIMEOUT_MS
 from workers.bus.errors import REBALANCING, refusal, translating
-from workers.bus.inbox import SESSION_TIMEOUT_MS
 from workers.bus.topics import TopicLookup, is_known
 from workers.errors import Refused, TopicRefused, Transient
 from workers.ports import Outgoing, Partition

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from edje.images import ImageLimits
 from protocols.blob import BlobLayout
-from trt.engine import Engine
+from trt.contract import Engine
 from trt.load import load_engine
 from workers.dead_letters import DeadLetters
 from workers.ingest.address_policy import AddressPolicy

@@ -21,7 +21,7 @@ from tenacity import stop_after_attempt
 from edje.images import ImageError, ImageLimits, decode_image
 from protocols.blob import BlobError, BlobLayout, content_sha256_of, encode_blob
 from protocols.keys import blob_key
-from trt.engine import ImageEncoder
+from trt.contract import ImageEncoder
 from workers.errors import Misconfigured, Poison, Transient
 from workers.interval import Interval
 from workers.ports import TokenStore

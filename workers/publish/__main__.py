@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from protocols.events import ImageNew
 from protocols.topics import Topics
 from workers.bus.connection import kafka_connection
-from workers.bus.outbox import KafkaOutbox
+from workers.bus.producer import KafkaOutbox
 from workers.bus.reader import KafkaReader, Start
 from workers.client import CLOSE_TIMEOUT_S, MAX_MESSAGE_BYTES, connect
 from workers.errors import Misconfigured, WorkerError

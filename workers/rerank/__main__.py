@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from edje.text import Tokenizer
 from protocols.blob import BlobLayout
-from trt.engine import Engine, EngineInfo
+from trt.contract import Engine, EngineInfo
 from trt.load import load_engine, slots_in
 from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured

@@ -15,7 +15,7 @@ import structlog
 
 from protocols.blob import BlobError, BlobLayout, BlobMissing, decode_blobs
 from protocols.keys import blob_keys
-from trt.engine import TokenSlab
+from trt.contract import TokenSlab
 from workers.metrics import Metrics
 from workers.rerank.slots import SlotTable
 from workers.rerank.spans import RerankSpans

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trt.engine import DeviceCopies, PairScorer, TellsCopies
+from trt.contract import DeviceCopies, PairScorer, TellsCopies
 from workers.interval import Interval
 from workers.rerank.state import ReadyPiece
 

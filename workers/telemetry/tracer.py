@@ -15,7 +15,15 @@ from workers.ports import Headers, SpanIds
 from workers.telemetry.finished_span import FinishedSpan
 from workers.telemetry.names import SpanName
 from workers.telemetry.sampling import Sampling
-from workers.tracing import SAMPLED, TraceContext, context_headers, names_context, new_context, new_id, read_context
+from workers.telemetry.trace_context import (
+    SAMPLED,
+    TraceContext,
+    context_headers,
+    names_context,
+    new_context,
+    new_id,
+    read_context,
+)
 
 Attributes = Mapping[str, Any]
 

@@ -1,0 +1,1 @@
+"""The drawn scenes: world, captions, pixels and the dataset they make."""

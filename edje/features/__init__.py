@@ -1,0 +1,1 @@
+"""Features of the frozen vision tower: extracted once per dataset, read as memory maps."""

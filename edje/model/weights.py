@@ -1,0 +1,108 @@
+"""Saving and loading a whole model: the half of a checkpoint that needs torch (`edje.checkpoint` is the other)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from edje.checkpoint import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    GRAPH_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    CheckpointExists,
+    CheckpointIncomplete,
+    CheckpointMismatch,
+    Envelope,
+    digest_of,
+    read_config,
+    read_digest,
+    read_graph,
+)
+from edje.config import EdjeConfig
+from edje.model.edje import Edje, build_edje
+from edje.optional import PackageMissing
+from edje.towers.base import TowerError, graph_of
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded model, ready to run on the CPU, and what identifies it."""
+
+    config: EdjeConfig
+    model: Edje
+    digest: str
+
+
+def save_checkpoint(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer_json: str) -> str:
+    """Write a new checkpoint folder, whole or not at all, and return its digest.
+
+    Raises `CheckpointExists` unless the folder is new or empty.
+    """
+    if checkpoint.exists() and (not checkpoint.is_dir() or any(checkpoint.iterdir())):
+        raise CheckpointExists(f"{checkpoint} exists: remove it or choose another folder")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}-", dir=checkpoint.parent))
+    try:
+        safetensors.torch.save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+            draft / WEIGHTS_FILE,
+        )
+        (draft / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+        graph = graph_of(model.vision)
+        if graph is not None:
+            (draft / GRAPH_FILE).write_bytes(graph)
+        digest = digest_of(draft, config)
+        envelope = Envelope(format_version=FORMAT_VERSION, model_digest=digest, config=asdict(config))
+        (draft / CONFIG_FILE).write_text(envelope.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for path in draft.iterdir():
+            path.chmod(0o644)
+            _sync(path)
+        draft.chmod(0o755)  # a temporary folder is its maker's alone; a worker may run as another user
+        _sync(draft)
+        draft.rename(checkpoint)
+        _sync(checkpoint.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return digest
+
+
+def load_checkpoint(checkpoint: Path) -> Checkpoint:
+    """Read a checkpoint folder, after verifying its digest. Raises `CheckpointError`."""
+    config = read_config(checkpoint)
+    digest = read_digest(checkpoint)
+    try:
+        tensors = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise CheckpointIncomplete(f"{checkpoint / WEIGHTS_FILE} cannot be read: {error}") from error
+    try:
+        model = build_edje(config, device="meta", graph=read_graph(checkpoint, config))
+    except (TowerError, PackageMissing) as error:
+        raise CheckpointMismatch(f"{checkpoint} cannot be loaded here: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise CheckpointMismatch(
+            f"{checkpoint} holds weights of another architecture than its configuration {config.name!r}: "
+            f"{name} is {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+        )
+    model.load_state_dict(tensors, assign=True)
+    return Checkpoint(config, model.eval().requires_grad_(False), digest)
+
+
+def _sync(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

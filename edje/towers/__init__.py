@@ -1,0 +1,1 @@
+"""Vision towers: our own ViT, and those of transformers, timm and ONNX behind one interface."""

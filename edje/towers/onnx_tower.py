@@ -1,0 +1,81 @@
+"""A vision tower that is an ONNX graph, run by ONNX Runtime on the CPU, whatever device the rest of the model is on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edje.optional import need
+from edje.tower_config import OnnxVisionConfig
+from edje.towers.base import BorrowedTower, TowerError
+
+_TOKENS, _POOLED = "tokens", "pooled"
+#: Says nothing about what it does not mind; errors come as exceptions.
+_LOG_FATAL = 4
+
+
+class GraphTower(BorrowedTower):
+    """Images in, the graph's `tokens` out, and its `pooled` or the mean of the tokens. No gradient passes."""
+
+    def __init__(self, config: OnnxVisionConfig, image_size: int, graph: bytes) -> None:
+        super().__init__(config, image_size)
+        self.graph = graph
+        self._run = GraphRunner(graph)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, H, W) -> (B, S, D), (B, E)
+        return self._checked(*self._run(pixels))
+
+
+class GraphRunner:
+    """One graph, opened: `image_size` is what it asks for, None where it takes any."""
+
+    def __init__(self, graph: bytes) -> None:
+        onnxruntime = need("onnxruntime", "train")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _LOG_FATAL
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Weights beside the graph would be looked for in the working directory: no graph may depend on that.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+        try:
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's errors have no common root
+            if "external" in str(error).lower():
+                raise TowerError(
+                    "the ONNX graph keeps its weights in another file (external data): save it as one file, with "
+                    "onnx.save(onnx.load(PATH), NEW_PATH)"
+                ) from error
+            raise TowerError(f"ONNX Runtime cannot open the graph: {str(error)[:300]}") from error
+        self._input, self.image_size = _pixel_input(self._session.get_inputs())
+        names = [output.name for output in self._session.get_outputs()]
+        if _TOKENS not in names:
+            raise TowerError(f"the ONNX graph gives {', '.join(names)} but no output named {_TOKENS!r}: rename it so")
+        self._outputs = [name for name in (_TOKENS, _POOLED) if name in names]
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, H, W) -> (B, S, D), (B, E)
+        images = pixels.detach().to("cpu", torch.float32).numpy()
+        try:
+            found = self._session.run(self._outputs, {self._input: images})
+        except Exception as error:  # as above
+            raise TowerError(f"ONNX Runtime cannot run the graph on {images.shape}: {str(error)[:300]}") from error
+        tokens, *rest = (torch.from_numpy(part).to(pixels.device) for part in found)
+        if tokens.ndim != 3:
+            raise TowerError(f"the ONNX graph's {_TOKENS!r} has {tokens.ndim} axes; expected images, tokens, width")
+        return tokens, rest[0] if rest else tokens.mean(dim=1)
+
+
+def _pixel_input(inputs: list[Any]) -> tuple[str, int | None]:
+    """Name and image size of the one input, which must be fp32 images of any number, channels first."""
+    described = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
+    shape: list[Any] = inputs[0].shape if len(inputs) == 1 and inputs[0].type == "tensor(float)" else []
+    if len(shape) != 4 or shape[1] != 3 or isinstance(shape[0], int):
+        raise TowerError(
+            f"the ONNX graph takes {described}; expected one fp32 input of images, channels first, with an open "
+            "number of images, like ['N', 3, 224, 224]: export it so"
+        )
+    sides = {side for side in shape[2:] if isinstance(side, int)}
+    if len(sides) > 1:
+        raise TowerError(f"the ONNX graph takes {described}; its images must be square")
+    return inputs[0].name, next(iter(sides), None)

@@ -1,0 +1,1 @@
+"""Training batches: sampling, grounding labels, cached text states, and the data of a phase."""

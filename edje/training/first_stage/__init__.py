@@ -1,0 +1,1 @@
+"""The first stage in training: candidate pairs, their scores, and cached embeddings."""

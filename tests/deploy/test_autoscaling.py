@@ -1,0 +1,125 @@
+"""Work piles up and workers come, it is done and they go, and no request is lost on the way: `make test-autoscaling`.
+
+The manifests that users deploy, on a real API server with its controllers, a real KEDA, Prometheus, Kafka and Redis,
+and real workers (`autoscaling_cluster`). The first time builds the API server and KEDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from autoscaling_cluster import Cluster, model
+from autoscaling_run import IMAGES, Requests, Run, Seen
+from deploy_manifests import ROOT
+from deploy_tools import control_plane, keda
+from node_pod import Ended
+from service_harness import Service, Tap
+
+pytestmark = [pytest.mark.autoscaling, pytest.mark.services, pytest.mark.timeout(3600)]
+
+#: Written anew by each session; `python tests/support/autoscaling_plot.py` draws it.
+RECORD = ROOT / "build" / "autoscaling.jsonl"
+#: 240 s of work for one worker: 120 times the threshold of one, and a minute for all.
+BURST = 6_000
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    control_plane()
+    keda()
+    RECORD.parent.mkdir(exist_ok=True)
+    RECORD.unlink(missing_ok=True)
+    with Cluster(tmp_path_factory.mktemp("autoscaling")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Tap]]:
+    service = Service(cluster.kafka.brokers, cluster.redis.url, "", model(), tmp_path_factory.mktemp("client"))
+    service.store_images(IMAGES)
+    yield service, service.replies()
+    service.close()
+
+
+@pytest.fixture
+def begin(cluster: Cluster, client: tuple[Service, Tap]) -> Iterator[Callable[[str], Run]]:
+    """Begin a run with nothing to do and as few workers as there may be."""
+
+    def begin(name: str) -> Run:
+        run = Run(cluster, Requests(*client), RECORD, name)
+        run.until_fewest()
+        return run
+
+    yield begin
+    print(cluster.logs())
+
+
+def drained(worker: Ended) -> bool:
+    """Whether it left when it was told to, with nothing left in work."""
+    return worker.was_asked and worker.status == 0 and '"event": "drained"' in worker.log.read_text()
+
+
+def answered(seen: Seen) -> Seen:
+    """What a client should see of so many requests: every one answered, once, and well."""
+    return Seen(seen.requests, lost=0, statuses=frozenset({"ok"}), repeated=0, different=0)
+
+
+def test_workers_come_as_the_formula_says_and_go_when_the_work_is_done(begin: Callable[[str], Run]):
+    run = begin("a stream and a burst")
+
+    run.stream(workers=1.8)
+    run.until(lambda: run.ready == run.wanted_for("busy-engines", 1.8), "room for 1.8 busy workers")
+    up_s = run.burst(BURST)
+    run.until(lambda: run.ready == run.most, "all workers are ready")
+    run.until_answered()
+    run.until_fewest()
+    seen = run.seen()
+
+    assert up_s < 2 * run.scaler["pollingInterval"]
+    assert seen == answered(seen)
+    assert [worker for worker in run.ended() if not drained(worker)] == []
+
+
+def test_a_rolling_update_and_a_killed_worker_within_a_burst_lose_no_request(begin: Callable[[str], Run]):
+    run = begin("a rolling update and a killed worker")
+
+    up_s = run.burst(BURST)
+    run.keep_waiting(BURST // 2)
+    run.until(lambda: run.ready == run.most, "all workers are ready")
+    run.cluster.restart("rerank")
+    run.note("a rolling update begins")
+    run.until(lambda: run.num_updated() == run.most // 2, "half of the workers are new")
+    killed = run.kill_a_worker()
+    run.until(run.is_updated, "the rolling update is done")
+    run.note("the rolling update is done")
+    run.until_answered()
+    run.until_fewest()
+    seen = run.seen()
+
+    assert up_s < 2 * run.scaler["pollingInterval"]
+    assert replace(seen, repeated=0) == answered(seen)  # what the killed worker had answered and not committed
+    assert [worker.pod for worker in run.ended() if not drained(worker)] == [killed]
+
+
+def test_while_prometheus_is_away_the_lag_raises_the_workers_and_none_is_sent_away(begin: Callable[[str], Run]):
+    run = begin("Prometheus away")
+
+    run.cluster.prometheus.stop()
+    run.note("Prometheus is away")
+    up_s = run.burst(BURST)
+    run.until(lambda: run.ready == run.wanted_for("lag", BURST), "as many workers as the lag asks for")
+    run.until_answered()
+    run.until(run.has_fallen_back, "the autoscaler says that it falls back")
+    wanted = run.wanted
+    run.cluster.prometheus.start()
+    run.note("Prometheus is back")
+    run.until_fewest()
+    seen = run.seen()
+
+    assert up_s < 2 * run.scaler["pollingInterval"]
+    assert wanted == run.most
+    assert seen == answered(seen)
+    assert [worker for worker in run.ended() if not drained(worker)] == []

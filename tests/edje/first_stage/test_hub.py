@@ -1,0 +1,141 @@
+"""First stages of the hub against the library that published them, and through a checkpoint's folder and back."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from edje.checkpoint import CheckpointIncomplete, CheckpointMismatch, CheckpointTampered
+from edje.first_stage.dual_encoder import load_first_stage, save_first_stage
+from edje.first_stage.hub import HubFirstStage, published_first_stage
+from edje.imports.sources import SourceError
+from edje.towers.sources import tower_from
+from hub_folders import IMAGE_SIZE, write_bert, write_pair_of_encoders
+
+transformers = pytest.importorskip("transformers")
+
+CAPTIONS = ["a red picture", "plain", "a very very very very very very plain picture of a picture", "unheard of"]
+KINDS = [("siglip", False), ("siglip", True), ("clip", True)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=["siglip", "siglip-mask", "clip"])
+def published(request, tmp_path_factory):
+    """The folder, and the library's own model and tokenizer."""
+    architecture, has_mask = request.param
+    folder = tmp_path_factory.mktemp(architecture)
+    return folder, *write_pair_of_encoders(folder, architecture, has_mask=has_mask)
+
+
+def test_similarities_are_the_librarys_own(published):
+    folder, model, tokenizer = published
+    pixels = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    is_siglip = model.config.model_type == "siglip"
+    padding = {"padding": "max_length" if is_siglip else True, "truncation": True, "max_length": 8}
+    with torch.inference_mode():
+        texts = model.get_text_features(**tokenizer(CAPTIONS, return_tensors="pt", **padding)).pooler_output
+        images = model.get_image_features(pixel_values=pixels).pooler_output
+        expected = torch.nn.functional.cosine_similarity(texts[:, None], images[None], dim=-1).numpy()
+        _, pooled = tower_from(f"hub:{folder}").module(pixels)
+
+    first_stage = published_first_stage(f"hub:{folder}")
+
+    found = first_stage.caption_vectors(CAPTIONS, []) @ first_stage.image_vectors(pooled.numpy()).T
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert first_stage.dim == texts.shape[1]
+    assert expected.std() > 0.01  # there is something to agree on
+
+
+def test_captions_are_made_canonical_unless_it_is_told_otherwise(published):
+    folder, *_ = published
+
+    canonical = published_first_stage(str(folder))
+    literal = published_first_stage(str(folder), canonical_captions=False)
+
+    plain, shouted = canonical.caption_vectors(["a red picture", "A RED, picture!"], [])
+    assert shouted == pytest.approx(plain, abs=1e-6)
+    plain, shouted = literal.caption_vectors(["a red picture", "A RED, picture!"], [])
+    assert np.abs(shouted - plain).max() > 1e-3
+
+
+def test_it_is_loaded_as_it_was_saved_without_the_folder_it_came_from(published, tmp_path):
+    folder, *_ = published
+    first_stage = published_first_stage(str(folder))
+    pooled = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    save_first_stage(tmp_path, first_stage)
+
+    loaded = load_first_stage(tmp_path)
+
+    assert isinstance(loaded, HubFirstStage)
+    assert loaded.config == first_stage.config
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert (loaded.caption_vectors(CAPTIONS, []) == first_stage.caption_vectors(CAPTIONS, [])).all()
+    assert (loaded.image_vectors(pooled) == first_stage.image_vectors(pooled)).all()
+
+
+def test_a_caption_does_not_depend_on_the_others(published):
+    folder, *_ = published
+    first_stage = published_first_stage(str(folder))
+
+    together = first_stage.caption_vectors(CAPTIONS, [])
+    alone = np.concatenate([first_stage.caption_vectors([caption], []) for caption in CAPTIONS])
+
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    write_pair_of_encoders(tmp_path / "published", "siglip")
+    save_first_stage(tmp_path, published_first_stage(str(tmp_path / "published")))
+    return tmp_path
+
+
+def test_a_changed_tokenizer_is_refused(saved):
+    path = saved / "first_stage" / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace("red", "der"))
+
+    with pytest.raises(CheckpointTampered, match="not as it was saved"):
+        load_first_stage(saved)
+
+
+def test_a_folder_without_its_tokenizer_is_refused(saved):
+    for path in (saved / "first_stage" / "tokenizer").iterdir():
+        path.unlink()
+    (saved / "first_stage" / "tokenizer").rmdir()
+
+    with pytest.raises(CheckpointIncomplete, match="copy the whole folder again"):
+        load_first_stage(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architecture": "blip"}, "describes no first stage this program knows: architecture"),
+        ({"text_config": {"hidden_size": 64, "num_attention_heads": 4}}, "weights of another first stage"),
+    ],
+)
+def test_another_architecture_is_told_in_a_sentence(saved, change, words):
+    path = saved / "first_stage" / "config.json"
+    envelope = json.loads(path.read_text())
+    envelope["config"] |= change
+    path.write_text(json.dumps(envelope))
+
+    with pytest.raises(CheckpointMismatch, match=words):
+        load_first_stage(saved)
+
+
+def test_a_model_without_a_text_to_compare_is_refused(tmp_path):
+    write_bert(tmp_path / "bert")
+
+    with pytest.raises(SourceError, match="is a bert: a first stage of kind 'hub' is one of siglip, clip"):
+        published_first_stage(str(tmp_path / "bert"))
+
+
+def test_where_there_is_nothing_a_sentence_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(SourceError, match=r"cannot be loaded \(.*give a local folder with"):
+        published_first_stage("hub:nobody/nothing-of-the-kind")

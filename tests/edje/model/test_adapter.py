@@ -1,0 +1,100 @@
+"""Adapters: what they make of a picture's patches, and what they tell of where those lie."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from edje.config import AdapterConfig
+from edje.model.adapter import Places
+from edje.model.edje import build_edje
+from edje.model.variants import VARIANTS
+from edje.training.build import draw_for_training
+
+NUM_PATCHES = 16
+COMPRESSORS = ("compression", "decoder")
+KINDS = ("local", *COMPRESSORS)
+
+
+def drawn(kind, *, places, num_tokens=NUM_PATCHES):
+    adapter = AdapterConfig(kind=kind, num_tokens=num_tokens, hidden_dim=32, places=places)
+    model = build_edje(replace(VARIANTS["tiny"], adapter=adapter))
+    draw_for_training(model, seed=0)
+    return model
+
+
+def patches_alike(num_images=1):
+    """The same patch everywhere: what differs between places is what the adapter knows of them."""
+    one = torch.randn(num_images, 1, VARIANTS["tiny"].vision.dim, generator=torch.Generator().manual_seed(1))
+    return one.repeat(1, NUM_PATCHES, 1)
+
+
+def spread(tokens):
+    """How far a picture's tokens lie apart, beside their size."""
+    return (tokens.std(dim=1, correction=0).mean() / tokens.std()).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_with_places_tokens_tell_where_a_patch_lies(kind):
+    model = drawn(kind, places=True)
+
+    assert spread(model.adapter(patches_alike())) > 0.3
+
+
+@torch.no_grad()
+def test_without_places_a_patch_makes_the_same_token_everywhere():
+    model = drawn("local", places=False)
+
+    assert spread(model.adapter(patches_alike())) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_published_form_has_no_places(kind):
+    assert not [name for name, _ in drawn(kind, places=False).named_parameters() if "places" in name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", [0, 6, 15])
+@torch.no_grad()
+def test_a_token_is_of_its_own_patch_before_anything_is_learned(kind, place):
+    adapter = drawn(kind, places=True).adapter
+    patches = patches_alike()
+    before = adapter(patches)
+    patches[0, place] = torch.randn(patches.shape[2], generator=torch.Generator().manual_seed(2))
+
+    assert (adapter(patches) - before).norm(dim=2).argmax() == place
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+@pytest.mark.parametrize("num_tokens", [3, 8, 16, 40])
+@torch.no_grad()
+def test_a_compressor_keeps_the_number_of_tokens_whatever_the_number_of_patches(kind, num_tokens):
+    model = drawn(kind, places=True, num_tokens=num_tokens)
+
+    tokens = model.adapter(patches_alike(2))
+
+    assert tokens.shape == (2, num_tokens, VARIANTS["tiny"].joint.dim)
+    assert torch.isfinite(tokens).all()
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+@torch.no_grad()
+def test_each_query_looks_at_a_place_of_its_own_before_anything_is_learned(kind):
+    adapter = drawn(kind, places=True).adapter
+    attention = adapter.crossings[0].attention
+    keys = adapter.places(torch.zeros(1, NUM_PATCHES, attention.embed_dim))
+
+    _, weights = attention(adapter.query, keys, keys)
+
+    assert weights[0].argmax(dim=1).tolist() == list(range(NUM_PATCHES))
+    assert weights[0].diagonal().min() > 2 / NUM_PATCHES
+
+
+def test_fewer_queries_than_places_begin_spread_over_the_grid():
+    places = Places(9, 1)
+    with torch.no_grad():
+        places.table.weight.copy_(torch.arange(9.0)[:, None])
+
+    assert places.spread(3)[:, 0].tolist() == [0, 3, 6]
+    assert places.spread(18)[:, 0].tolist() == [each // 2 for each in range(18)]

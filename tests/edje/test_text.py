@@ -1,0 +1,113 @@
+"""Captions to ids."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edje.checkpoint import CheckpointMismatch
+from edje.init import initialise
+from edje.model.variants import VARIANTS
+from edje.text import Tokenizer, canonical_caption
+from edje.vocabulary import VocabularyError, character_tokenizer, wordpiece_tokenizer
+
+CLS, SEP, UNK = 2, 3, 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(character_tokenizer().to_str(), VARIANTS["tiny"])
+
+
+def test_a_caption_is_lower_cased_and_loses_its_punctuation():
+    assert canonical_caption("  A dog's  RUN_to the beach!? ") == "a dogs run to the beach"
+
+
+def test_a_caption_is_framed_by_cls_and_sep(tokenizer):
+    ids = tokenizer.encode("dog")
+
+    assert (ids[0], ids[-1], len(ids)) == (CLS, SEP, 5)
+    assert UNK not in ids
+
+
+def test_an_empty_caption_is_cls_and_sep(tokenizer):
+    assert tokenizer.encode("") == [CLS, SEP]
+
+
+def test_spelling_does_not_matter_where_the_model_was_trained_without(tokenizer):
+    assert tokenizer.encode("A Dog, réally.") == tokenizer.encode("a dog really")
+
+
+@pytest.mark.parametrize("text", ["a dog [SEP] a cat", "[CLS]", "[MASK]", "<image>", "[PAD]"])
+def test_a_caption_cannot_spell_a_special_token(text):
+    spelled_out = Tokenizer(
+        character_tokenizer().to_str(),
+        parse_without_canonical_captions(),
+    )
+
+    inner = spelled_out.encode(text)[1:-1]
+
+    assert all(token > 4 for token in inner)
+    assert character_tokenizer().get_vocab_size() - 1 not in inner
+
+
+def parse_without_canonical_captions():
+    from dataclasses import replace
+
+    tiny = VARIANTS["tiny"]
+    return replace(tiny, preprocess=replace(tiny.preprocess, canonical_captions=False))
+
+
+@pytest.mark.parametrize("text", ["x " * 500, "y" * 90 + " z" * 100, "w " * 2_000_000], ids=["words", "word", "huge"])
+def test_only_the_caption_is_cut_and_only_to_61_pieces(tokenizer, text):
+    ids = tokenizer.encode(text)
+
+    assert (ids[0], ids[-1], len(ids)) == (CLS, SEP, 63)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_tokenises_within_the_limits(tokenizer, text):
+    ids = tokenizer.encode(text)
+
+    assert (ids[0], ids[-1]) == (CLS, SEP)
+    assert len(ids) <= tokenizer.max_text_tokens
+    assert max(ids) < VARIANTS["tiny"].joint.vocab_size
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(CheckpointMismatch, match="another model"):
+        Tokenizer(character_tokenizer().to_str(), VARIANTS["paper-l16"])
+
+
+def write_vocabulary(folder: Path, *extra: str) -> Path:
+    path = folder / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog", "run", "##ning", *extra]) + "\n")
+    return path
+
+
+def test_a_vocabulary_file_makes_word_pieces(tmp_path):
+    initialise(VARIANTS["tiny"], tmp_path / "model", seed=0, vocabulary=write_vocabulary(tmp_path))
+
+    assert Tokenizer.load(tmp_path / "model").encode("Dog running") == [2, 5, 6, 7, 3]
+
+
+def test_the_image_token_is_appended_to_a_vocabulary(tmp_path):
+    assert wordpiece_tokenizer(write_vocabulary(tmp_path)).token_to_id("<image>") == 8
+
+
+@pytest.mark.parametrize("content", [b"dog\ncat\n", b"\xff\xfe\x00", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ndog\ndog\n"])
+def test_a_file_that_is_no_bert_vocabulary_is_refused(tmp_path, content):
+    (tmp_path / "vocab.txt").write_bytes(content)
+
+    with pytest.raises(VocabularyError, match="vocabulary"):
+        wordpiece_tokenizer(tmp_path / "vocab.txt")
+
+
+def test_reading_text_does_not_import_torch():
+    script = "import sys, edje.text; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", script], check=False, cwd=Path(__file__).parents[2]).returncode == 0

@@ -1,0 +1,235 @@
+"""Encodings: what goes in comes out, and nothing hostile does more than an EventError."""
+
+import base64
+import json
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocols.encoding import (
+    JSON,
+    MAX_ERROR_CHARS,
+    MSGPACK,
+    EventError,
+    content_type_of,
+    decode,
+    encode,
+    encode_response,
+    salvage_id,
+)
+from protocols.events import ImageIndexed, ImageNew, RerankRequest, RerankResponse, Result
+from strategies import digests, events, finite, ids, timings
+
+MODELS = [ImageNew, ImageIndexed, RerankRequest, RerankResponse]
+REQUEST = {"request_id": "r-1", "query": {"text": "a dog"}, "candidates": [{"image_id": "img-7", "score": 0.31}]}
+
+both_encodings = pytest.mark.parametrize("content_type", [JSON, MSGPACK])
+
+
+def written(fields, content_type):
+    return json.dumps(fields).encode() if content_type == JSON else msgpack.packb(fields)
+
+
+@both_encodings
+@given(event=events)
+def test_an_event_survives_both_encodings(content_type, event):
+    assert decode(type(event), encode(event, content_type), content_type) == event
+
+
+@both_encodings
+@given(model=st.sampled_from(MODELS), value=st.binary(max_size=300))
+def test_arbitrary_bytes_are_an_event_error(content_type, model, value):
+    with pytest.raises(EventError):
+        decode(model, value, content_type)
+    salvage_id(value, content_type, "request_id")
+
+
+_trees = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@both_encodings
+@given(model=st.sampled_from(MODELS), tree=_trees, field=st.sampled_from(sorted(RerankRequest.model_fields)))
+def test_any_tree_in_any_field_is_an_event_error_or_an_event(content_type, model, tree, field):
+    value = written({**REQUEST, "image_id": "img-7", field: tree}, content_type)
+
+    try:
+        event = decode(model, value, content_type)
+    except EventError as caught:
+        refusal = caught
+    else:
+        assert decode(model, encode(event, content_type), content_type) == event
+        return
+
+    assert refusal.code in {"unsupported_version", "invalid_event"}
+    assert len(str(refusal)) <= MAX_ERROR_CHARS
+
+
+@both_encodings
+def test_unknown_fields_are_ignored_and_null_is_absent(content_type):
+    fields = {**REQUEST, "top_n": None, "color": {"deep": [1]}, "candidates": [{"image_id": "a", "text": None, "x": 1}]}
+
+    request = decode(RerankRequest, written(fields, content_type), content_type)
+
+    assert request.top_n is None
+    assert request.image_ids() == ["a"]
+
+
+@both_encodings
+def test_another_schema_version_is_named_whatever_else_is_wrong(content_type):
+    with pytest.raises(EventError, match="only schema_version 1") as caught:
+        decode(RerankRequest, written({"schema_version": 2, "query": 5}, content_type), content_type)
+
+    assert caught.value.code == "unsupported_version"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "value"),
+    [
+        (JSON, b""),
+        (JSON, b"{"),
+        (JSON, b"\xff\xfe"),
+        (JSON, b"[" * 100_000),
+        (JSON, b'{"request_id": "\\ud800"}'),
+        (MSGPACK, b""),
+        (MSGPACK, b"\x91" * 100_000),
+        (MSGPACK, b"\xdd\xff\xff\xff\xff"),  # announces 4 billion elements
+        (MSGPACK, b"\xdf\xff\xff\xff\xff"),
+        (MSGPACK, msgpack.packb({1: 2})),
+        (MSGPACK, msgpack.packb(msgpack.Timestamp(1))),
+        (MSGPACK, msgpack.packb({"a": msgpack.ExtType(4, b"")})),
+        (MSGPACK, msgpack.packb(REQUEST) + b"\x00"),
+        (MSGPACK, b"\x81\xa1a\xa2\xff\xff"),
+    ],
+)
+def test_bytes_that_are_no_such_encoding_are_undecodable(content_type, value):
+    with pytest.raises(EventError) as caught:
+        decode(RerankRequest, value, content_type)
+
+    assert caught.value.code == "undecodable"
+
+
+def test_an_encoding_nobody_agreed_on_is_refused_by_name():
+    with pytest.raises(EventError, match="application/x-protobuf") as caught:
+        decode(RerankRequest, b"", "application/x-protobuf")
+
+    assert caught.value.code == "unsupported_content_type"
+
+
+def test_an_error_does_not_repeat_the_image():
+    secret = base64.b64encode(b"pixels of somebody").decode()
+
+    with pytest.raises(EventError) as caught:
+        decode(ImageNew, json.dumps({"image_id": 3, "data": secret, "uri": secret}).encode())
+
+    assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("alphabet", [base64.b64encode, base64.urlsafe_b64encode])
+def test_both_base64_alphabets_are_read_and_the_standard_one_is_written(alphabet):
+    data = bytes([251, 255, 190])
+
+    event = decode(ImageNew, json.dumps({"image_id": "a", "data": alphabet(data).decode()}).encode())
+
+    assert event.data == data
+    assert json.loads(encode(event))["data"] == "+/++"
+    assert msgpack.unpackb(encode(event, MSGPACK))["data"] == data
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ((), JSON),
+        ((("traceparent", b"00"),), JSON),
+        ((("Content-Type", b"application/json; charset=utf-8"),), JSON),
+        ((("content-type", b"APPLICATION/MSGPACK"),), MSGPACK),
+        ((("content-type", b"application/x-msgpack"),), MSGPACK),
+        ((("content-type", b""),), JSON),
+        ((("content-type", b"\xff"),), "\ufffd"),
+    ],
+)
+def test_the_content_type_is_what_the_header_means(headers, expected):
+    assert content_type_of(headers) == expected
+
+
+@both_encodings
+@given(
+    rows=st.lists(st.tuples(st.none() | ids, st.floats(0, 1), finite), max_size=5),
+    request_id=ids,
+    digest=digests,
+    missing=st.lists(ids, max_size=3),
+    stages=timings,
+)
+def test_a_response_written_directly_is_the_response_of_the_model(
+    content_type, rows, request_id, digest, missing, stages
+):
+    names = [name for name, _, _ in rows]
+    order = list(range(len(rows)))[::-1]
+    results = [Result(index=i, id=rows[i][0], relevance_score=rows[i][1], logit=rows[i][2]) for i in order]
+    model = RerankResponse(
+        request_id=request_id,
+        status="partial",
+        results=results,
+        missing=missing,
+        model=digest,
+        engine=digest,
+        timings_ms=stages,
+    )
+
+    value = encode_response(
+        request_id,
+        "partial",
+        order,
+        names,
+        [result.relevance_score for result in results],
+        [result.logit for result in results],
+        missing=missing,
+        model=digest,
+        engine=digest,
+        timings_ms=stages,
+        content_type=content_type,
+    )
+
+    assert decode(RerankResponse, value, content_type) == model
+    if content_type == JSON:
+        assert json.loads(value) == json.loads(encode(model))
+
+
+@pytest.mark.parametrize("logit", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_not_written(logit):
+    with pytest.raises(ValueError, match="not finite"):
+        encode_response("r", "ok", [0], ["a"], [0.5], [logit], missing=[], model="m", engine="e", timings_ms={})
+
+
+@both_encodings
+@pytest.mark.parametrize("fields", [{"request_id": "r-9"}, {**REQUEST, "request_id": "r-9", "candidates": 3}])
+def test_the_id_of_an_invalid_request_is_salvaged(content_type, fields):
+    assert salvage_id(written(fields, content_type), content_type, "request_id") == "r-9"
+
+
+@both_encodings
+@pytest.mark.parametrize("id_first", [True, False])
+def test_the_id_of_a_request_with_a_million_candidates_is_salvaged(content_type, id_first):
+    candidates = [{"image_id": "a"}] * 1_000_000
+    fields = {"candidates": candidates, "request_id": "r-9"}
+    value = written(dict(reversed(fields.items())) if id_first else fields, content_type)
+
+    assert salvage_id(value, content_type, "request_id") == "r-9"
+
+
+@both_encodings
+def test_the_id_of_a_request_that_ends_too_early_is_salvaged(content_type):
+    value = written(REQUEST, content_type)
+
+    assert salvage_id(value[:-5], content_type, "request_id") == "r-1"
+
+
+@both_encodings
+@pytest.mark.parametrize("bad_id", [7, "", "a\nb", "x" * 257, None, ["r"]])
+def test_what_is_no_id_is_not_salvaged(content_type, bad_id):
+    assert salvage_id(written({"request_id": bad_id}, content_type), content_type, "request_id") is None

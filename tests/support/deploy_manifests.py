@@ -1,0 +1,87 @@
+"""The Kubernetes overlays as they are applied, and compose.yaml, read as a platform would read them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy_tools import kustomize, run
+
+ROOT = Path(__file__).parents[2]
+KUBERNETES = ROOT / "deploy" / "kubernetes"
+OVERLAYS = ("local", "cpu", "gpu", "tensorrt")
+WORKERS = ("ingest", "rerank")
+#: What the Secret that a platform brings holds; its names are in docs/OPERATIONS.md.
+CREDENTIALS = {
+    "REDIS_URL": "rediss://edje:secret@redis.example:6380/0",
+    "KAFKA_SASL_USERNAME": "edje",
+    "KAFKA_SASL_PASSWORD": "secret",
+}
+
+Object = dict[str, Any]
+
+
+@functools.cache
+def rendered(overlay: str) -> list[Object]:
+    """Every object of an overlay, with its defaults, references and hashes filled in."""
+    return list(yaml.safe_load_all(run([str(kustomize()), "build", str(KUBERNETES / "overlays" / overlay)])))
+
+
+def of_kind(objects: list[Object], kind: str) -> dict[str, Object]:
+    return {found["metadata"]["name"]: found for found in objects if found["kind"] == kind}
+
+
+def pod_templates(objects: list[Object]) -> dict[str, Object]:
+    """Every pod that the overlay would have made, by kind and name of what makes it."""
+    return {
+        f"{maker['kind']}/{maker['metadata']['name']}": maker["spec"]["template"]
+        for maker in objects
+        if maker["kind"] in ("Deployment", "Job")
+    }
+
+
+def container_of(objects: list[Object], worker: str) -> Object:
+    (container,) = of_kind(objects, "Deployment")[worker]["spec"]["template"]["spec"]["containers"]
+    return container
+
+
+def environment_of(objects: list[Object], worker: str) -> dict[str, str]:
+    """The variables of a worker's container, references resolved as the kubelet would."""
+    maps = {name: found["data"] for name, found in of_kind(objects, "ConfigMap").items()}
+    secrets = {name: found["data"].keys() for name, found in of_kind(objects, "Secret").items()}
+    container = container_of(objects, worker)
+    variables: dict[str, str] = {}
+    for source in container["envFrom"]:
+        variables |= maps[source["configMapRef"]["name"]]
+    for variable in container["env"]:
+        reference = variable["valueFrom"]["secretKeyRef"]
+        present = secrets.get(reference["name"], CREDENTIALS.keys())
+        if reference["key"] in present:
+            variables[variable["name"]] = CREDENTIALS[reference["key"]]
+        else:
+            assert reference.get("optional"), f"{variable['name']} refers to a key that nobody has"
+    return variables
+
+
+def images(objects: list[Object]) -> Iterator[str]:
+    for template in pod_templates(objects).values():
+        for container in (*template["spec"].get("initContainers", ()), *template["spec"]["containers"]):
+            yield container["image"]
+
+
+def compose() -> Mapping[str, Object]:
+    """The services of compose.yaml."""
+    return yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+
+
+def compose_environment(service: Object) -> dict[str, str]:
+    """As compose reads it: files in their order, then what the service itself says."""
+    variables: dict[str, str] = {}
+    for name in service.get("env_file", ()):
+        lines = (ROOT / name).read_text().splitlines()
+        variables |= dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    return variables | service.get("environment", {})

@@ -1,0 +1,86 @@
+"""The pairs that engines are compared on."""
+
+import numpy as np
+import pytest
+
+from edje.model.variants import VARIANTS
+from edje.text import Tokenizer
+from edje.vocabulary import character_tokenizer
+from trt.check.pairs import hold_pairs, logits_of
+from trt.parity import ParityFailed
+
+TINY = VARIANTS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(character_tokenizer().to_str(), TINY)
+
+
+def test_without_a_tokenizer_they_are_random_and_say_so():
+    held = hold_pairs(TINY, None, num_texts=7, num_images=3)
+
+    assert held.said == "random pictures and texts"
+    assert held.pixels.shape == (3, 3, 64, 64)
+    assert [len(text) for text in held.texts][:: len(held.texts) - 1] == [2, 63]
+    assert len({image.tobytes() for image in held.pixels}) == 3
+
+
+def test_with_one_that_knows_their_words_they_are_drawn_scenes(tokenizer):
+    held = hold_pairs(TINY, tokenizer, num_texts=12, num_images=4)
+
+    assert held.said.startswith("drawn scenes")
+    assert held.pixels.shape == (4, 3, 64, 64)
+    assert len(held.texts) == 12
+    lengths = [len(text) for text in held.texts]
+    assert {2, 63} <= set(lengths)
+    assert len({text[-1] for text in held.texts}) == 1  # every text, cut or not, ends with [SEP]
+
+
+def test_they_are_the_same_every_time(tokenizer):
+    one, other = (hold_pairs(TINY, tokenizer, num_texts=6, num_images=2) for _ in range(2))
+
+    assert one.texts == other.texts
+    np.testing.assert_array_equal(one.pixels, other.pixels)
+    np.testing.assert_array_equal(one.first_stage, other.first_stage)
+
+
+def test_some_pairs_have_no_first_stage_score():
+    missing = np.isnan(hold_pairs(TINY, None, num_texts=5, num_images=5).first_stage)
+
+    assert 0 < missing.sum() < 25
+
+
+def test_a_tokenizer_without_their_words_gets_random_ones():
+    class Foreign:
+        def encode(self, text):
+            return [2, 1, 3]
+
+        def id_of(self, token):
+            return {"[UNK]": 1}[token]
+
+    assert hold_pairs(TINY, Foreign(), num_texts=3, num_images=2).said == "random pictures and texts"
+
+
+def test_tokens_that_cannot_be_stored_are_told_with_the_picture():
+    class Broken:
+        class info:
+            runtime, storage, max_images = "broken", "int8", 2
+
+        class slab:
+            @staticmethod
+            def stage(slots):
+                return np.zeros((9, 64), np.uint8), np.zeros((9, 4), np.uint8), slots
+
+            @staticmethod
+            def publish(slots, rows):
+                pass
+
+        @staticmethod
+        def encode_images(pixels):
+            tokens = np.ones((len(pixels), 1, 64), np.float32)
+            tokens[1] = np.nan
+            return tokens, tokens[:, 0]
+
+    with pytest.raises(ParityFailed, match="the broken engine's tokens of picture 1"):
+        logits_of(Broken(), hold_pairs(TINY, None, num_texts=2, num_images=2))

@@ -1,0 +1,715 @@
+"""The rerank job: what each request is answered with, and that nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rerank_harness import NAN_IMAGE, PARTITION, START, TOPICS, WALL_START, Rig, expected, image_request, request, said
+from trt.contract import EngineBroken
+from workers.errors import Misconfigured
+from workers.ports import Partition
+
+IMAGES = {f"i{number}": number for number in range(40)}
+OTHER = Partition(PARTITION.topic, 1)
+
+
+def rig_with_images(**settings: Any) -> Rig:
+    rig = Rig(**settings)
+    rig.put(IMAGES)
+    return rig
+
+
+def at(seconds: float) -> str:
+    """A deadline so many seconds after the start."""
+    return datetime.fromtimestamp(WALL_START + seconds, UTC).isoformat()
+
+
+def run_and_say(rig: Rig, sent: dict[str, Any]) -> dict[str, Any]:
+    rig.send(sent)
+    rig.run()
+    return said(rig.reply())
+
+
+def test_images_are_ranked_for_a_text():
+    rig = rig_with_images()
+    sent = request(["i3", "i9", "i4", "i1", "i7", "i8"])
+
+    assert run_and_say(rig, sent) == expected(sent, IMAGES)
+    assert rig.is_idle()
+
+
+def test_texts_of_different_lengths_are_ranked_for_an_image():
+    rig = rig_with_images()
+    sent = image_request("i5", ["a dog", "", "a much longer text about a cat that sleeps", "x", "a dog and a cat here"])
+
+    assert run_and_say(rig, sent) == expected(sent, IMAGES)
+    assert rig.fetches.asked == ["vt:m1:i5"]
+    assert rig.is_idle()
+
+
+def test_texts_with_names_are_named_in_the_results():
+    rig = rig_with_images()
+    sent = image_request("i5", [])
+    sent["candidates"] = [{"text": "a dog", "id": "first"}, {"text": "a cat"}]
+    rig.send(sent)
+    rig.run()
+
+    assert {result.index: result.id for result in rig.reply().results} == {0: "first", 1: None}
+
+
+def test_only_the_best_are_returned_where_the_request_says_how_many():
+    sent = request(list(IMAGES), top_n=3)
+
+    assert run_and_say(rig_with_images(), sent) == expected(sent, IMAGES)
+
+
+def test_ties_keep_the_order_of_the_candidates():
+    rig = Rig()
+    images = {"b": 5, "a": 16, "c": 27, "d": 4}  # the first three are the same to the engine
+    rig.put(images)
+    sent = request(["b", "a", "c", "d"])
+
+    assert [index for index, _, _ in run_and_say(rig, sent)["results"] if index != 3] == [0, 1, 2]
+
+
+def test_missing_images_are_named_and_the_rest_is_ranked():
+    sent = request(["i1", "none", "i2", "gone", "none"])
+
+    found = run_and_say(rig_with_images(), sent)
+
+    assert found == expected(sent, IMAGES)
+    assert (found["status"], found["missing"]) == ("partial", ["none", "gone"])
+
+
+def test_a_request_of_which_every_image_is_missing_is_answered_with_all_of_them():
+    rig = Rig(piece_pairs=2)
+    names = [f"none{number}" for number in range(30)]
+    sent = request(names)
+
+    assert run_and_say(rig, sent) == {"status": "partial", "missing": names, "results": []}
+    assert rig.now == START  # no time had to pass: what has ended makes room for the next at once
+    assert rig.is_idle()
+
+
+def test_a_query_image_that_is_missing_leaves_nothing_to_rank():
+    sent = image_request("none", ["a dog", "a cat", "a much longer text about some other cat"])
+
+    assert run_and_say(Rig(), sent) == {"status": "partial", "missing": ["none"], "results": []}
+
+
+def test_duplicates_are_each_listed_and_scored_once():
+    rig = rig_with_images()
+    sent = request(["i1", "i2", "i1", "i1", "i2"])
+
+    assert run_and_say(rig, sent) == expected(sent, IMAGES)
+    assert sum(rig.engine.calls) == 2
+
+
+def test_equal_texts_are_each_listed_and_scored_once():
+    rig = rig_with_images()
+    sent = image_request("i1", ["a dog", "a cat", "a dog"])
+
+    assert run_and_say(rig, sent) == expected(sent, IMAGES)
+    assert sum(rig.engine.calls) == 2
+
+
+def with_scores(sent: dict[str, Any], scores: Mapping[int, float]) -> dict[str, Any]:
+    """The request with first-stage scores for the candidates of these numbers."""
+    candidates = [
+        {**each, "score": scores[number]} if number in scores else each
+        for number, each in enumerate(sent["candidates"])
+    ]
+    return {**sent, "candidates": candidates}
+
+
+SCORES = {number: number % 7 / 8 for number in range(0, 40, 3)}  # what float32 holds exactly
+
+
+def logits_by_candidate(rig: Rig, sent: dict[str, Any]) -> dict[int, float]:
+    return {index: logit for index, _, logit in run_and_say(rig, sent)["results"]}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        request([*list(IMAGES)[:9], "none", *list(IMAGES)[9:]]),
+        image_request("i5", [f"a {'very ' * (number % 5)}big dog {number}"[-38:] for number in range(40)]),
+    ],
+    ids=["images", "texts of different lengths"],
+)
+def test_each_candidates_own_first_stage_score_reaches_an_engine_that_reads_it(sent):
+    plain = logits_by_candidate(rig_with_images(piece_pairs=3), sent)
+
+    scored = logits_by_candidate(rig_with_images(piece_pairs=3, reads_first_stage=True), with_scores(sent, SCORES))
+
+    assert scored == {number: logit + SCORES.get(number, 0.0) for number, logit in plain.items()}
+
+
+def test_a_first_stage_score_can_change_the_order_for_an_engine_that_reads_it_and_for_no_other():
+    sent = request(["i3", "i9", "i4"])
+    plain = run_and_say(rig_with_images(), sent)
+    last = plain["results"][-1][0]
+    praised = with_scores(sent, {last: 100.0})
+
+    assert run_and_say(rig_with_images(), praised) == plain
+    assert run_and_say(rig_with_images(reads_first_stage=True), sent) == plain
+    assert run_and_say(rig_with_images(reads_first_stage=True), praised)["results"][0][0] == last
+
+
+def test_an_engine_that_does_not_read_the_first_stage_is_given_nothing_of_it():
+    rig = rig_with_images()
+    rig.send(with_scores(request(list(IMAGES)), SCORES))
+    rig.run()
+
+    assert rig.engine.first_stage == [None] * len(rig.engine.calls)
+
+
+def test_requests_with_scores_and_without_share_a_batch():
+    rig = rig_with_images(reads_first_stage=True)
+    rig.send(request(["i1", "i2"], request_id="without"))
+    rig.send(with_scores(request(["i1", "i2"], request_id="with"), {0: 0.5, 1: 0.25}))
+    rig.run()
+
+    (given,) = rig.engine.first_stage
+    np.testing.assert_array_equal(given, [np.nan, np.nan, 0.5, 0.25])
+
+
+def test_a_score_too_large_for_the_engine_is_an_error_reply_and_the_work_goes_on():
+    rig = rig_with_images(reads_first_stage=True)
+    rig.send(with_scores(request(["i1"]), {0: 1e300}))
+    rig.send(request(["i1"], request_id="r2"))
+    rig.run()
+
+    replies = {reply.request_id: reply for reply in rig.replies()}
+    assert (replies["r1"].status, replies["r1"].error.code) == ("error", "score_too_large")
+    assert replies["r2"].status == "ok"
+    assert rig.is_idle()
+
+
+@pytest.mark.parametrize("sent", [request([]), image_request("i1", [])], ids=["text", "image"])
+def test_a_request_without_candidates_is_answered_at_once(sent):
+    rig = rig_with_images()
+    rig.send(sent)
+    rig.turn()
+
+    assert said(rig.reply()) == {"status": "ok", "missing": [], "results": []}
+    assert rig.fetches.asked == []
+    assert rig.is_idle()
+
+
+def test_a_reply_goes_to_the_topic_that_the_request_names_where_that_is_allowed():
+    rig = rig_with_images()
+    rig.send(request(["i1"], reply_topic="mine.a"))
+    rig.run()
+
+    assert rig.reply("mine.a").status == "ok"
+    assert rig.replies() == []
+
+
+def test_a_higher_priority_goes_first():
+    rig = rig_with_images(max_fetches=1, max_batch_pairs=4)
+    for number, priority in enumerate((0, 5, 9, 1)):
+        rig.send(request([f"i{number}"], request_id=f"p{priority}", priority=priority))
+    rig.run()
+
+    assert [reply.request_id for reply in rig.replies()] == ["p9", "p5", "p1", "p0"]
+
+
+def test_a_large_request_does_not_hold_up_a_small_one_that_came_later():
+    rig = Rig(num_slots=1100, piece_pairs=32, max_batch_pairs=64, max_inflight_pairs=2000)
+    large = {f"l{number}": number for number in range(1000)}
+    rig.put(large | IMAGES)
+    rig.send(request(list(large), request_id="large"))
+    rig.turn()
+    rig.send(request([f"i{number}" for number in range(10)], request_id="small"))
+    rig.run()
+
+    assert [reply.request_id for reply in rig.replies()] == ["small", "large"]
+    assert sum(rig.engine.calls[:-1]) > 600  # the small one was answered long before the large one's pairs were through
+
+
+def test_a_large_request_is_answered_though_small_ones_keep_coming():
+    rig = rig_with_images(piece_pairs=2, max_batch_pairs=2, max_fetches=1)
+    rig.send(request([f"i{number}" for number in range(10)], request_id="large"))
+    for number in range(300):
+        rig.send(request(["i30"], request_id=f"small{number}"))
+        rig.send(request(["i31"], request_id=f"other{number}"))
+        rig.send(request(["i32"], request_id=f"third{number}"))
+        rig.turn()
+        if rig.fetches.waiting:
+            rig.fetches.land()
+        if rig.executor.waiting:
+            rig.executor.run_next()
+
+    assert rig.job.num_active() > 100  # never caught up with the small ones
+    assert "large" in {reply.request_id for reply in rig.replies()}
+
+
+def test_what_is_late_on_arrival_costs_nothing():
+    rig = rig_with_images()
+    rig.send(request(["i1"], deadline=at(-0.001)))
+    rig.turn()
+
+    assert (rig.reply().status, rig.reply().results) == ("expired", [])
+    assert rig.fetches.asked == []
+    assert rig.is_idle()
+
+
+def test_the_tolerance_is_added_to_the_deadline():
+    rig = rig_with_images(deadline_tolerance_s=0.5)
+    rig.send(request(["i1"], request_id="just", deadline=at(-0.4)))
+    rig.send(request(["i1"], request_id="late", deadline=at(-0.6)))
+    rig.run()
+
+    assert {reply.request_id: reply.status for reply in rig.replies()} == {"just": "ok", "late": "expired"}
+
+
+def test_what_is_late_in_the_queue_is_not_fetched():
+    rig = rig_with_images(max_fetches=1)
+    rig.send(request(["i1"], request_id="first"))
+    rig.turn()
+    rig.send(request(["i2"], request_id="late", deadline=at(1)))
+    rig.turn()
+    rig.now += 2
+    rig.turn()
+
+    assert rig.reply().status == "expired"
+    rig.run()
+    assert rig.fetches.asked == ["vt:m1:i1"]
+    assert rig.is_idle()
+
+
+def test_a_deadline_passes_while_the_store_is_away():
+    rig = rig_with_images()
+    rig.store.away = True
+    rig.send(request(["i1", "i2"], deadline=at(1)))
+    rig.run()
+
+    assert rig.reply().status == "expired"
+    assert rig.now == pytest.approx(START + 1)  # asked to be turned exactly then
+    rig.store.away = False
+    rig.run()
+    assert len(rig.replies()) == 1
+    assert rig.engine.calls == []
+    assert rig.is_idle()
+
+
+def test_what_is_late_before_the_engine_is_not_scored():
+    rig = rig_with_images()
+    rig.send(request(["i1", "i2"], deadline=at(1)))
+    rig.turn()
+    rig.now += 2
+    rig.fetches.land()
+    rig.turn()
+
+    assert rig.reply().status == "expired"
+    assert rig.engine.calls == []
+    assert rig.is_idle()
+
+
+def test_what_expires_while_it_waits_for_a_fuller_batch_is_not_scored_and_makes_room_at_once():
+    rig = rig_with_images(num_slots=4)
+    rig.send(request(["i0", "i1", "i2", "i3"], request_id="late", deadline=at(0.001)))
+    rig.turn()
+    rig.send(request(["i4", "i5", "i6", "i7"]))  # for which no slot is left
+    rig.fetches.land()
+    rig.run()
+
+    assert {reply.request_id: reply.status for reply in rig.replies()} == {"late": "expired", "r1": "ok"}
+    assert rig.engine.calls == [4]
+    assert rig.now < START + 0.003
+    assert rig.is_idle()
+
+
+def test_what_expires_while_it_is_scored_is_answered_once():
+    rig = rig_with_images()
+    rig.send(request(["i1", "i2"], deadline=at(1)))
+    rig.turn()
+    rig.fetches.land()
+    rig.turn()
+    rig.now += 2
+    rig.turn()
+    rig.run()
+
+    assert rig.reply().status == "expired"
+    assert rig.engine.calls == [2]
+    assert rig.is_idle()
+
+
+def test_requests_that_expire_while_the_store_is_away_do_not_pile_up():
+    rig = Rig(piece_pairs=1, max_fetches=1)
+    rig.store.away = True
+    rig.send(request(["a"], request_id="patient"))
+    rig.turn()
+    for number in range(4000):
+        rig.send(request(["a", "b"], request_id=str(number), deadline=at(number + 0.5)))
+        rig.now += 1
+        rig.turn()
+
+    assert len(rig.replies()) == 4000
+    assert len(rig.job._queue) < 2100
+    assert len(rig.job._deadlines._heap) < 1100
+
+
+def test_far_deadlines_of_answered_requests_do_not_pile_up():
+    rig = rig_with_images()
+    for number in range(3000):
+        rig.send(request([], request_id=str(number), deadline=at(86_400)))
+    rig.turn()
+
+    assert len(rig.job._deadlines._heap) <= 1024
+    assert rig.job.wants_turn_in_s(rig.now) is None
+
+
+def test_a_request_in_work_does_not_keep_the_bytes_of_its_message():
+    rig = rig_with_images()
+    rig.send(request(["i1"], padding="x" * 100_000))
+
+    (active,) = rig.job._active.values()
+    assert active.record.value == b""
+
+
+def test_a_store_that_comes_back_has_lost_nothing():
+    rig = rig_with_images(max_fetches=2)
+    rig.store.away = True
+    sent = [request([f"i{number}", f"i{number + 20}"], request_id=str(number)) for number in range(20)]
+    for each in sent:
+        rig.send(each)
+        rig.turn()
+    assert rig.replies() == []
+
+    rig.store.away = False
+    rig.run()
+
+    assert {reply.request_id: said(reply) for reply in rig.replies()} == {
+        each["request_id"]: expected(each, IMAGES) for each in sent
+    }
+
+
+def test_a_store_that_refuses_us_ends_the_worker():
+    rig = Rig()
+    rig.send(request(["i1"]))
+    rig.turn()
+    rig.fetches.waiting[0][0].set_exception(Misconfigured("wrong password"))
+
+    with pytest.raises(Misconfigured, match="password"):
+        rig.turn()
+
+
+def test_a_broken_engine_ends_the_worker():
+    rig = rig_with_images()
+    rig.engine.error = EngineBroken("out of memory")
+    rig.send(request(["i1"]))
+
+    with pytest.raises(EngineBroken):
+        rig.run()
+
+
+def test_a_score_that_is_not_finite_is_an_error_and_never_a_rank():
+    rig = rig_with_images()
+    rig.put({"nan": NAN_IMAGE})
+    rig.send(request(["i1", "nan"]))
+    rig.send(request(["i1", "i2"], request_id="r2"))
+    rig.run()
+
+    replies = {reply.request_id: reply for reply in rig.replies()}
+    assert (replies["r1"].status, replies["r1"].error.code) == ("error", "score_not_finite")
+    assert replies["r2"].status == "ok"
+    assert rig.is_idle()
+
+
+def test_a_worker_has_room_until_its_bound_of_pairs_is_reached_and_again_below_it():
+    rig = rig_with_images(max_inflight_pairs=6)
+    rig.send(request(["i1", "i2", "i3"]))
+    assert rig.job.has_room()
+
+    rig.send(request(["i4", "i5", "i6"], request_id="r2"))
+    assert not rig.job.has_room()
+    assert rig.job.num_inflight_pairs() == 6
+
+    rig.run()
+    assert rig.job.has_room()
+
+
+@pytest.mark.parametrize("stage", ["queued", "fetching", "ready", "scoring", "finished"])
+def test_dropped_requests_leave_nothing_behind_and_produce_nothing(stage):
+    rig = rig_with_images(max_fetches=1 if stage == "queued" else 4)
+    rig.send(request(["i30"], request_id="kept"))
+    if stage == "queued":
+        rig.turn()
+    rig.send(request([f"i{number}" for number in range(6)], request_id="gone"), partition=OTHER)
+    if stage != "finished":
+        rig.turn()
+    if stage in ("ready", "scoring"):
+        while rig.fetches.waiting:
+            rig.fetches.land()
+    if stage == "scoring":
+        rig.turn()
+    if stage == "finished":
+        rig.send(request([], request_id="answered"), partition=OTHER)
+        rig.send(b"poison", partition=OTHER)
+
+    rig.job.drop({OTHER})
+    assert rig.job.num_active() == 1
+    assert rig.job.num_inflight_pairs() == 1
+    rig.run()
+
+    assert [reply.request_id for reply in rig.replies()] == ["kept"]
+    assert rig.dead_letters() == []
+    assert rig.is_idle()
+
+
+def test_a_dropped_request_may_come_again_while_its_former_pieces_are_still_out():
+    rig = rig_with_images()
+    record = rig.send(request(["i1", "i2", "none"]))
+    rig.turn()
+    rig.job.drop({PARTITION})
+    rig.job.accept(record, rig.now)
+    rig.run()
+
+    assert said(rig.reply()) == expected(request(["i1", "i2", "none"]), IMAGES)
+    assert rig.is_idle()
+
+
+def test_the_stages_of_a_request_add_up_to_its_total():
+    rig = rig_with_images(max_fetches=1)
+    rig.send(request(["i9"], request_id="before"))
+    rig.turn()
+    rig.send(request(["i1", "i2"]))
+    rig.turn()
+    rig.now += 0.010
+    rig.fetches.land()
+    rig.turn()
+    rig.now += 0.020
+    rig.fetches.land()
+    rig.turn()
+    rig.now += 0.005
+    rig.run()
+
+    timings = rig.replies()[-1].timings_ms
+    assert timings == pytest.approx(
+        {"inbox": 0, "queue": 10, "fetch": 20, "batch_wait": 5, "score": 0, "total": 35}, abs=0.01
+    )
+
+
+def test_replies_and_pairs_are_counted_by_what_they_came_to():
+    rig = rig_with_images()
+    rig.send(request(["i1", "i2"]))
+    rig.send(request(["i1", "none"], request_id="r2"))
+    rig.send(request(["i1"], request_id="r3", deadline=at(-1)))
+    rig.send(b"{}")
+    rig.run()
+
+    assert {
+        status: rig.metric("edje_replies_total", status=status) for status in ("ok", "partial", "expired", "error")
+    } == {"ok": 1, "partial": 1, "expired": 1, "error": 0}
+    assert rig.metric("edje_dead_letters_total", code="invalid_event") == 1
+    assert rig.metric("edje_pairs_total") == 4
+
+
+# --- whatever comes, in whatever order it lands -----------------------------------------------------------------------
+
+names = st.sampled_from([f"i{number}" for number in range(10)] + ["none1", "none2", "corrupt"])
+texts = st.text("ab ", max_size=20)
+priorities = st.integers(0, 1)
+top_ns = st.none() | st.integers(1, 5)
+deadlines = st.none() | st.integers(-1, 3)
+text_requests = st.builds(
+    lambda images, text, top_n, priority, deadline: (request(images, text=text), top_n, priority, deadline),
+    st.lists(names, max_size=9),
+    texts.map(lambda text: text + "."),
+    top_ns,
+    priorities,
+    deadlines,
+)
+image_requests = st.builds(
+    lambda image, texts, top_n, priority, deadline: (image_request(image, texts), top_n, priority, deadline),
+    names,
+    st.lists(texts, max_size=9),
+    top_ns,
+    priorities,
+    deadlines,
+)
+
+
+def complete(number: int, drawn: tuple[dict[str, Any], int | None, int, int | None]) -> dict[str, Any]:
+    sent, top_n, priority, deadline = drawn
+    sent = {**sent, "request_id": str(number), "priority": priority}
+    if top_n is not None:
+        sent["top_n"] = top_n
+    if deadline is not None:
+        sent["deadline"] = at(deadline + 0.5)
+    return sent
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    drawn=st.lists(text_requests | image_requests, max_size=8),
+    piece_pairs=st.integers(1, 4),
+    spare_slots=st.integers(0, 3),
+    max_fetches=st.integers(1, 3),
+    dropped=st.none() | st.integers(0, 20),
+    steps=st.lists(st.tuples(st.sampled_from("aaaffffeeet"), st.integers(0, 9)), max_size=40),
+)
+def test_every_request_is_answered_once_and_rightly_in_whatever_order_things_land(
+    drawn, piece_pairs, spare_slots, max_fetches, dropped, steps
+):
+    rig = Rig(
+        num_slots=piece_pairs + spare_slots,
+        piece_pairs=piece_pairs,
+        max_batch_pairs=max(piece_pairs, 4),
+        max_fetches=max_fetches,
+    )
+    images = {f"i{number}": number for number in range(10)}
+    rig.put(images)
+    rig.put_blobs({"corrupt": b"not a blob"})
+    requests = [complete(number, each) for number, each in enumerate(drawn)]
+    waiting = list(requests)
+
+    def send_next() -> None:
+        sent = waiting.pop(0)
+        rig.send(sent, partition=OTHER if int(sent["request_id"]) % 2 else PARTITION)
+
+    gone: set[str] = set()
+    for number, (step, which) in enumerate(steps):
+        if step == "a" and waiting:
+            send_next()
+        if step == "f" and rig.fetches.waiting:
+            rig.fetches.land(which % len(rig.fetches.waiting))
+        if step == "e" and rig.executor.waiting:
+            rig.executor.run_next()
+        if step == "t":
+            rig.now += which / 10
+        if number == dropped:
+            rig.job.drop({OTHER})
+            accepted = {sent["request_id"] for sent in requests if sent not in waiting}
+            gone = {name for name in accepted if int(name) % 2} - {reply.request_id for reply in rig.replies()}
+        rig.turn()
+    while waiting:
+        send_next()
+    rig.run()
+
+    replies = {reply.request_id: reply for reply in rig.replies()}
+    assert len(replies) == len(rig.replies()) == len(requests) - len(gone)
+    for sent in requests:
+        if sent["request_id"] in gone:
+            assert sent["request_id"] not in replies
+            continue
+        reply = replies[sent["request_id"]]
+        if reply.status == "expired":
+            assert sent["deadline"] <= at(rig.now - START)
+        else:
+            assert said(reply) == expected(sent, images)
+    assert rig.is_idle()
+
+
+# --- with the real engine ---------------------------------------------------------------------------------------------
+
+#: How far a logit may move with what shares its batch: float32 rounding; untrained logits spread over about 1.
+BATCH_TOLERANCE = 1e-5
+
+
+#: Every kind of encoder; each reads the first stage's score, which changes nothing where none is given.
+ENCODERS = ("tiny", "tiny-late", "tiny-minimal", "tiny-maxsim")
+ONE = request([f"i{number}" for number in range(11)], text="a dog runs on a beach")
+OTHERS = (
+    request([f"i{number}" for number in range(5, 25)], "r2", "a dog on a sofa"),
+    request([f"i{number}" for number in range(3, 13)], "r3", "two cats asleep in the sun"),
+    image_request("i2", ["a cat runs in the snow", "a dog", "birds over a lake at dawn"], "r4"),
+)
+
+
+class RealEngine:
+    """An untrained model behind the job, with forty images in the store."""
+
+    def __init__(self, folder: Path, variant: str, *, reads_first_stage: bool) -> None:
+        torch = pytest.importorskip("torch")
+        from edje.config import FirstStageConfig
+        from edje.init import initialise
+        from edje.model.variants import VARIANTS
+        from edje.model.weights import load_checkpoint
+        from edje.text import Tokenizer
+        from protocols.blob import BlobLayout, encode_blob
+        from protocols.keys import blob_key
+        from trt.runtimes.torch_engine import TorchEngine
+        from trt.slab.host import SharedSlab
+        from trt.slab.layout import SlotLayout
+
+        first_stage = FirstStageConfig(mean=0.3, std=0.1) if reads_first_stage else None
+        config = replace(VARIANTS[variant], joint=replace(VARIANTS[variant].joint, first_stage=first_stage))
+        digest = initialise(config, folder, seed=1)
+        loaded = load_checkpoint(folder)
+        self.layout = BlobLayout(digest, config.adapter.num_tokens, config.joint.dim, "int8")
+        slab = SharedSlab(SlotLayout("int8", self.layout.num_tokens, self.layout.token_dim), 64)
+        self.engine = TorchEngine(
+            loaded, slab=slab, max_pairs=32, max_images=1, device=torch.device("cpu"), dtype=torch.float32
+        )
+        self.encode = Tokenizer.load(folder).encode
+        random = np.random.default_rng(0)
+        tokens = random.standard_normal((40, self.layout.num_tokens, self.layout.token_dim)).astype(np.float32)
+        self.blobs = {
+            blob_key(digest, f"i{number}"): encode_blob(self.layout, each, bytes(32))
+            for number, each in enumerate(tokens)
+        }
+
+    def logits(self, sent: dict[str, Any], *others: dict[str, Any]) -> np.ndarray:
+        """Of the candidates of a request, which others have come before."""
+        rig = Rig(
+            engine=self.engine,
+            layout=self.layout,
+            encode=self.encode,
+            num_slots=64,
+            piece_pairs=4,
+            max_batch_pairs=32,
+            max_fetches=64,
+        )
+        rig.store.put_many(self.blobs)
+        for each in (*others, sent):
+            rig.send(each)
+        rig.turn()
+        while rig.fetches.waiting:
+            rig.fetches.land()
+        rig.run()
+        (reply,) = [reply for reply in rig.replies() if reply.request_id == sent["request_id"]]
+        return np.array([result.logit for result in sorted(reply.results, key=lambda result: result.index)])
+
+
+@pytest.mark.parametrize("variant", ENCODERS)
+def test_the_logits_of_a_request_do_not_depend_on_what_shares_its_batches(tmp_path, variant):
+    real = RealEngine(tmp_path / "checkpoint", variant, reads_first_stage=True)
+    sent = with_scores(ONE, SCORES)
+
+    alone, amid = real.logits(sent), real.logits(sent, *OTHERS)
+
+    assert np.ptp(alone) > 100 * BATCH_TOLERANCE
+    np.testing.assert_allclose(amid, alone, rtol=0, atol=BATCH_TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ENCODERS)
+def test_a_model_that_reads_the_first_stage_ranks_by_it_and_another_does_not(tmp_path, variant):
+    reading = RealEngine(tmp_path / "reading", variant, reads_first_stage=True)
+    plain = RealEngine(tmp_path / "plain", variant, reads_first_stage=False)
+    sent = with_scores(ONE, {4: 0.9})
+
+    changed = np.abs(reading.logits(sent) - reading.logits(ONE)) > 100 * BATCH_TOLERANCE
+
+    assert np.flatnonzero(changed).tolist() == [4]
+    np.testing.assert_array_equal(plain.logits(sent), plain.logits(ONE))
+
+
+def test_answers_go_to_the_response_topic_by_default():
+    rig = rig_with_images()
+    rig.send(request(["i1"]))
+    rig.run()
+
+    (message,) = rig.messages(TOPICS.rerank_responses)
+    assert message.key == b"r1"

@@ -1,0 +1,1 @@
+"""`python -m trt.build`: a checkpoint to an engine directory."""

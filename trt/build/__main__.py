@@ -1,0 +1,136 @@
+"""`python -m trt.build CHECKPOINT --out DIR`: a checkpoint to ONNX, plans, a parity report, an engine directory.
+
+The directory appears whole or not at all. Ends with 0, with 1 and a sentence where no engine comes of it (a former one
+then stays as it was), with 2 if the command makes no sense.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from edje.checkpoint import CONFIG_FILE, GRAPH_FILE, TOKENIZER_FILE, WEIGHTS_FILE, CheckpointError
+from edje.imports.sources import SourceError, find_source
+from edje.model.weights import load_checkpoint
+from edje.optional import PackageMissing
+from edje.text import Tokenizer
+from trt.build.assemble import Planner, assemble
+from trt.build.draft_directory import DirectoryExists, draft_of, refuse_to_overwrite
+from trt.check.pairs import hold_pairs
+from trt.contract import EngineError, EngineUnavailable
+from trt.graphs import Precision
+from trt.inspect import plain_console, show
+from trt.manifest import MANIFEST_FILE, BuildOptions, HardwareCompatibility
+from trt.parity import THRESHOLDS, Thresholds
+from trt.screen import progress_bars
+
+remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+_CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, GRAPH_FILE)
+_DEFAULTS = BuildOptions()
+
+
+def main(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of the model, or hub:OWNER/NAME.")],
+    out: Annotated[Path, typer.Option(help="Directory to write the engine to.")],
+    storage: Annotated[str, typer.Option(help="How the store holds visual tokens: fp16, bf16, int8, int4.")] = (
+        _DEFAULTS.storage
+    ),
+    precision: Annotated[Precision, typer.Option(help="What the layers compute in.")] = _DEFAULTS.precision,
+    max_pairs: Annotated[int, typer.Option(help="Pairs in one call.")] = _DEFAULTS.max_pairs,
+    max_images: Annotated[int, typer.Option(help="Images in one call.")] = _DEFAULTS.max_images,
+    length_buckets: Annotated[str, typer.Option(help="Upper ends of the text lengths that share kernels.")] = ",".join(
+        map(str, _DEFAULTS.length_buckets)
+    ),
+    optimization_level: Annotated[int, typer.Option(help="How long TensorRT searches: 0 to 5.")] = (
+        _DEFAULTS.optimization_level
+    ),
+    workspace_gb: Annotated[float, typer.Option(help="Device memory a kernel may ask for, GiB.")] = (
+        _DEFAULTS.workspace_gb
+    ),
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="The plans also run on later TensorRTs of this major version.")
+    ] = False,
+    hardware_compatibility: Annotated[
+        HardwareCompatibility, typer.Option(help="The plans also run on other GPUs, more slowly.")
+    ] = "none",
+    refit: Annotated[bool, typer.Option("--refit", help="The plans' weights can be exchanged.")] = False,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File with kernel timings, read if it is there and written: faster rebuilds.")
+    ] = None,
+    error_on_timing_cache_miss: Annotated[
+        bool, typer.Option("--error-on-timing-cache-miss", help="Time nothing anew: the same kernels as before.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="GPU to build on and for: cuda or cuda:N.")] = "cuda",
+    onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Export and compare, build no plan.")] = False,
+    verify_top1: Annotated[float | None, typer.Option(help="Least share of queries with the same best pair.")] = None,
+    verify_tau: Annotated[float | None, typer.Option(help="Least mean of Kendall's tau.")] = None,
+    verify_max_error: Annotated[float | None, typer.Option(help="Largest error of a logit, of their spread.")] = None,
+    verify_texts: Annotated[int, typer.Option(min=1, help="Texts to compare on.")] = 48,
+    verify_images: Annotated[int, typer.Option(min=2, help="Pictures to compare on, each with every text.")] = 24,
+    force: Annotated[bool, typer.Option("--force", help="Replace the engine that is there.")] = False,
+) -> None:
+    """Build an engine directory. Thresholds that are not given depend on the precision."""
+    if error_on_timing_cache_miss and timing_cache is None:
+        raise typer.BadParameter("--error-on-timing-cache-miss needs --timing-cache")
+    options = _checked(
+        BuildOptions,
+        storage=storage,
+        precision=precision,
+        max_pairs=max_pairs,
+        max_images=max_images,
+        length_buckets=length_buckets.split(","),
+        optimization_level=optimization_level,
+        workspace_gb=workspace_gb,
+        version_compatible=version_compatible,
+        hardware_compatibility=hardware_compatibility,
+        refit=refit,
+    )
+    asked = {"top1": verify_top1, "tau": verify_tau, "max_error": verify_max_error}
+    given = {name: number for name, number in asked.items() if number is not None}
+    thresholds = _checked(Thresholds, **(THRESHOLDS[precision].model_dump() | given))
+    try:
+        refuse_to_overwrite(out, MANIFEST_FILE, replace=force)  # before minutes of work
+        planner = None if onnx_only else _planner(options, device, timing_cache, error_on_timing_cache_miss)
+        folder = find_source(checkpoint, _CHECKPOINT_FILES)
+        loaded = load_checkpoint(folder)
+        held = hold_pairs(loaded.config, Tokenizer.load(folder), verify_texts, verify_images)
+        with draft_of(out, MANIFEST_FILE, replace=force) as draft, progress_bars(remarks) as bars:
+            manifest = assemble(loaded, draft, options, held, thresholds, planner, bars)
+    except (CheckpointError, DirectoryExists, EngineError, PackageMissing, SourceError) as error:
+        _end(str(error))
+    except OSError as error:
+        _end(f"{out} cannot be written: {error}")
+    show(out, manifest, plain_console())
+
+
+def _planner(options: BuildOptions, device: str, timing_cache: Path | None, error_on_cache_miss: bool) -> Planner:
+    try:
+        from trt.build.plans import GpuPlanner
+    except ImportError as error:
+        raise EngineUnavailable(
+            f"plans need TensorRT and pycuda, which cannot be imported ({error}): on a machine with an NVIDIA GPU "
+            "`pip install 'edje-rerank[gpu]'`; elsewhere give --onnx-only and build there from the same checkpoint"
+        ) from error
+    return GpuPlanner(options, device=device, timing_cache=timing_cache, error_on_cache_miss=error_on_cache_miss)
+
+
+def _checked(model: type[Any], **fields: object) -> Any:
+    """A pydantic model of these fields; what it refuses is told under the option's name."""
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _end(sentence: str) -> NoReturn:
+    remarks.print(sentence)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,115 @@
+"""Fills a directory with an engine: graphs, plans where there is somebody to build them, parity, manifest last.
+
+Knows no command line, and of TensorRT only that somebody may be given who builds plans.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.progress import Progress
+
+from edje.config import canonical_json
+from edje.model.weights import Checkpoint
+from trt.check.comparison import report_on, scored, torch_reference
+from trt.check.pairs import HeldPairs
+from trt.contract import Engine
+from trt.export.onnx_export import OPSET, export_graph
+from trt.export.operators import check_operators
+from trt.graphs import GRAPH_NAMES
+from trt.manifest import BuildOptions, GraphFiles, Manifest, ParityReport, digest_file, write_manifest
+from trt.parity import ParityFailed, Thresholds, shortfalls
+from trt.profiles import profiles_of
+from trt.runtimes.onnx_engine import OnnxEngine
+
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+
+class Planner(Protocol):
+    """Builds the plans of a directory's graphs."""
+
+    def build(self, directory: Path, manifest: Manifest, bars: Progress) -> Manifest:
+        """Write the plans; returns the manifest with them in it."""
+        ...
+
+    def load(self, directory: Path, manifest: Manifest, num_slots: int) -> Engine:
+        """The engine of those plans."""
+        ...
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    directory: Path,
+    options: BuildOptions,
+    held: HeldPairs,
+    thresholds: Thresholds,
+    planner: Planner | None,
+    bars: Progress,
+) -> Manifest:
+    """Write an engine into an empty directory; without a planner it has graphs only.
+
+    Raises `EngineError`: `ParityFailed` below a threshold, `ExportFailed`, `OperatorUnsupported`, and what the planner
+    raises. The directory has no manifest then, and is no engine.
+    """
+    reference = scored(torch_reference(checkpoint, options.storage, len(held.pixels)), held, bars)
+    manifest = export_engine(checkpoint, directory, options, bars)
+    engine: Engine = OnnxEngine(
+        directory,
+        manifest,
+        num_slots=len(held.pixels),
+        max_pairs=options.max_pairs,
+        max_images=options.max_images,
+        num_threads=torch.get_num_threads(),
+    )
+    reports = [report_on(engine, reference, held, thresholds, bars)]
+    require(reports[0])  # before minutes are spent on plans of a wrong graph
+    if planner is not None:
+        manifest = planner.build(directory, manifest, bars)
+        engine = planner.load(directory, manifest, len(held.pixels))
+        reports.append(report_on(engine, reference, held, thresholds, bars))
+        require(reports[1])
+    manifest = manifest.model_copy(update={"parity": tuple(reports)})
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def require(report: ParityReport, reference: str = "the torch engine in float32") -> None:
+    """Raise `ParityFailed` with every threshold that was missed, and where."""
+    missed = shortfalls(report.agreement, report.thresholds)
+    if missed:
+        raise ParityFailed(
+            f"the {report.runtime} engine does not agree with {reference} on {report.pairs_of}: {'; '.join(missed)}"
+        )
+
+
+def export_engine(checkpoint: Checkpoint, directory: Path, options: BuildOptions, bars: Progress) -> Manifest:
+    """Write the graphs; the manifest, with neither plans nor parity in it, is only returned."""
+    profiles = profiles_of(
+        max_text_tokens=checkpoint.config.preprocess.max_text_tokens,
+        length_buckets=options.length_buckets,
+        max_pairs=options.max_pairs,
+        max_queries=options.max_pairs,  # each pair may have a query of its own
+        max_images=options.max_images,
+    )
+    files = {}
+    for name in bars.track(GRAPH_NAMES, description="ONNX graphs"):
+        path = export_graph(name, checkpoint, directory, storage=options.storage, precision=options.precision)
+        check_operators(path)
+        beside = path.with_name(f"{path.name}.data")
+        files[name] = GraphFiles(
+            onnx=digest_file(path),
+            weights=digest_file(beside) if beside.exists() else None,
+            profiles=profiles[name],
+        )
+    return Manifest(
+        model_digest=checkpoint.digest,
+        model=json.loads(canonical_json(checkpoint.config)),
+        options=options,
+        opset=OPSET,
+        graphs=files,
+        versions={package: version(package) for package in _PACKAGES},
+    )

@@ -1,0 +1,1 @@
+"""Comparison of engines: verification pairs, reports, and the layers of a plan."""

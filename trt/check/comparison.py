@@ -1,0 +1,47 @@
+"""Two engines on the same pairs: the reference's logits, and a report of how well another engine agrees with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from edje.model.weights import Checkpoint
+from trt.check.pairs import HeldPairs, logits_of
+from trt.contract import Engine
+from trt.manifest import ParityReport
+from trt.parity import Thresholds, compare
+from trt.runtimes.torch_engine import TorchEngine
+from trt.slab.host import SharedSlab
+from trt.slab.layout import SlotLayout
+
+_MAX_PAIRS, _MAX_IMAGES = 256, 4
+
+
+def torch_reference(checkpoint: Checkpoint, storage: str, num_slots: int) -> TorchEngine:
+    """What other engines are compared with: torch in float32 on the CPU, the same on every machine but for rounding."""
+    config = checkpoint.config
+    layout = SlotLayout(storage, config.adapter.num_tokens, config.joint.dim)
+    return TorchEngine(
+        checkpoint,
+        slab=SharedSlab(layout, num_slots),
+        max_pairs=_MAX_PAIRS,
+        max_images=_MAX_IMAGES,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def scored(engine: Engine, held: HeldPairs, bars: Progress) -> NDArray[np.float32]:
+    """Every pair's logit, (Q, N), with a bar."""
+    bar = bars.add_task(f"pairs in {engine.info.runtime}", total=len(held.texts) * len(held.pixels))
+    return logits_of(engine, held, lambda done: bars.advance(bar, done))
+
+
+def report_on(
+    engine: Engine, reference: NDArray[np.float32], held: HeldPairs, thresholds: Thresholds, bars: Progress
+) -> ParityReport:
+    """Score the pairs and compare; nothing is judged yet. Raises `ParityFailed` for logits that are not finite."""
+    agreement = compare(reference, scored(engine, held, bars))
+    return ParityReport(runtime=engine.info.runtime, pairs_of=held.said, thresholds=thresholds, agreement=agreement)

@@ -1,0 +1,1 @@
+"""CUDA: context, memory, kernels, graphs, copy timing. Imports pycuda and cuda-bindings."""

@@ -1,0 +1,161 @@
+"""The three parts of a model as modules with the graphs' own inputs and outputs, in one precision.
+
+The model's own code runs in them. What is added is what lies outside of it: stored bytes become tokens by arithmetic,
+and norms compute in float32 whatever the layers are in. Knows torch, and nothing of ONNX.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edje.model.edje import Edje
+from trt.graphs import Precision
+from trt.slab.layout import INT4_GROUP, SlotLayout
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ImagePart(nn.Module):
+    """`pixels` to `tokens` and `pooled`."""
+
+    def __init__(self, model: Edje) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # uint8 (n, 3, S, S) -> (n, m, d), (n, e)
+        tokens, pooled = self.model.encode_images(pixels)
+        return tokens.float(), pooled.float()
+
+
+class NormalisedPixels(nn.Module):
+    """What comes before a tower that is no part of the module: `pixels` to what it takes."""
+
+    def __init__(self, model: Edje) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:  # uint8 (n, 3, S, S) -> float32 (n, 3, S, S)
+        return self.model.normalise(pixels).float()
+
+
+class TokensOfPatches(nn.Module):
+    """What comes after it: its `patches`, and its `tower_pooled` where it has one, to `tokens` and `pooled`."""
+
+    def __init__(self, model: Edje) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, patches: Tensor, tower_pooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(n, s, w), (n, e) -> (n, m, d), (n, e)"""
+        pooled = patches.mean(dim=1) if tower_pooled is None else tower_pooled
+        return self.model.encode_patches(patches).float(), pooled
+
+
+class QueryPart(nn.Module):
+    """`text_ids` and `text_lengths` to `states`."""
+
+    def __init__(self, model: Edje, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, text_ids: Tensor, text_lengths: Tensor) -> Tensor:  # (q, t), (q,) -> (q, t, d)
+        return self.model.encode_queries(text_ids, text_lengths).to(self.dtype)
+
+
+class PairPart(nn.Module):
+    """`states`, `text_lengths`, `pair_query` and what is stored of the images to `logits`."""
+
+    def __init__(self, model: Edje, layout: SlotLayout) -> None:
+        super().__init__()
+        self.model = model
+        self.layout = layout
+
+    def forward(
+        self,
+        states: Tensor,
+        text_lengths: Tensor,
+        pair_query: Tensor,
+        tokens: Tensor,
+        scales: Tensor | None = None,
+        first_stage: Tensor | None = None,
+    ) -> Tensor:
+        """(q, t, d), (q,), (p,), then (p, ...) as `trt.graphs.stored_tokens` says -> (p,)"""
+        text, lengths = states.index_select(0, pair_query), text_lengths.index_select(0, pair_query)
+        visual = stored_to_tokens(self.layout, tokens, scales)
+        return self.model.score(text, visual, lengths, first_stage).float()
+
+
+def stored_to_tokens(layout: SlotLayout, tokens: Tensor, scales: Tensor | None) -> Tensor:
+    """What `trt.runtimes.dequantize.dequantise` gives, by arithmetic in float32 alone: float32 (p, m, d).
+
+    No bits are looked at: TensorRT casts uint8 to float32 and does nothing else with it.
+    """
+    values = tokens.float()
+    if scales is None:
+        return values
+    num_tokens, dim = layout.num_tokens, layout.token_dim
+    if layout.storage == "int8":  # two's complement
+        signed = values - 256.0 * (values >= 128.0).float()
+        return signed.view(-1, num_tokens, dim) * scales[:, :, None]
+    upper = torch.floor(values / 16.0)
+    halves = torch.stack((values - 16.0 * upper, upper), dim=-1) - 8.0  # the lower half of a byte comes first
+    groups = halves.view(-1, num_tokens, dim // INT4_GROUP, INT4_GROUP)
+    return (groups * scales.float()[:, :, :, None]).view(-1, num_tokens, dim)
+
+
+class Float32Norm(nn.Module):
+    """A norm that computes in float32 between layers that do not: in half precision its sums overflow."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden.float()).to(hidden.dtype)  # type: ignore[no-any-return]
+
+
+def to_precision(model: Edje, precision: Precision) -> Edje:
+    """Turn tower, adapter and layers to a precision, in place, but for their norms.
+
+    Embeddings, head and late interaction stay in float32, as in the torch engine.
+    """
+    if precision == "fp32":
+        return model.float()
+    dtype = DTYPES[precision]
+    layers = [part for part in model.joint.children() if isinstance(part, nn.ModuleList)]
+    for part in (model.vision, model.adapter, *layers):
+        part.to(dtype)
+        for module in list(part.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, (nn.LayerNorm, nn.GroupNorm)):
+                    setattr(module, name, Float32Norm(child))
+    return model
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` in the steps that TensorRT recognises and fuses; the softmax is in float32.
+
+    Queries are scaled before the product, for range and for the fusion. What is masked gets a weight of exactly zero.
+    A value that is not finite stays so: torch's own translation to ONNX would make it a zero.
+    """
+    if dropout_p or is_causal or enable_gqa:
+        raise ValueError("these models are served without dropout, causal masks and grouped heads")
+    factor = queries.shape[-1] ** -0.5 if scale is None else scale
+    logits = ((queries * factor) @ keys.transpose(-2, -1)).float()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = torch.where(attn_mask, logits, torch.finfo(torch.float32).min)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(dim=-1).to(values.dtype) @ values

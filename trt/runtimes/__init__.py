@@ -1,0 +1,1 @@
+"""The engine runtimes: torch, ONNX Runtime, TensorRT, and a constant one for benchmarks."""

@@ -1,0 +1,232 @@
+"""The TensorRT runtime: three stages and a slab on one GPU, behind the contract.
+
+One stream computes, in order: inputs from pinned memory, the gather of the slots, the plan, logits back to pinned
+memory; the host waits once, for the last of them. The slab is filled meanwhile on a stream of its own.
+Knows how a call is laid out; what a plan is and where it comes from is in `trt.runtimes.tensorrt_load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pycuda.driver as cuda
+from numpy.typing import NDArray
+from pycuda.tools import DeviceMemoryPool
+
+from trt.contract import DeviceCopies, EngineInfo, QueryStates, check_images, check_pairs, check_texts
+from trt.cuda.context import CudaDevice, StreamEvent
+from trt.cuda.copy_clock import CopyClock
+from trt.cuda.graphs import ReplayedWork
+from trt.cuda.memory import UploadRing, device_memory, pinned_memory
+from trt.graphs import IMAGES, PAIRS, QUERIES, TEXT_TOKENS
+from trt.runtimes.static_shapes import PairPiece, TextBlock, pair_pieces, text_blocks
+from trt.runtimes.tensorrt_stage import Stages
+from trt.slab.device import CudaSlab
+
+_NO_MEMORY = "no memory for what goes to the device and back: ask for fewer pairs or images at once"
+#: Uploads on their way before the host waits for one, counted in the largest.
+_UPLOADS_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBlock:
+    """The texts of a block on the device."""
+
+    layout: TextBlock
+    states: Any  # of the memory pool: (texts, text tokens, d)
+    lengths: Any  # of the memory pool: int32 (texts,)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedQueries:
+    """The texts of one `encode_queries`."""
+
+    blocks: list[EncodedBlock]
+    num_texts: int
+
+
+class TensorRtEngine:
+    """Calls of more pairs, texts or images than the plans take are cut into several runs."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        device: CudaDevice,
+        stream: cuda.Stream,
+        slab: CudaSlab,
+        stages: Stages,
+        *,
+        vocab_size: int,
+        pooled_dim: int,
+        state_bytes: int,
+    ) -> None:
+        """`stream` is the stages' own; `state_bytes` is what the state of one token takes."""
+        self.info = info
+        self.slab = slab
+        self._device = device
+        self._stream = stream
+        self._stages = stages
+        self._vocab_size = vocab_size
+        self._state_bytes = state_bytes
+        self._copies = CopyClock(lambda: StreamEvent(stream))
+        with device.current():
+            self._pool = DeviceMemoryPool()
+            self._slots = device_memory(stages.pairs.largest * 4, _NO_MEMORY)
+            self._logits = pinned_memory((info.max_pairs,), np.float32, _NO_MEMORY).array
+            shapes = (info.num_visual_tokens, info.token_dim), (pooled_dim,)
+            self._image_results = [
+                pinned_memory((stages.images.largest, *shape), np.float32, _NO_MEMORY).array for shape in shapes
+            ]
+            largest_upload = max(
+                stages.images.largest * 3 * info.image_size**2,
+                stages.queries.largest * stages.text_tokens.largest * 4,
+                stages.pairs.largest * 4,
+            )
+            self._ring = UploadRing(_UPLOADS_IN_FLIGHT * largest_upload, stream)
+
+    def warm_up(self) -> None:
+        """Run and capture every size that a call can have."""
+        with self._device.current():
+            for num_images in self._stages.images.sizes:
+                self._stages.image.work({IMAGES: num_images})
+            if self.info.num_slots == 0:
+                return
+            for text_tokens in self._stages.text_tokens.sizes:
+                for num_queries in self._stages.queries.sizes:
+                    self._stages.query.work({QUERIES: num_queries, TEXT_TOKENS: text_tokens})
+                for num_pairs in self._stages.pairs.sizes:
+                    self._pair_work(text_tokens, num_pairs)
+
+    @property
+    def num_uncaptured(self) -> int:
+        """Sizes that run without a CUDA graph; the log says why."""
+        return sum(stage.num_uncaptured for stage in (self._stages.image, self._stages.query, self._stages.pair))
+
+    def encode_images(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        check_images(self.info, pixels)
+        tokens, pooled = (np.empty((len(pixels), *each.shape[1:]), np.float32) for each in self._image_results)
+        stage, buckets = self._stages.image, self._stages.images
+        with self._device.current():
+            for start in range(0, len(pixels), buckets.largest):
+                piece = pixels[start : start + buckets.largest]
+                self._ring.upload(piece, stage.address("pixels"))
+                stage.work({IMAGES: buckets.smallest_for(len(piece))}).launch()
+                for result, name in zip(self._image_results, ("tokens", "pooled"), strict=True):
+                    cuda.memcpy_dtoh_async(result[: len(piece)], stage.address(name), self._stream)
+                self._stream.synchronize()
+                for result, target in zip(self._image_results, (tokens, pooled), strict=True):
+                    target[start : start + len(piece)] = result[: len(piece)]
+        return tokens, pooled
+
+    def encode_queries(self, text_ids: Sequence[Sequence[int]]) -> QueryStates:
+        """Enqueues and does not wait: what reads the states comes behind it on the same stream."""
+        check_texts(self.info, text_ids, self._vocab_size)
+        lengths = np.array([len(ids) for ids in text_ids], np.int64)
+        blocks = text_blocks(lengths, self._stages.text_tokens, self._stages.queries.largest)
+        with self._device.current():
+            encoded = [self._encode(block, text_ids, lengths) for block in blocks]
+        return QueryStates(EncodedQueries(encoded, len(text_ids)))
+
+    def _encode(self, block: TextBlock, text_ids: Sequence[Sequence[int]], lengths: NDArray[np.int64]) -> EncodedBlock:
+        stage, num_texts = self._stages.query, len(block.texts)
+        num_rows = self._stages.queries.smallest_for(num_texts)
+        ids = np.zeros((num_rows, block.text_tokens), np.int32)
+        row_lengths = np.ones(num_rows, np.int32)  # a text of no tokens has nothing to look at
+        row_lengths[:num_texts] = lengths[block.texts]
+        for row, text in enumerate(block.texts.tolist()):
+            ids[row, : len(text_ids[text])] = text_ids[text]
+        self._ring.upload(ids, stage.address("text_ids"))
+        self._ring.upload(row_lengths, stage.address("text_lengths"))
+        stage.work({QUERIES: num_rows, TEXT_TOKENS: block.text_tokens}).launch()
+        states = self._kept(stage.address("states"), num_texts * block.text_tokens * self._state_bytes)
+        return EncodedBlock(block, states, self._kept(stage.address("text_lengths"), num_texts * 4))
+
+    def _kept(self, address: int, num_bytes: int) -> Any:
+        """A copy of what lies there, in memory that goes back to the pool with its last holder.
+
+        It may then be written again at once, because all of it is read and written on one stream.
+        """
+        memory = self._pool.allocate(num_bytes)
+        cuda.memcpy_dtod_async(int(memory), address, num_bytes, self._stream)
+        return memory
+
+    def score_pairs(
+        self,
+        queries: QueryStates,
+        pair_query: NDArray[np.int32],
+        pair_slot: NDArray[np.int32],
+        first_stage: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        encoded = cast(EncodedQueries, queries)
+        check_pairs(self.info, pair_query, pair_slot, encoded.num_texts, first_stage)
+        if first_stage is None:
+            first_stage = np.full(len(pair_query), np.nan, np.float32)
+        logits = np.empty(len(pair_query), np.float32)
+        layouts = [block.layout for block in encoded.blocks]
+        pieces = list(pair_pieces(layouts, encoded.num_texts, pair_query, self._stages.pairs.largest))
+        self._copies.start()
+        with self._device.current():
+            self.slab.wait_for_published(self._stream)
+            num_scored, loaded = 0, -1
+            for piece in pieces:
+                if piece.block != loaded:
+                    self._load(encoded.blocks[piece.block])
+                    loaded = piece.block
+                self._score(piece, encoded.blocks[piece.block], pair_slot, first_stage, num_scored)
+                num_scored += len(piece.pairs)
+            self._stream.synchronize()
+        if pieces:
+            logits[np.concatenate([piece.pairs for piece in pieces])] = self._logits[:num_scored]
+        return logits
+
+    def last_copies(self) -> DeviceCopies | None:
+        """By events of the stream, which has passed them all."""
+        with self._device.current():
+            return self._copies.copies()
+
+    def _load(self, block: EncodedBlock) -> None:
+        """Bring a block's texts to where the pair graph reads them."""
+        stage, num_texts = self._stages.pair, len(block.layout.texts)
+        num_bytes = num_texts * block.layout.text_tokens * self._state_bytes
+        cuda.memcpy_dtod_async(stage.address("states"), int(block.states), num_bytes, self._stream)
+        cuda.memcpy_dtod_async(stage.address("text_lengths"), int(block.lengths), num_texts * 4, self._stream)
+
+    def _score(
+        self,
+        piece: PairPiece,
+        block: EncodedBlock,
+        pair_slot: NDArray[np.int32],
+        first_stage: NDArray[np.float32],
+        num_scored: int,
+    ) -> None:
+        """Enqueue a piece; its logits come to the pinned ones from `num_scored` on."""
+        stage, num_real = self._stages.pair, len(piece.pairs)
+        num_pairs = self._stages.pairs.smallest_for(num_real)
+        inputs: list[tuple[Any, NDArray[Any]]] = [
+            (self._slots, pair_slot[piece.pairs]),
+            (stage.address("pair_query"), piece.rows),
+        ]
+        if self.info.reads_first_stage:
+            inputs.append((stage.address("first_stage"), first_stage[piece.pairs]))
+        with self._copies.to_device():
+            for address, numbers in inputs:
+                # What pads is slot 0, query 0 and score 0: nobody reads its logits.
+                self._ring.upload(np.pad(numbers, (0, num_pairs - num_real)), int(address))
+        self._pair_work(block.layout.text_tokens, num_pairs).launch()
+        with self._copies.to_host():
+            logits = self._logits[num_scored : num_scored + num_real]
+            cuda.memcpy_dtoh_async(logits, stage.address("logits"), self._stream)
+
+    def _pair_work(self, text_tokens: int, num_pairs: int) -> ReplayedWork:
+        """The gather of the slots and the plan behind it."""
+        stage = self._stages.pair
+
+        def gather() -> None:
+            scales = stage.address("scales") if self.slab.layout.scale_bytes > 0 else 0
+            self.slab.gather(int(self._slots), num_pairs, stage.address("tokens"), scales, self._stream)
+
+        sizes = {QUERIES: self._stages.queries.largest, TEXT_TOKENS: text_tokens, PAIRS: num_pairs}
+        return stage.work(sizes, before=gather)

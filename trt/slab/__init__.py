@@ -1,0 +1,1 @@
+"""The token slab: layout, host and device memory, staging buffers."""

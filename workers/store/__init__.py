@@ -1,0 +1,1 @@
+"""The token store: Redis behind `workers.ports.TokenStore`, and its in-memory twin."""
