@@ -115,7 +115,7 @@ def test_a_worker_is_known_to_itself_alone(worker):
     ("library", "allowed"),
     [
         ("tensorrt", ("trt/runtimes/tensorrt_", "trt/build/plan")),
-        ("pycuda", ("trt/cuda/", "trt/runtimes/tensorrt_")),
+        ("pycuda", ("trt/cuda/", "trt/slab/device", "trt/runtimes/tensorrt_")),
         ("cuda", ("trt/cuda/",)),
     ],
 )

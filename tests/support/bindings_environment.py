@@ -71,7 +71,7 @@ def bindings() -> Path:
 def run_python(script: str) -> subprocess.CompletedProcess[str]:
     """Run a script in this environment with the bindings, the project and the recorded modules to import from."""
     folder = bindings()
-    path = ":".join(map(str, (ROOT, ROOT / "tests", _packages(folder))))
+    path = ":".join(map(str, (ROOT, ROOT / "tests" / "support", _packages(folder))))
     environment = os.environ | _loader(folder) | {"PYTHONPATH": path}
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
 

@@ -30,7 +30,7 @@ def host_driver(tmp_path_factory):
 
 
 def test_the_gpu_suites_tests_of_device_memory_pass_in_host_memory(host_driver):
-    done = run_pytest(host_driver, "-m", "gpu", str(ROOT / "tests" / "gpu" / "test_gpu_device.py"))
+    done = run_pytest(host_driver, "-m", "gpu", str(ROOT / "tests" / "trt" / "gpu" / "test_gpu_device.py"))
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"1[0-9] passed, 1 skipped", done.stdout), done.stdout  # there are no two gigabytes

@@ -23,8 +23,8 @@ NUM_SLOTS, NUM_ROWS = 12, 8
 def on_a_gpu():
     gpu = Gpu()
     with recorded_modules(gpu):
-        names = ("context", "kernels", "memory", "slab")
-        modules = {name: importlib.import_module(f"trt.cuda_{name}") for name in names}
+        modules = {name: importlib.import_module(f"trt.cuda.{name}") for name in ("context", "kernels", "memory")}
+        modules["slab"] = importlib.import_module("trt.slab.device")
         yield SimpleNamespace(gpu=gpu, device=modules["context"].CudaDevice(0), **modules)
 
 
