@@ -33,6 +33,8 @@ _EVENTS: dict[type[Event], tuple[str, str, str]] = {
     RerankRequest: ("rerankRequests", Topics().rerank_requests, "request_id"),
     RerankResponse: ("rerankResponses", Topics().rerank_responses, "request_id"),
 }
+#: Events of these channels can be followed by a tombstone: a message with the image's key and a null value.
+_WITH_TOMBSTONES = {ImageNew, ImageIndexed}
 _DEAD_LETTERS = {"imagesNewDeadLetters": Topics().images_new, "rerankRequestsDeadLetters": Topics().rerank_requests}
 
 _DEAD_LETTER_HEADERS = {
@@ -69,7 +71,8 @@ def document() -> dict[str, Any]:
         "channels": _channels(),
         "operations": _operations(),
         "components": {
-            "messages": {event.__name__: _message(event) for event in _EVENTS} | {"DeadLetter": _dead_letter()},
+            "messages": {event.__name__: _message(event) for event in _EVENTS}
+            | {"ImageRemoved": _image_removed(), "DeadLetter": _dead_letter()},
             "messageTraits": {"eventHeaders": {"headers": _event_headers()}},
         },
     }
@@ -78,7 +81,8 @@ def document() -> dict[str, Any]:
 def _channels() -> dict[str, Any]:
     channels: dict[str, Any] = {}
     for event, (channel, topic, _) in _EVENTS.items():
-        channels[channel] = {"address": topic, "messages": {event.__name__: _message_ref(event.__name__)}}
+        names = (event.__name__, "ImageRemoved") if event in _WITH_TOMBSTONES else (event.__name__,)
+        channels[channel] = {"address": topic, "messages": {name: _message_ref(name) for name in names}}
     for channel, topic in _DEAD_LETTERS.items():
         address = Topics().dead_letter(topic)
         channels[channel] = {"address": address, "messages": {"DeadLetter": _message_ref("DeadLetter")}}
@@ -90,12 +94,12 @@ def _operations() -> dict[str, Any]:
         "receiveImages": {
             "action": "receive",
             "channel": _channel_ref("imagesNew"),
-            "summary": "Encode an image and store its tokens.",
+            "summary": "Encode an image and store its tokens, or remove them where the value is null.",
         },
         "announceIndexedImages": {
             "action": "send",
             "channel": _channel_ref("imagesIndexed"),
-            "summary": "Sent after the tokens are in the store.",
+            "summary": "Sent after the tokens are in the store, or after they are removed (null value).",
         },
         "receiveRequests": {
             "action": "receive",
@@ -125,6 +129,16 @@ def _message(event: type[Event]) -> dict[str, Any]:
             {"name": name, "payload": json.loads(example.model_dump_json(exclude_none=True))}
             for name, example in examples()[event].items()
         ],
+    }
+
+
+def _image_removed() -> dict[str, Any]:
+    return {
+        "name": "ImageRemoved",
+        "summary": "A tombstone: the image's key and a null value. On images.new it removes the image from the "
+        "store and every index; on images.indexed it reports that the image is removed.",
+        "payload": {"type": "null"},
+        "bindings": _key_binding("image_id"),
     }
 
 

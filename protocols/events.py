@@ -16,8 +16,13 @@ from protocols.fields import (
     MAX_EMBEDDING_DIM,
     MAX_ERROR_CODE_CHARS,
     MAX_ERROR_MESSAGE_CHARS,
+    MAX_EXPLAINED_TOKENS,
+    MAX_EXPLAINED_WORD_CHARS,
+    MAX_EXPLAINED_WORDS,
+    MAX_PARTITION,
     MAX_PRIORITY,
     MAX_TOKENS,
+    MAX_WARNINGS,
     CandidateText,
     Deadline,
     Digest,
@@ -64,7 +69,9 @@ class ImageNew(Event):
     image_id: Id
     uri: Annotated[Uri | None, Field(description="file, http, https, s3 or gs address")] = None
     data: Annotated[InlineData | None, Field(description="the image file: base64 in JSON, bytes in msgpack")] = None
-    metadata: Annotated[Metadata | None, Field(description="carried for people; not stored")] = None
+    metadata: Annotated[
+        Metadata | None, Field(description="copied into the image's `images.indexed` event; not stored with the tokens")
+    ] = None
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
@@ -87,6 +94,7 @@ class ImageIndexed(Event):
     embedding: Annotated[
         list[Finite] | None, Field(max_length=MAX_EMBEDDING_DIM, description="pooled output of the vision tower")
     ] = None
+    metadata: Annotated[Metadata | None, Field(description="from the image's `images.new` event")] = None
 
 
 class Query(_Part):
@@ -150,7 +158,16 @@ class RerankRequest(Event):
     deadline: Annotated[Deadline | None, Field(description="answered as expired if not scored by then")] = None
     priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY, description="higher goes first")] = 0
     reply_topic: Annotated[TopicName | None, Field(description="instead of rerank.responses, where allowed")] = None
+    reply_partition: Annotated[
+        int | None,
+        Field(
+            ge=0, le=MAX_PARTITION, description="partition of the reply's topic; by the hash of its key where absent"
+        ),
+    ] = None
     model: Annotated[Digest | None, Field(description="model digest the answer must come from")] = None
+    explain: Annotated[
+        bool, Field(description="add to the best results how similar each word is to each visual token, where possible")
+    ] = False
 
     @model_validator(mode="after")
     def _has_candidates_of_one_kind(self) -> Self:
@@ -183,17 +200,50 @@ class RerankRequest(Event):
         return [c.get("id") for c in self.candidates]
 
 
+class WordSimilarities(_Part):
+    """The similarity of one word of the text to each visual token of the image."""
+
+    word: Annotated[str, StringConstraints(max_length=MAX_EXPLAINED_WORD_CHARS)]
+    similarities: Annotated[
+        list[Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]],
+        Field(max_length=MAX_EXPLAINED_TOKENS, description="cosines, one for each visual token, in their stored order"),
+    ]
+
+
 class Result(_Part):
     """One ranked candidate."""
 
-    index: Annotated[int, Field(ge=0, description="the candidate's place in the request")]
+    index: Annotated[int, Field(ge=0, description="position of the candidate in the request, from 0")]
     id: Annotated[Id | None, Field(description="image_id of an image, id of a text where it had one")] = None
-    relevance_score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="sigmoid of the logit")]
+    relevance_score: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            allow_inf_nan=False,
+            description="probability that image and text fit, calibrated where the model has a calibration; "
+            "the sigmoid of the logit otherwise",
+        ),
+    ]
     logit: Finite
+    explanation: Annotated[
+        list[WordSimilarities] | None,
+        Field(
+            max_length=MAX_EXPLAINED_WORDS,
+            description="of the best results of a request with `explain`, for models with a late interaction",
+        ),
+    ] = None
 
 
 class ErrorInfo(_Part):
     """Why there is no ranking."""
+
+    code: Annotated[str, StringConstraints(min_length=1, max_length=MAX_ERROR_CODE_CHARS, pattern=r"^[a-z0-9_]+$")]
+    message: Annotated[str, StringConstraints(max_length=MAX_ERROR_MESSAGE_CHARS)]
+
+
+class WarningInfo(_Part):
+    """A reason to trust the ranking less, or why a part of the request was ignored."""
 
     code: Annotated[str, StringConstraints(min_length=1, max_length=MAX_ERROR_CODE_CHARS, pattern=r"^[a-z0-9_]+$")]
     message: Annotated[str, StringConstraints(max_length=MAX_ERROR_MESSAGE_CHARS)]
@@ -224,6 +274,7 @@ class RerankResponse(Event):
     model: Annotated[Digest, Field(description="model digest")]
     engine: Annotated[Digest, Field(description="engine digest")]
     timings_ms: Annotated[Timings, Field(description="by stage")] = Field(default_factory=dict)
+    warnings: Annotated[list[WarningInfo], Field(max_length=MAX_WARNINGS)] = Field(default_factory=list)
     error: ErrorInfo | None = None
 
     @model_validator(mode="after")

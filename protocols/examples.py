@@ -18,6 +18,8 @@ from protocols.events import (
     RerankRequest,
     RerankResponse,
     Result,
+    WarningInfo,
+    WordSimilarities,
 )
 
 _MODEL = hashlib.sha256(b"model").hexdigest()
@@ -40,6 +42,7 @@ def examples() -> dict[type[Event], dict[str, Event]]:
                 num_bytes=25_018,
                 content_sha256=hashlib.sha256(b"image").hexdigest(),
                 timings_ms={"fetch": 31.5, "decode": 4.1, "encode": 22.8, "store": 0.6},
+                metadata={"source": "upload"},
             ),
         },
         RerankRequest: {
@@ -67,6 +70,30 @@ def examples() -> dict[type[Event], dict[str, Event]]:
                 model=_MODEL,
                 engine=_ENGINE,
                 timings_ms={"queue": 1.2, "fetch": 0.8, "score": 3.1},
+            ),
+            "explained": RerankResponse(
+                request_id="r-4",
+                status="ok",
+                results=[
+                    Result(
+                        index=0,
+                        id="img-2",
+                        relevance_score=0.93,
+                        logit=2.6,
+                        explanation=[
+                            WordSimilarities(word="red", similarities=[0.12, 0.81, 0.3, -0.05]),
+                            WordSimilarities(word="bus", similarities=[0.07, 0.77, 0.69, 0.11]),
+                        ],
+                    ),
+                ],
+                model=_MODEL,
+                engine=_ENGINE,
+                warnings=[
+                    WarningInfo(
+                        code="first_stage_scores_missing",
+                        message="this model reads the candidates' first-stage scores; 1 of 1 candidates has none",
+                    )
+                ],
             ),
             "error": RerankResponse(
                 request_id="r-3",

@@ -29,6 +29,11 @@ MAX_TOKENS = 65_536
 MAX_ERROR_CODE_CHARS = 64
 MAX_ERROR_MESSAGE_CHARS = 2_000
 MAX_TOPIC_CHARS = 249  # Kafka's own limit
+MAX_PARTITION = 2**31 - 1  # Kafka numbers partitions with a signed 32-bit integer
+MAX_WARNINGS = 16
+MAX_EXPLAINED_WORDS = 64
+MAX_EXPLAINED_WORD_CHARS = 256
+MAX_EXPLAINED_TOKENS = 1_024
 
 #: Neither the C0 nor the C1 control characters: an id is printed in logs, keys and tables.
 NO_CONTROL_CHARACTERS = r"^[^\x00-\x1f\x7f-\x9f]+$"

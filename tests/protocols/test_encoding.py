@@ -20,7 +20,7 @@ from protocols.encoding import (
     salvage_id,
 )
 from protocols.events import ImageIndexed, ImageNew, RerankRequest, RerankResponse, Result
-from strategies import digests, events, finite, ids, timings
+from strategies import digests, events, explanations, finite, ids, timings, warnings
 
 MODELS = [ImageNew, ImageIndexed, RerankRequest, RerankResponse]
 REQUEST = {"request_id": "r-1", "query": {"text": "a dog"}, "candidates": [{"image_id": "img-7", "score": 0.31}]}
@@ -159,18 +159,22 @@ def test_the_content_type_is_what_the_header_means(headers, expected):
 
 @both_encodings
 @given(
-    rows=st.lists(st.tuples(st.none() | ids, st.floats(0, 1), finite), max_size=5),
+    rows=st.lists(st.tuples(st.none() | ids, st.floats(0, 1), finite, st.none() | explanations), max_size=5),
     request_id=ids,
     digest=digests,
     missing=st.lists(ids, max_size=3),
     stages=timings,
+    warnings=warnings,
 )
 def test_a_response_written_directly_is_the_response_of_the_model(
-    content_type, rows, request_id, digest, missing, stages
+    content_type, rows, request_id, digest, missing, stages, warnings
 ):
-    names = [name for name, _, _ in rows]
+    names = [name for name, *_ in rows]
     order = list(range(len(rows)))[::-1]
-    results = [Result(index=i, id=rows[i][0], relevance_score=rows[i][1], logit=rows[i][2]) for i in order]
+    results = [
+        Result(index=i, id=rows[i][0], relevance_score=rows[i][1], logit=rows[i][2], explanation=rows[i][3])
+        for i in order
+    ]
     model = RerankResponse(
         request_id=request_id,
         status="partial",
@@ -179,6 +183,7 @@ def test_a_response_written_directly_is_the_response_of_the_model(
         model=digest,
         engine=digest,
         timings_ms=stages,
+        warnings=warnings,
     )
 
     value = encode_response(
@@ -192,6 +197,8 @@ def test_a_response_written_directly_is_the_response_of_the_model(
         model=digest,
         engine=digest,
         timings_ms=stages,
+        warnings=warnings,
+        explanations={index: row[3] for index, row in enumerate(rows) if row[3] is not None},
         content_type=content_type,
     )
 

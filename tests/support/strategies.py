@@ -4,7 +4,18 @@ from datetime import UTC
 
 from hypothesis import strategies as st
 
-from protocols.events import Candidate, ErrorInfo, ImageIndexed, ImageNew, Query, RerankRequest, RerankResponse, Result
+from protocols.events import (
+    Candidate,
+    ErrorInfo,
+    ImageIndexed,
+    ImageNew,
+    Query,
+    RerankRequest,
+    RerankResponse,
+    Result,
+    WarningInfo,
+    WordSimilarities,
+)
 
 ids = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=40)
 texts = st.text(max_size=60)
@@ -21,7 +32,8 @@ def _candidate(**fields):
     return st.fixed_dictionaries(fields, optional={"score": finite}).map(lambda keys: Candidate(**keys))
 
 
-images_new = st.builds(ImageNew, image_id=ids, uri=ids, metadata=st.none() | st.dictionaries(ids, texts, max_size=3))
+metadata = st.none() | st.dictionaries(ids, texts, max_size=3)
+images_new = st.builds(ImageNew, image_id=ids, uri=ids, metadata=metadata)
 images_new |= st.builds(ImageNew, image_id=ids, data=st.binary(min_size=1, max_size=200))
 images_indexed = st.builds(
     ImageIndexed,
@@ -34,6 +46,7 @@ images_indexed = st.builds(
     timings_ms=timings,
     skipped=st.booleans(),
     embedding=st.none() | st.lists(finite, max_size=4),
+    metadata=metadata,
 )
 
 
@@ -47,6 +60,8 @@ def _requests(query, candidates):
         deadline=instants,
         priority=st.integers(0, 9),
         reply_topic=topics,
+        reply_partition=st.none() | st.integers(0, 2**31 - 1),
+        explain=st.booleans(),
         model=st.none() | digests,
     )
 
@@ -54,10 +69,18 @@ def _requests(query, candidates):
 rerank_requests = _requests(st.builds(Query, text=query_texts), _candidate(image_id=ids))
 rerank_requests |= _requests(st.builds(Query, image_id=ids), _candidate(text=texts, id=ids) | _candidate(text=texts))
 
+codes = st.from_regex(r"[a-z0-9_]{1,64}", fullmatch=True)
+explanations = st.lists(st.builds(WordSimilarities, word=texts, similarities=st.lists(st.floats(-1, 1))), max_size=3)
 results = st.builds(
-    Result, index=st.integers(0, 2**31), id=st.none() | ids, relevance_score=st.floats(0, 1), logit=finite
+    Result,
+    index=st.integers(0, 2**31),
+    id=st.none() | ids,
+    relevance_score=st.floats(0, 1),
+    logit=finite,
+    explanation=st.none() | explanations,
 )
-_answers = {"request_id": ids, "model": digests, "engine": digests, "timings_ms": timings}
+warnings = st.lists(st.builds(WarningInfo, code=codes, message=texts), max_size=3)
+_answers = {"request_id": ids, "model": digests, "engine": digests, "timings_ms": timings, "warnings": warnings}
 rerank_responses = st.builds(
     RerankResponse,
     status=st.sampled_from(["ok", "partial", "expired"]),
@@ -67,7 +90,7 @@ rerank_responses = st.builds(
 ) | st.builds(
     RerankResponse,
     status=st.just("error"),
-    error=st.builds(ErrorInfo, code=st.from_regex(r"[a-z0-9_]{1,64}", fullmatch=True), message=texts),
+    error=st.builds(ErrorInfo, code=codes, message=texts),
     **_answers,
 )
 
