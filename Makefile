@@ -63,6 +63,7 @@ lock: $(READY) ## Pin the newest allowed version of every dependency, with hashe
 	$(COMPILE) pyproject.toml --constraint $(LOCK) --output-file requirements/service.txt
 	$(COMPILE) pyproject.toml --extra build --constraint $(LOCK) --output-file requirements/engine.txt
 	$(COMPILE) requirements/tensorrt.in --constraint $(LOCK) --output-file requirements/tensorrt.txt
+	$(COMPILE) --upgrade requirements/clients.in --output-file requirements/clients.txt
 	echo uv | $(COMPILE) --upgrade - --output-file requirements/uv.txt
 
 clean: ## Remove the environment, caches and the demo's output
