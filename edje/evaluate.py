@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from edje.checkpoint import CheckpointError
 from edje.data.dataset import DataError, Split
@@ -31,6 +31,7 @@ from edje.evaluation.subject import OWN, Subject, load_subject
 from edje.evaluation.task import Direction, RetrievalTask, image_to_text, refuse_depth, text_to_image
 from edje.features.storage import FeaturesError
 from edje.optional import PackageMissing
+from edje.progress import progress_bars
 
 DIRECTIONS: tuple[Direction, ...] = ("text-to-image", "image-to-text")
 
@@ -160,7 +161,7 @@ def main(
             device=device,
             console=remarks,
         )
-        with _progress_bars() as bars:
+        with progress_bars(remarks) as bars:
             report = evaluate_subject(
                 subject,
                 scorer,
@@ -182,11 +183,6 @@ def main(
         markdown.write_text(to_markdown(report), encoding="utf-8")
     print_report(report, Console(highlight=False, markup=False))
     print(document)
-
-
-def _progress_bars() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=remarks)
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -22,6 +22,7 @@ from edje.checkpoint import CheckpointError, read_config
 from edje.config import EdjeConfig
 from edje.model.weights import load_checkpoint
 from edje.optional import PackageMissing
+from edje.progress import progress_bars
 from edje.text import Tokenizer
 from trt.build.assemble import require
 from trt.check.comparison import report_on, scored, torch_reference
@@ -30,7 +31,6 @@ from trt.contract import Engine, EngineError, EngineMismatch
 from trt.load import open_onnx, open_tensorrt
 from trt.manifest import Manifest, read_manifest
 from trt.parity import THRESHOLDS, Thresholds
-from trt.screen import progress_bars
 
 remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 _RUNTIMES = ("torch", "onnx", "tensorrt")
@@ -101,7 +101,7 @@ def main(
             raise EngineMismatch("A and B are of models of different shapes: their logits cannot be compared")
         words = next((each.path for each in pair if each.manifest is None), checkpoint)
         held = hold_pairs(pair[0].config, None if words is None else Tokenizer.load(words), texts, images)
-        with progress_bars(remarks) as bars:
+        with progress_bars(remarks, transient=True) as bars:
             logits = scored(pair[0].load(kind, images, device), held, bars)
             thresholds = _thresholds(pair[1], {"top1": top1, "tau": tau, "max_error": max_error})
             report = report_on(pair[1].load(kind, images, device), logits, held, thresholds, bars)

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from edje.config import EdjeConfig
@@ -32,6 +31,7 @@ from edje.data.dataset import DataError, Dataset
 from edje.features.storage import Draft, Features, FeaturesError, open_features
 from edje.images import ImageError, Resample
 from edje.model.edje import Edje
+from edje.progress import progress_bars
 from edje.towers.base import graph_of
 
 #: As many as decode faster than a small tower runs; more only contend with it for the processor.
@@ -132,7 +132,7 @@ def _fill(
 ) -> None:
     num_images = len(dataset.images)
     decoded = _decoded(extractor, dataset, draft.num_done, _BATCHES_AHEAD * batch_size)
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task(f"features of {dataset.name}", total=num_images, completed=draft.num_done)
         num_batches = 0
         while batch := list(islice(decoded, batch_size)):
@@ -198,17 +198,6 @@ def _undecodable(dataset: Dataset, number: int, cause: str) -> DataError:
     return DataError(
         f"{dataset.name}: {dataset.images[number].image_id} is image {number + 1:,} of {len(dataset.images):,} and "
         f"does not decode ({cause}): replace the file, or take the image out of the list"
-    )
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console or Console(stderr=True),
     )
 
 

@@ -10,7 +10,6 @@ the finished name is whole. Knows neither towers nor datasets.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from edje.files import replace_directory, write_file
 
 _TOKENS, _POOLED, _INDEX, _PROGRESS = "tokens.npy", "pooled.npy", "index.json", "progress.json"
 
@@ -86,7 +87,7 @@ class Draft:
         if self._arrays is not None:
             self._flush()
             progress = _Progress(num_done=num_done, unreadable=self.unreadable)
-            _write_whole(self._folder / _PROGRESS, progress.model_dump_json())
+            write_file(self._folder / _PROGRESS, progress.model_dump_json())
         self.num_done = num_done
 
     def publish(self, place: Path, key: str, ids: Sequence[str]) -> None:
@@ -96,10 +97,9 @@ class Draft:
         self._flush()
         self._arrays = None
         index = _Index(key=key, ids=tuple(ids), unreadable=self.unreadable)
-        _write_whole(self._folder / _INDEX, index.model_dump_json())
+        write_file(self._folder / _INDEX, index.model_dump_json())
         (self._folder / _PROGRESS).unlink(missing_ok=True)
-        self._folder.rename(place)
-        _sync(place.parent)
+        replace_directory(self._folder, place)
 
     def _new(self, name: str, example: NDArray[np.floating]) -> NDArray[np.floating]:
         shape = (self._num_images, *example.shape[1:])
@@ -137,19 +137,3 @@ def open_features(place: Path) -> Features:
     if not len(tokens) == len(pooled) == len(index.ids):
         raise FeaturesError(f"{place} has other numbers of rows than of images: remove it to extract anew")
     return Features(index.key, index.ids, tokens, pooled, index.unreadable)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace the file, so that it is never seen half."""
-    draft = path.with_suffix(".new")
-    draft.write_text(text, encoding="utf-8")
-    _sync(draft)
-    draft.rename(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from edje.checkpoint import (
     read_graph,
 )
 from edje.config import EdjeConfig
+from edje.files import draft_directory
 from edje.model.edje import Edje, build_edje
 from edje.optional import PackageMissing
 from edje.towers.base import TowerError, graph_of
@@ -48,9 +46,7 @@ def save_checkpoint(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer
     """
     if checkpoint.exists() and (not checkpoint.is_dir() or any(checkpoint.iterdir())):
         raise CheckpointExists(f"{checkpoint} exists: remove it or choose another folder")
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}-", dir=checkpoint.parent))
-    try:
+    with draft_directory(checkpoint) as draft:
         safetensors.torch.save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
             draft / WEIGHTS_FILE,
@@ -62,16 +58,6 @@ def save_checkpoint(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer
         digest = digest_of(draft, config)
         envelope = Envelope(format_version=FORMAT_VERSION, model_digest=digest, config=asdict(config))
         (draft / CONFIG_FILE).write_text(envelope.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in draft.iterdir():
-            path.chmod(0o644)
-            _sync(path)
-        draft.chmod(0o755)  # a temporary folder is its maker's alone; a worker may run as another user
-        _sync(draft)
-        draft.rename(checkpoint)
-        _sync(checkpoint.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return digest
 
 
@@ -97,12 +83,3 @@ def load_checkpoint(checkpoint: Path) -> Checkpoint:
         )
     model.load_state_dict(tensors, assign=True)
     return Checkpoint(config, model.eval().requires_grad_(False), digest)
-
-
-def _sync(path: Path) -> None:
-    """Have the content of a file, or the names in a folder, on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from edje.files import write_file
 from edje.optional import need
 
 
@@ -18,9 +19,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = path.read_bytes().splitlines(keepends=True)[:num_lines] if path.exists() else []
-        draft = path.with_suffix(".new")
-        draft.write_bytes(b"".join(kept))
-        draft.rename(path)
+        write_file(path, b"".join(kept))
         self.num_lines = len(kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         writer = need("torch.utils.tensorboard", "train").SummaryWriter

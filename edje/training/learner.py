@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from edje.config import EdjeConfig, FirstStageConfig
 from edje.data.dataset import Dataset, LabelledSource
+from edje.files import draft_directory
 from edje.first_stage.dual_encoder import FirstStage, FirstStageModel, save_first_stage
 from edje.model.edje import Edje
 from edje.model.weights import save_checkpoint
@@ -93,10 +93,7 @@ class Learner:
 
     def write(self, checkpoint: Path) -> str:
         """Leave a checkpoint in the place of an older one, whole or not at all. Returns its digest."""
-        draft = checkpoint.with_name(f".{checkpoint.name}")
-        shutil.rmtree(draft, ignore_errors=True)
-        digest = save_checkpoint(draft, self.config, self.model.eval(), self._tokenizer_json)
-        save_first_stage(draft, self.first_stage)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        draft.rename(checkpoint)
+        with draft_directory(checkpoint) as draft:
+            digest = save_checkpoint(draft, self.config, self.model.eval(), self._tokenizer_json)
+            save_first_stage(draft, self.first_stage)
         return digest

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edje.checkpoint import CheckpointError, read_digest
 from edje.data.spec import open_dataset
 from edje.first_stage.dual_encoder import FOLDER, read_folder
+from edje.progress import progress_bars
 from edje.recipe import Phase, Recipe
 from edje.training.batches.phase_data import Lessons
 from edje.training.calibrate import best_gain, candidates_of
@@ -104,7 +104,7 @@ class Run:
         if saved is not None:
             restore_optimizer(saved, module, optimizer)
         self.learner.begin(phase)
-        with self._progress() as progress, stop_requests() as stop:
+        with progress_bars(self.console, enabled=self.devices.leads) as progress, stop_requests() as stop:
             bar = progress.add_task(f"{self.recipe.name}, {phase.name}", total=num_steps, completed=start)
 
             def on_step(step: int, values: dict[str, float] | None) -> None:
@@ -175,17 +175,6 @@ class Run:
     def _say(self, text: str) -> None:
         if self.devices.leads:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.devices.leads,
-        )
 
 
 def recipe_digest(recipe: Recipe) -> str:

@@ -20,6 +20,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from edje.files import draft_directory
+
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _NUM_KEPT = 2
 _Number = Annotated[int, Field(ge=0)]
@@ -70,15 +72,11 @@ def save_state(
             for slot, value in slots.items():
                 tensors[f"optimizer.{slot}.{names[id(parameter)]}"] = torch.as_tensor(value)
     final = folder / f"{place.total_step:08d}"
-    draft = folder / f".{final.name}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     data = safetensors.torch.save({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()})
-    (draft / _TENSORS).write_bytes(data)
     envelope = _Envelope(place=place, recipe=recipe_digest, sha256=_digest(place, recipe_digest, data))
-    (draft / _STATE).write_text(envelope.model_dump_json(), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    draft.rename(final)
+    with draft_directory(final) as draft:
+        (draft / _TENSORS).write_bytes(data)
+        (draft / _STATE).write_text(envelope.model_dump_json(), encoding="utf-8")
     states = sorted(folder.glob("[0-9]*"))
     now = states.index(final)
     for other in states[: max(0, now + 1 - _NUM_KEPT)] + states[now + 1 :]:

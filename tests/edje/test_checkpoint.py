@@ -25,7 +25,6 @@ from edje.checkpoint import (
     read_digest,
 )
 from edje.init import initialise, main
-from edje.model import weights
 from edje.model.edje import build_edje
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint, save_checkpoint
@@ -199,7 +198,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     def disk_full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "_sync", disk_full)
+    monkeypatch.setattr("edje.files.sync", disk_full)
 
     with pytest.raises(OSError, match="no space"):
         initialise(TINY, tmp_path / "model", seed=0)

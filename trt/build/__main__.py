@@ -17,6 +17,7 @@ from edje.checkpoint import CONFIG_FILE, GRAPH_FILE, TOKENIZER_FILE, WEIGHTS_FIL
 from edje.imports.sources import SourceError, find_source
 from edje.model.weights import load_checkpoint
 from edje.optional import PackageMissing
+from edje.progress import progress_bars
 from edje.text import Tokenizer
 from trt.build.assemble import Planner, assemble
 from trt.build.draft_directory import DirectoryExists, draft_of, refuse_to_overwrite
@@ -26,7 +27,6 @@ from trt.graphs import Precision
 from trt.inspect import plain_console, show
 from trt.manifest import MANIFEST_FILE, BuildOptions, HardwareCompatibility
 from trt.parity import THRESHOLDS, Thresholds
-from trt.screen import progress_bars
 
 remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 _CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, GRAPH_FILE)
@@ -98,7 +98,7 @@ def main(
         folder = find_source(checkpoint, _CHECKPOINT_FILES)
         loaded = load_checkpoint(folder)
         held = hold_pairs(loaded.config, Tokenizer.load(folder), verify_texts, verify_images)
-        with draft_of(out, MANIFEST_FILE, replace=force) as draft, progress_bars(remarks) as bars:
+        with draft_of(out, MANIFEST_FILE, replace=force) as draft, progress_bars(remarks, transient=True) as bars:
             manifest = assemble(loaded, draft, options, held, thresholds, planner, bars)
     except (CheckpointError, DirectoryExists, EngineError, PackageMissing, SourceError) as error:
         _end(str(error))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tensorrt
 
+from edje.files import write_file
 from trt.contract import EngineError, EngineUnavailable
 from trt.graphs import GraphSpec
 from trt.manifest import BuildOptions, HardwareCompatibility
@@ -112,9 +113,7 @@ class PlanBuilder:
             return
         cache = config.get_timing_cache()
         if cache is not None:
-            draft = self._timing_cache.with_name(f".{self._timing_cache.name}.new")
-            draft.write_bytes(bytes(cache.serialize()))
-            draft.replace(self._timing_cache)
+            write_file(self._timing_cache, bytes(cache.serialize()))
 
     def _add_profile(self, config: tensorrt.IBuilderConfig, spec: GraphSpec, profile: Profile) -> None:
         added = self._builder.create_optimization_profile()

@@ -4,16 +4,16 @@ text and image apart, where the text layers are not trained."""
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor
 
+from edje.files import draft_file
 from edje.model.edje import Edje
+from edje.progress import track
 from edje.training.corpus import Captions
 
 _CHUNK = 128
@@ -56,7 +56,7 @@ def text_states(
     flat = np.empty((starts[-1], model.joint.words.weight.shape[1]), np.float16)
     by_length = np.argsort(captions.lengths, kind="stable")
     chunks = range(0, len(captions), _CHUNK)
-    for start in track(chunks, "states of captions", disable=not shows_progress):
+    for start in track(chunks, "states of captions", enabled=shows_progress):
         numbers = by_length[start : start + _CHUNK]
         ids, lengths = captions.padded(numbers)
         states = model.encode_queries(ids.to(device), lengths.to(device)).cpu().numpy()
@@ -64,7 +64,6 @@ def text_states(
             flat[starts[number] : starts[number + 1]] = row[: captions.lengths[number]]
     model.train(was_training)
     folder.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.npy")  # every process of a run on several devices may be at it
-    np.save(draft, flat)
-    draft.rename(path)
+    with draft_file(path) as draft:
+        np.save(draft, flat)
     return TextStates(flat, captions.lengths)

@@ -7,15 +7,15 @@ each other may as well change places.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 
+from edje.files import draft_file
 from edje.first_stage.dual_encoder import FirstStage, Vectors
+from edje.progress import track
 from edje.training.corpus import Captions
 
 Half = NDArray[np.float16]
@@ -52,13 +52,12 @@ def _kept(path: Path, shape: tuple[int, int], compute: Callable[[slice], Vectors
         kept: Half = np.load(path, mmap_mode="r")
     except (OSError, ValueError):  # not there, or not whole
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.npy")  # every process of a run on several devices may be at it
-        rows = np.lib.format.open_memmap(draft, "w+", np.float16, shape)
-        for start in track(range(0, shape[0], _CHUNK), title or "", disable=title is None):
-            some = slice(start, start + _CHUNK)
-            rows[some] = compute(some)
-        rows.flush()
-        draft.rename(path)
+        with draft_file(path) as draft:
+            rows = np.lib.format.open_memmap(draft, "w+", np.float16, shape)
+            for start in track(range(0, shape[0], _CHUNK), title or "", enabled=title is not None):
+                some = slice(start, start + _CHUNK)
+                rows[some] = compute(some)
+            rows.flush()
         kept = np.load(path, mmap_mode="r")
     return kept
 

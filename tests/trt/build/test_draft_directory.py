@@ -1,7 +1,5 @@
 """A directory that is written whole or not at all."""
 
-from pathlib import Path
-
 import pytest
 
 from trt.build.draft_directory import DirectoryExists, draft_of
@@ -89,22 +87,4 @@ def test_whoever_was_faster_is_not_overwritten(tmp_path):
         write_slowly()
 
     assert names(target) == ["faster", MARK]
-    assert names(tmp_path) == ["engine"]
-
-
-def test_if_the_last_step_fails_the_former_one_comes_back(tmp_path, monkeypatch):
-    target = tmp_path / "engine"
-    write(target, "former")
-    rename = Path.rename
-
-    def fail_for_drafts(self, other):
-        if other == target and not self.name.endswith(".former"):
-            raise OSError(28, "No space left on device")
-        return rename(self, other)
-
-    monkeypatch.setattr(Path, "rename", fail_for_drafts)
-    with pytest.raises(OSError, match="No space"):
-        write(target, "new", replace=True)
-
-    assert names(target) == ["former", MARK]
     assert names(tmp_path) == ["engine"]
