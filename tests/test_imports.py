@@ -18,7 +18,15 @@ MAY_IMPORT = {
     "protocols": set(),
     "edje": {"protocols.quantize", "protocols.blob"},  # evaluation judges images as they are stored
     "trt": {"edje", "protocols.quantize"},  # engines are compared on tokens as they are stored
-    "workers": {"protocols", "trt", "edje.text", "edje.images", "edje.checkpoint"},
+    "workers": {
+        "protocols",
+        "trt",
+        "edje.text",
+        "edje.images",
+        "edje.checkpoint",
+        "edje.first_stage_scores",
+        "edje.calibration",
+    },
 }
 #: Each of these third parties is met in the named files and nowhere else.
 ONLY_IN = {

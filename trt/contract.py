@@ -14,6 +14,8 @@ from typing import Any, Literal, NewType, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from edje.calibration import Calibration
+
 #: What `encode_queries` returns and `score_pairs` takes back; opaque to everybody but the engine that made it.
 QueryStates = NewType("QueryStates", object)
 
@@ -55,6 +57,7 @@ class EngineInfo:
     num_slots: int  # of the token slab; 0 for an engine that only encodes images
     reads_first_stage: bool  # whether `score_pairs` makes anything of the first stage's scores
     resample: Literal["bilinear", "bicubic"] = "bilinear"  # how pictures are brought to `image_size`
+    calibration: Calibration | None = None  # of the model; None: the sigmoid of a logit is no probability
 
 
 class TokenSlab(Protocol):
@@ -124,7 +127,8 @@ class PairScorer(Protocol):
     ) -> NDArray[np.float32]:
         """Pair i is query number `pair_query[i]` with the image in slot `pair_slot[i]`; returns one logit per pair.
 
-        `first_stage[i]` is what the first stage gave the pair, NaN where it gave nothing; None: nothing for any pair.
+        `first_stage[i]` is the pair's standardised first-stage score (`edje.first_stage_scores`), NaN where there is
+        none; None: no pair has one.
         An engine whose `info.reads_first_stage` is False takes it and leaves it unread.
 
         Raises `LimitExceeded` for more than `max_pairs` or a slot the slab does not have.
