@@ -46,7 +46,7 @@ check: $(READY) ## Lint, formatting, types, import directions
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -q tests/test_imports.py
 
-up: $(READY) ## Kafka and Redis in the foreground for a developer, with the settings to export
+up: $(READY) ## Kafka, Redis and PostgreSQL in the foreground for a developer, with the settings to export
 	@$(PYTHON) deploy/local/up.py
 
 bench: $(READY) ## Pairs per second and latency of the service, beside a bare loop of MGET and decode

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from services import KafkaServer, RedisServer, ServiceError, Services
+from services import KafkaServer, PostgresServer, RedisServer, ServiceError, Services
 from skipping import missing
 
 #: Fixtures of the tests that need a GPU.
@@ -25,6 +25,8 @@ pytest_plugins = ["gpu_devices"]
 
 ADDRESS_LIMIT_S = 300.0  # of a first run that downloads Kafka
 
+#: The attribute of `Services` that holds each service's address.
+ADDRESSES = {"kafka": "brokers", "redis": "redis_url", "postgres": "database_url"}
 DESK = pytest.StashKey["ServicesDesk"]()
 
 
@@ -44,7 +46,7 @@ class ServicesDesk:
     def answer_one(self, connection: socket.socket, *_: object) -> None:
         service = connection.recv(100).decode()
         try:
-            answer = {"address": self.services.brokers if service == "kafka" else self.services.redis_url}
+            answer = {"address": getattr(self.services, ADDRESSES[service])}
         except ServiceError as error:
             answer = {"error": str(error)}
         connection.sendall(json.dumps(answer).encode())
@@ -95,6 +97,12 @@ def redis_url(pytestconfig: pytest.Config) -> str:
     return address_of("redis", pytestconfig)
 
 
+@pytest.fixture(scope="session")
+def database_url(pytestconfig: pytest.Config) -> str:
+    """URL of a real PostgreSQL that all tests share; take model digests or schemas that no other test has."""
+    return address_of("postgres", pytestconfig)
+
+
 @pytest.fixture
 def unique_prefix() -> str:
     """A prefix for topics, groups, ids and keys that no other test has, now or in an earlier run."""
@@ -111,6 +119,12 @@ def private_kafka(tmp_path: Path) -> Iterator[Callable[..., KafkaServer]]:
 def private_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
     """Start a Redis of the test's own, to be killed and frozen; takes settings of the server."""
     yield from private_servers(RedisServer, tmp_path)
+
+
+@pytest.fixture
+def private_postgres(tmp_path: Path) -> Iterator[Callable[..., PostgresServer]]:
+    """Start a PostgreSQL of the test's own, to be killed and frozen; takes parameters of the server."""
+    yield from private_servers(PostgresServer, tmp_path)
 
 
 def private_servers(kind, folder: Path):

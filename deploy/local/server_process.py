@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 #: Below the range that Linux and macOS hand out for outgoing connections. A client that keeps trying the port of a
 #: stopped server would otherwise, once in a while, be given that very port and keep the server from coming back.
@@ -31,6 +32,7 @@ class Server(ABC):
 
     name: str
     start_limit_s: float
+    stop_signal = signal.SIGTERM
 
     def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
         """`settings` go into the server's own configuration, over ours."""
@@ -47,7 +49,12 @@ class Server(ABC):
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C at the terminal is for the parent, which stops the server in its own time.
             self._process = subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **self._popen_options(),
             )
         self._watchdog = subprocess.Popen(
             ["/bin/sh", "-c", WATCHDOG, "watchdog", str(self._process.pid)],
@@ -69,7 +76,7 @@ class Server(ABC):
         """Ask the server to end, then make it."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
-            self._process.terminate()
+            self._process.send_signal(self.stop_signal)
             try:
                 self._process.wait(grace_s)
             except subprocess.TimeoutExpired:
@@ -112,6 +119,10 @@ class Server(ABC):
     @abstractmethod
     def _command(self) -> list[str]:
         """The program and its arguments."""
+
+    def _popen_options(self) -> dict[str, Any]:
+        """Further arguments of `subprocess.Popen`, such as the user that runs the server."""
+        return {}
 
     @abstractmethod
     def _answers(self) -> bool:

@@ -1,4 +1,4 @@
-"""A real Kafka and a real Redis from Python packages alone.
+"""A real Kafka, a real Redis and a real PostgreSQL from Python packages alone.
 
 The demo, the tests and `make up` start them through this module. It knows nothing of the project it serves.
 """
@@ -18,9 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
+from postgres_server import PostgresServer
 from server_process import Server, ServiceError, free_port, package_folder
 
-__all__ = ["KafkaServer", "RedisServer", "ServiceError", "Services", "create_topics"]
+__all__ = ["KafkaServer", "PostgresServer", "RedisServer", "ServiceError", "Services", "create_topics"]
 
 KAFKA_JARS = "org.apache.kafka:kafka_2.13:4.4.0+org.slf4j:slf4j-simple:1.7.36"
 
@@ -134,9 +135,10 @@ class KafkaServer(Server):
 
 
 class Services:
-    """Kafka and Redis for the length of a `with` block, each started when it is first asked for.
+    """Kafka, Redis and PostgreSQL for the length of a `with` block, each started when its address is first read.
 
-    What `KAFKA_BROKERS` or `REDIS_URL` names is used instead and left running. Not for several threads at once.
+    A server that `KAFKA_BROKERS`, `REDIS_URL` or `DATABASE_URL` names is used instead and left running. Not for several
+    threads at once.
     """
 
     def __enter__(self) -> Services:
@@ -168,6 +170,15 @@ class Services:
         redis = RedisServer(self._folder / "redis")
         self._start(redis)
         return redis.url
+
+    @cached_property
+    def database_url(self) -> str:
+        given = os.environ.get("DATABASE_URL")
+        if given:
+            return given
+        postgres = PostgresServer(self._folder / "postgres")
+        self._start(postgres)
+        return postgres.url
 
     def _start(self, server: Server) -> None:
         self._started.append(server)

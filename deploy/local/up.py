@@ -1,8 +1,8 @@
-"""`make up`: Kafka and Redis in the foreground, the topics made, the settings to export printed.
+"""`make up`: Kafka, Redis and PostgreSQL in the foreground; creates the topics and prints the settings to export.
 
     python deploy/local/up.py --topic-prefix team-a.
 
-Ctrl-C or SIGTERM stops both and removes their data.
+Ctrl-C or SIGTERM stops all three and removes their data.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from rich.console import Console
 from protocols.topics import Topics
 from services import ServiceError, Services, create_topics
 
+WORKERS = ("INGEST", "RERANK", "INDEX", "GATEWAY")
+
 errors = Console(stderr=True, highlight=False)
 
 
@@ -24,21 +26,25 @@ def main(
     topic_prefix: Annotated[str, typer.Option(help="Put in front of every topic's name.")] = "",
     partitions: Annotated[int, typer.Option(min=1, help="Partitions of each topic; as many workers can share it.")] = 4,
 ) -> None:
-    """Run Kafka and Redis until Ctrl-C."""
+    """Run Kafka, Redis and PostgreSQL until Ctrl-C."""
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
         with Services() as services:
-            errors.print("Starting Kafka and Redis; the first run downloads Kafka (43 MB).")
-            exports = {"KAFKA_BROKERS": services.brokers, "REDIS_URL": services.redis_url}
+            errors.print("Starting Kafka, Redis and PostgreSQL; the first run downloads Kafka (43 MB).")
+            exports = {
+                "KAFKA_BROKERS": services.brokers,
+                "REDIS_URL": services.redis_url,
+                "DATABASE_URL": services.database_url,
+            }
             create_topics(services.brokers, dict.fromkeys(topic_names(Topics(topic_prefix)), partitions))
             if topic_prefix:
-                exports |= {"INGEST_TOPIC_PREFIX": topic_prefix, "RERANK_TOPIC_PREFIX": topic_prefix}
+                exports |= {f"{worker}_TOPIC_PREFIX": topic_prefix for worker in WORKERS}
             # On standard output and nothing else there, so that a script can read them.
             for name, value in exports.items():
                 print(f"export {name}={value}", flush=True)
-            errors.print("Export these where the workers run. Ctrl-C ends Kafka and Redis and removes their data.")
+            errors.print("Export these where the workers run. Ctrl-C ends the servers and removes their data.")
             stop.wait()
             errors.print("Stopping.")
     except ServiceError as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jgo
 import psutil
+import psycopg
 import pytest
 import redis
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
@@ -51,6 +53,39 @@ def test_a_frozen_redis_answers_only_after_it_is_thawed(private_redis):
         server.thaw()
 
         assert client.ping()
+
+
+@pytest.mark.services
+def test_a_killed_postgres_comes_back_on_its_port_with_its_rows_and_has_pgvector(private_postgres):
+    server = private_postgres()
+    url = server.url
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE EXTENSION vector")
+        connection.execute("CREATE TABLE images (embedding halfvec(2))")
+        connection.execute("INSERT INTO images VALUES ('[1,0]')")
+
+    server.kill()
+    server.start()
+
+    assert server.url == url
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT embedding <=> '[0,1]' FROM images").fetchall() == [(1.0,)]
+
+
+@pytest.mark.services
+def test_a_frozen_postgres_answers_only_after_it_is_thawed(private_postgres):
+    server = private_postgres()
+    with psycopg.connect(server.url) as connection:
+        server.freeze()
+        late = ThreadPoolExecutor(1)
+        answer = late.submit(lambda: connection.execute("SELECT 1").fetchone())
+        with pytest.raises(TimeoutError):
+            answer.result(0.2)
+
+        server.thaw()
+
+        assert answer.result(10) == (1,)
+        late.shutdown()
 
 
 @pytest.mark.services
@@ -115,11 +150,13 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
 def test_addresses_from_the_environment_are_used_and_nothing_is_started(monkeypatch):
     monkeypatch.setenv("KAFKA_BROKERS", "kafka.example:9092")
     monkeypatch.setenv("REDIS_URL", "rediss://redis.example:6380/0")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://postgres.example/edje")
     running = psutil.Process().children()
 
     with Services() as services:
         assert services.brokers == "kafka.example:9092"
         assert services.redis_url == "rediss://redis.example:6380/0"
+        assert services.database_url == "postgresql://postgres.example/edje"
     assert psutil.Process().children() == running
 
 
