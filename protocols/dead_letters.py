@@ -1,7 +1,7 @@
 """The dead letter: a message that can never succeed, with its cause.
 
-Key and value are the original bytes, so a replay is a re-publish and base64 never pushes a message over the
-broker's limit; where it came from and why it failed are headers, behind the original ones.
+Key and value are the original bytes (a null stays null), so a replay is a re-publish and base64 never pushes a message
+over the broker's limit; where it came from and why it failed are headers, behind the original ones.
 Knows nothing of what made a message fail.
 """
 
@@ -41,7 +41,7 @@ class DeadLetter:
     topic: str
     partition: int
     offset: int
-    value: bytes
+    value: bytes | None
     key: bytes | None
     headers: Headers  # as they arrived
     error_class: str
@@ -78,15 +78,15 @@ class DeadLetter:
         for smaller in (letter, replace(letter, headers=()), replace(letter, headers=(), key=None)):
             room = max_bytes - smaller._num_bytes_without_value()
             if room >= 0:
-                return replace(smaller, value=smaller.value[:room])
-        return replace(letter, headers=(), key=None, value=b"")
+                return replace(smaller, value=smaller.value and smaller.value[:room])
+        return replace(letter, headers=(), key=None, value=letter.value and b"")
 
     def _num_bytes_without_value(self) -> int:
         headers = sum(len(n.encode("utf-8", "replace")) + len(v) + _HEADER_OVERHEAD_BYTES for n, v in self.to_headers())
         return _RECORD_OVERHEAD_BYTES + len(self.key or b"") + headers
 
     @classmethod
-    def from_message(cls, key: bytes | None, value: bytes, headers: Headers) -> DeadLetter:
+    def from_message(cls, key: bytes | None, value: bytes | None, headers: Headers) -> DeadLetter:
         """Read a message of a dead-letter topic.
 
         Raises `ValueError` if it is not a dead letter.

@@ -219,7 +219,7 @@ def connect(
 
 
 def _decoded(kind: type[EventT], record: Record) -> EventT:
-    return decode(kind, record.value, content_type_of(record.headers))
+    return decode(kind, record.value or b"", content_type_of(record.headers))
 
 
 def _trace_headers() -> Headers:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from workers.errors import Transient
-from workers.interval import Interval
-from workers.ports import Inbox, Partition, SpanIds
+from workers.ports import Inbox, Interval, Partition, SpanIds
 from workers.telemetry.bus_spans import BusSpans
 
 #: First pause before something that failed is tried again.

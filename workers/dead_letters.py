@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from protocols.dead_letters import DeadLetter
-from workers.errors import Refused, TooLarge
+from workers.errors import Poison, Refused, TooLarge
 from workers.metrics import Metrics
-from workers.ports import Outgoing, Record
+from workers.ports import Finished, Outgoing, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,11 @@ class DeadLetters:
     topic_of: Callable[[str], str]  # the dead-letter topic beside an input topic
     max_message_bytes: int
     metrics: Metrics
+
+    def finished(self, record: Record, error: Poison) -> Finished:
+        """Return the outcome that consists of the dead letter alone."""
+        error_class = type(error.__cause__ or error).__name__
+        return Finished(record, (self.of(record, error_class=error_class, code=error.code, message=str(error)),))
 
     def of(self, record: Record, *, error_class: str, code: str, message: str, attempts: int = 1) -> Outgoing:
         """The message to publish for a record that can never succeed; one too large for the broker loses its end."""

@@ -19,10 +19,8 @@ import structlog
 
 from workers.committer import RETRY_BASE_S, Committer, Counts
 from workers.errors import Refused, Transient
-from workers.interval import Interval
-from workers.job import Finished
 from workers.ledger import Done, Ledger, commit_offsets
-from workers.ports import Inbox, Outbox, Outgoing, Partition, Record, SpanIds, TransactionalOutbox
+from workers.ports import Finished, Inbox, Interval, Outbox, Outgoing, Partition, Record, SpanIds, TransactionalOutbox
 from workers.telemetry.bus_spans import BusSpans
 from workers.telemetry.trace_context import trace_id_of
 

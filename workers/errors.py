@@ -1,32 +1,40 @@
-"""What can go wrong in a worker, by remedy.
+"""The errors of a worker, by remedy.
 
     WorkerError
-      Transient      the world was not ready: the same message again, later
-      Poison         this message can never succeed: dead letter, and on with the work
-        Refused      the broker will never take this message; another may be published in its place
-          TooLarge      because of its size
-          TopicRefused  because its topic does not exist, or is not this worker's to write to
-      Misconfigured  no message can succeed until somebody changes a setting: end the process with the sentence
+      Transient      a service was not ready: try the same message again, later
+      Poison         this message can never succeed: dead letter, and go on
+        Internal       an unexpected exception while one message was handled; its traceback is in the log
+        Refused        the broker never accepts this message; another may be published in its place
+          TooLarge       the message is larger than the broker accepts
+          TopicRefused   the topic does not exist, or this worker may not write to it
+      Misconfigured  no message can succeed until a person changes a setting: the process ends with the sentence
 
-Anything else is a bug or broken hardware and ends the process with its traceback.
-Foreign errors become one of these in the adapter that meets them, and nowhere else.
+Any other exception while one message is decoded, fetched or prepared becomes `Internal` (`as_internal_error`). Only the
+engine, the ledger and the loop end the process with a traceback. Foreign errors become one of these in the adapter that
+calls the foreign code, and nowhere else.
 """
 
 from __future__ import annotations
 
+import uuid
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
 
 class WorkerError(Exception):
-    """Root of the errors a worker has a remedy for."""
+    """Root of the errors that have a remedy."""
 
 
 class Transient(WorkerError):
-    """The world was not ready: try the same message again."""
+    """A service was not ready: try the same message again."""
 
 
 class Poison(WorkerError):
     """This message can never succeed: dead-letter it and go on.
 
-    `code` is the stable word that replies, dead letters and metrics carry.
+    `code` is the stable word in replies, dead letters and metrics.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -34,8 +42,16 @@ class Poison(WorkerError):
         self.code = code
 
 
+class Internal(Poison):
+    """An unexpected exception while one message was handled; `reference` finds its traceback in the log."""
+
+    def __init__(self, reference: str, error_class: str) -> None:
+        super().__init__("internal_error", f"an unexpected {error_class}; the worker's log has it under {reference}")
+        self.reference = reference
+
+
 class Refused(Poison):
-    """The broker refuses a message for good; `message_number` says which of those given together."""
+    """The broker never accepts a message; `message_number` is its index among those published together."""
 
     def __init__(self, code: str, message: str, message_number: int = 0) -> None:
         super().__init__(code, message)
@@ -43,18 +59,32 @@ class Refused(Poison):
 
 
 class TooLarge(Refused):
-    """The broker refuses a message of this size."""
+    """The message is larger than the broker accepts."""
 
     def __init__(self, message: str, message_number: int = 0) -> None:
         super().__init__("too_large", message, message_number)
 
 
 class TopicRefused(Refused):
-    """The topic of a message does not exist, or does not take this message, or none of this worker's."""
+    """The topic of a message does not exist, does not take this message, or is not this worker's to write to."""
 
     def __init__(self, message: str, message_number: int = 0) -> None:
         super().__init__("topic_refused", message, message_number)
 
 
 class Misconfigured(WorkerError):
-    """A setting, credential or permission is wrong; only a person can mend it."""
+    """A setting, credential or permission is wrong; only a person can correct it."""
+
+
+def as_internal_error(error: BaseException, **ids: object) -> Poison:
+    """Return the error of one message for an exception raised while it was handled; log an unexpected one.
+
+    A `Poison` is returned as it is. `ids` (request_id, image_id, partition, offset…) go into the log line.
+    """
+    if isinstance(error, Poison):
+        return error
+    reference = uuid.uuid4().hex[:12]
+    log.error("unexpected error while a message was handled", reference=reference, exc_info=error, **ids)
+    internal = Internal(reference, type(error).__name__)
+    internal.__cause__ = error
+    return internal

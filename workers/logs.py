@@ -18,14 +18,12 @@ from typing import Any, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from workers.store.address import without_secrets
+from workers.secrets import SecretMask
 
 Level = Literal["debug", "info", "warning", "error"]
 
 #: Libraries that tell of every connection at info; theirs matter from a warning on, or when everything is wanted.
 CHATTY = ("kafka", "redis", "asyncio", "aiohttp", "fsspec", "PIL", "urllib3")
-#: A secret shorter than this would be found all over innocent words; in an address it is hidden all the same.
-MIN_SECRET_CHARS = 4
 
 
 def set_up_logs(
@@ -45,7 +43,7 @@ def set_up_logs(
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
-        _hiding([secret for secret in secrets if len(secret) >= MIN_SECRET_CHARS]),
+        _hiding(SecretMask(secrets)),
     ]
     renderer: Processor = (
         structlog.processors.JSONRenderer(ensure_ascii=False)
@@ -75,9 +73,8 @@ def set_up_logs(
     _log_uncaught()
 
 
-def _hiding(secrets: Iterable[str]) -> Processor:
+def _hiding(mask: SecretMask) -> Processor:
     """Masks the values of a line and makes them what every renderer can write."""
-    longest_first = sorted(secrets, key=len, reverse=True)
 
     def hidden(value: Any) -> Any:
         match value:
@@ -89,10 +86,7 @@ def _hiding(secrets: Iterable[str]) -> Processor:
                 return {str(name): hidden(inner) for name, inner in value.items()}
             case list() | tuple() | set() | frozenset():
                 return [hidden(inner) for inner in value]
-        text = value if isinstance(value, str) else str(value)
-        for secret in longest_first:
-            text = text.replace(secret, "***")
-        return without_secrets(text)
+        return mask(value if isinstance(value, str) else str(value))
 
     def hide(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
         return {name: value if name.startswith("_") else hidden(value) for name, value in event.items()}

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import structlog
 
 from workers.delivery import Delivery
-from workers.job import Job
-from workers.ports import Inbox, Revocation
+from workers.errors import Poison, as_internal_error
+from workers.ports import Finished, Inbox, Job, Record, Revocation
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +53,7 @@ class Loop:
         inbox: Inbox,
         job: Job,
         delivery: Delivery,
+        dead_letter: Callable[[Record, Poison], Finished],
         wake: Wake,
         clock: Callable[[], float],
         drain_grace_s: float,
@@ -62,6 +63,7 @@ class Loop:
         self._inbox = inbox
         self._job = job
         self._delivery = delivery
+        self._dead_letter = dead_letter
         self._wake = wake
         self._clock = clock
         self._drain_grace_s = drain_grace_s
@@ -105,9 +107,23 @@ class Loop:
             if record is None:
                 return number
             self._delivery.begin(record)
-            self._job.accept(record, now)
+            self._accept_record(record, now)
         self._wake()  # there may be more
         return MAX_RECORDS_PER_TURN
+
+    def _accept_record(self, record: Record, now: float) -> None:
+        """Start work on a record; whatever is raised becomes its outcome and the work goes on."""
+        try:
+            self._job.accept(record, now)
+        except Exception as error:
+            self._refuse(record, as_internal_error(error, **_ids(record)), now)
+
+    def _refuse(self, record: Record, error: Poison, now: float) -> None:
+        try:
+            self._job.refuse(record, error, now)
+        except Exception as second:
+            # The job cannot even write the record's outcome: the dead letter without any reply.
+            self._delivery.finish(self._dead_letter(record, as_internal_error(second, **_ids(record))), now)
 
     def _deliver(self, now: float) -> None:
         for finished in self._job.turn(now):
@@ -150,3 +166,7 @@ class Loop:
     def _wait_s(self, now: float) -> float:
         waits = (self._job.wants_turn_in_s(now), self._delivery.wants_turn_in_s(now), MAX_WAIT_S)
         return min(wait for wait in waits if wait is not None)
+
+
+def _ids(record: Record) -> dict[str, object]:
+    return {"topic": record.partition.topic, "partition": record.partition.number, "offset": record.offset}

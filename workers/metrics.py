@@ -17,8 +17,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from trt.contract import EngineInfo
-from workers.interval import Interval
-from workers.ports import Partition, SpanIds
+from workers.ports import Interval, Partition, SpanIds
 from workers.telemetry import names
 from workers.telemetry.names import Metric
 

@@ -1,19 +1,30 @@
-"""The seams of a worker: small Protocols between what decides and what touches the network.
+"""The ports of a worker: small Protocols between the code that decides and the code that touches the network.
 
-Each has an adapter (`bus.py`, `store.py`) and an in-memory twin (`memory.py`); one contract suite tests both.
+Each port of the bus and the store has an adapter (`workers.bus`, `workers.store`) and an in-memory twin; one contract
+suite tests both. Imports no client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from workers.errors import Misconfigured, Refused, TooLarge
-from workers.interval import Interval
+from workers.errors import Misconfigured, Poison, Refused, TooLarge
 
 Headers = tuple[tuple[str, bytes], ...]
+
+
+class Interval(NamedTuple):
+    """A stretch of time in the loop's clock, in seconds."""
+
+    started_at: float
+    ended_at: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended_at - self.started_at
 
 
 class Partition(NamedTuple):
@@ -24,7 +35,7 @@ class Partition(NamedTuple):
 
 
 class SpanIds(NamedTuple):
-    """Where a span stands in its trace."""
+    """The identity of a span within its trace."""
 
     trace_id: int
     span_id: int
@@ -33,7 +44,7 @@ class SpanIds(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Poll:
-    """The poll that brought some records; its times are in the loop's clock."""
+    """The poll that returned some records; its times are in the loop's clock."""
 
     interval: Interval
     num_records: int
@@ -41,57 +52,111 @@ class Poll:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One consumed message."""
+    """One consumed message. A `value` of None is a tombstone; an empty value is not one."""
 
     partition: Partition
     offset: int
     key: bytes | None
-    value: bytes
+    value: bytes | None
     headers: Headers
     timestamp_ms: int
-    poll: Poll | None = field(
-        default=None, compare=False
-    )  # None where nothing was polled: the in-memory twin has records at once
+    poll: Poll | None = field(default=None, compare=False)  # None for the in-memory twin, which polls nothing
 
     def polled_at(self, taken_at: float) -> float:
-        """When it was there to be taken; at the latest when it was."""
+        """The end of the poll that returned the record, at the latest the moment it was taken."""
         return taken_at if self.poll is None else min(self.poll.interval.ended_at, taken_at)
+
+    def num_bytes(self) -> int:
+        """The bytes of key, value and headers."""
+        headers = sum(len(name) + len(value) for name, value in self.headers)
+        return len(self.key or b"") + len(self.value or b"") + headers
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """One message to publish.
+    """One message to publish. A `value` of None is a tombstone; an empty value is not one.
 
-    `if_refused` makes the message that is published instead where the broker refuses this one, or None.
-    `span` is the span that its headers name, where its sending is recorded.
+    `if_refused` returns the message to publish when the broker refuses this one, or None.
+    `span` identifies the span of the sending, which the headers name too.
     """
 
     topic: str
     key: bytes | None
-    value: bytes
+    value: bytes | None
     headers: Headers = ()
     if_refused: Callable[[Refused], Outgoing | None] | None = None
     span: SpanIds | None = None
 
+    def num_bytes(self) -> int:
+        """The bytes of key and value."""
+        return len(self.key or b"") + len(self.value or b"")
+
     def instead(self, refused: Refused) -> Outgoing:
-        """The message to publish in place of this one. Raises `Misconfigured` where there is none."""
+        """Return the message that replaces this one. Raises `Misconfigured` if there is no replacement."""
         message = self.if_refused(refused) if self.if_refused is not None else None
         if message is None:
             remedy = (
                 "raise the topic's max.message.bytes"
                 if isinstance(refused, TooLarge)
-                else "create the topic, or let this worker describe it and write to it"
+                else "create the topic, and allow this worker to describe it and to write to it"
             )
-            raise Misconfigured(f"what goes to the topic {self.topic} cannot be published: {refused}; {remedy}")
+            raise Misconfigured(f"a message for the topic {self.topic} cannot be published: {refused}; {remedy}")
         return message
 
 
 @dataclass(frozen=True, slots=True)
-class Revocation:
-    """Partitions that are about to be, or already are, another worker's.
+class Finished:
+    """The one outcome of a record: the messages to publish before its offset may be committed.
 
-    `release` lets the group go on; until then the offsets of these partitions can still be committed
-    (unless `lost`: then somebody else owns them already).
+    `span` is the span of the record's processing, None if it is not sampled.
+    """
+
+    record: Record
+    messages: tuple[Outgoing, ...]
+    span: SpanIds | None = None
+
+
+class Job(Protocol):
+    """The work of one kind of worker, called from the loop's thread only.
+
+    A job decides and computes; it neither publishes nor commits. Whatever it waits for (a fetch, a batch on the engine)
+    runs on other threads, which wake the loop (`workers.landing`).
+    """
+
+    def has_room(self) -> bool:
+        """Whether another batch of records may be accepted; False pauses reading."""
+        ...
+
+    def accept(self, record: Record, now: float) -> None:
+        """Start work on a record. The loop turns whatever this raises into a call of `refuse`."""
+        ...
+
+    def refuse(self, record: Record, error: Poison, now: float) -> None:
+        """Give a record the outcome of this error, and forget any work that `accept` began on it."""
+        ...
+
+    def turn(self, now: float) -> list[Finished]:
+        """Advance everything that can advance without waiting and return the records that have their outcome."""
+        ...
+
+    def wants_turn_in_s(self, now: float) -> float | None:
+        """Seconds until time alone changes something (a batch's wait, a deadline), None if nothing is due."""
+        ...
+
+    def drop(self, partitions: Collection[Partition]) -> None:
+        """Forget the unfinished records of these partitions: another worker owns them now."""
+        ...
+
+    def num_active(self) -> int:
+        """Records accepted and not yet finished."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """Partitions that another worker is about to own or, if `lost`, owns already.
+
+    Until `release` is called the group waits, and the offsets of these partitions can still be committed unless `lost`.
     """
 
     partitions: frozenset[Partition]
@@ -103,7 +168,7 @@ class Inbox(Protocol):
     """The consuming side of the bus, as a member of a group. Owns a thread, whose error `take` raises."""
 
     def take(self) -> Record | None:
-        """Return the next record that has arrived, without waiting. Not taking is how a worker holds the bus back."""
+        """Return the next record that has arrived, without waiting. Not calling it makes the inbox pause reading."""
         ...
 
     def revocations(self) -> list[Revocation]:
@@ -111,25 +176,25 @@ class Inbox(Protocol):
         ...
 
     def commit(self, offsets: Mapping[Partition, int]) -> Future[None]:
-        """Record that everything before these offsets is done. Fails with `Transient` if it was not recorded."""
+        """Commit these offsets: everything before them is done. The future fails with `Transient` if that failed."""
         ...
 
     def joined(self) -> bool:
-        """Whether this member has been given its share of the partitions, which may be none, at least once."""
+        """Whether this member has received its first assignment, which may be empty."""
         ...
 
     def assigned(self) -> frozenset[Partition]:
-        """The partitions that are this worker's now."""
+        """The partitions that are assigned to this worker."""
         ...
 
     def lag(self) -> Mapping[Partition, int]:
-        """How many messages each assigned partition holds beyond the last one taken."""
+        """The number of messages in each assigned partition beyond the last one taken."""
         ...
 
     def hold(self) -> None:
-        """Take part in no rebalance that has not begun, so that what is in work can be committed until `close`.
+        """Stop reading and join no new rebalance, so that records in work can be committed until `close`.
 
-        No more records arrive. Other members wait with a rebalance until this one has left.
+        Other members wait with a rebalance until this one has left.
         """
         ...
 
@@ -138,24 +203,49 @@ class Inbox(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Records of a partition that a follower may have missed, and why."""
+
+    partition: Partition
+    reason: str
+
+
+class Follower(Protocol):
+    """Reads new records of a topic without a group, from the end of each partition on.
+
+    Owns a thread, whose error `take` raises. A partition that appears later is read from its beginning.
+    """
+
+    def is_following(self) -> bool:
+        """Whether the start of every partition is fixed: every record published from now on is read."""
+        ...
+
+    def take(self) -> Record | Gap | None:
+        """Return the next record or gap that has arrived, without waiting."""
+        ...
+
+    def close(self, timeout_s: float) -> None: ...
+
+
 class Outbox(Protocol):
     """The publishing side of the bus."""
 
     def send(self, message: Outgoing) -> Future[None]:
-        """Publish; the future is done when the broker has it, or fails with `Refused` or `Transient`."""
+        """Publish; the future is done when the broker has the message, or fails with `Refused` or `Transient`."""
         ...
 
     def close(self, timeout_s: float) -> None: ...
 
 
 class TransactionalOutbox(Protocol):
-    """Publishes messages and the offsets they answer as one."""
+    """Publishes messages and the offsets of the records they answer in one transaction."""
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
-        """All or nothing; blocks until the broker has decided.
+        """Publish all or nothing; blocks until the broker has decided.
 
-        Raises, with nothing published: `Refused` (its `message_number` says which message) or `Transient` (try again;
-        also when a rebalance is under way, which a revocation then explains).
+        Raises, with nothing published: `Refused` (its `message_number` is the index of the message) or `Transient` (try
+        again; also during a rebalance, which a revocation then explains).
         """
         ...
 
@@ -166,11 +256,11 @@ class TokenStore(Protocol):
     """Token blobs by key."""
 
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        """One value or None per key, in order. Raises `Transient` when the store cannot be reached."""
+        """Return one value or None per key, in order. Raises `Transient` if the store cannot be reached."""
         ...
 
     def put_many(self, blobs: Mapping[str, bytes]) -> None:
-        """Write all, in one round trip where the store allows it. Raises `Transient`; writing twice is harmless."""
+        """Write all blobs, in one round trip where the store allows it. Raises `Transient`; writing is idempotent."""
         ...
 
     def ping(self) -> None:

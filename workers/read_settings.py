@@ -12,12 +12,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
-from urllib.parse import unquote
 
 from pydantic import SecretStr, ValidationError
 from pydantic_settings import BaseSettings
 
 from workers.errors import Misconfigured
+from workers.secrets import secrets_in
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -27,7 +27,6 @@ _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 _SHARED_PREFIXES = ("KAFKA_", "REDIS_")
 #: Similar enough for a slip of the keys or an abbreviation; KAFKA_HEAP_OPTS is not to be taken for one.
 _SIMILARITY = 0.8
-_PASSWORD = re.compile(r"://[^\s:/@]*:([^\s]*)@|[?&][^=&\s]*password[^=&\s]*=([^&\s]*)")
 
 
 def read_settings(kind: type[S]) -> S:
@@ -65,18 +64,8 @@ def near_misses(kind: type[BaseSettings]) -> list[str]:
 
 def secrets_of(settings: BaseSettings) -> list[str]:
     """Every secret among the settings, to be kept out of the log; of an address the password alone."""
-    secrets: list[str] = []
-    for name in type(settings).model_fields:
-        value = getattr(settings, name)
-        if not isinstance(value, SecretStr):
-            continue
-        text = value.get_secret_value()
-        if "://" in text:
-            found = [first or second for first, second in _PASSWORD.findall(text)]
-            secrets += [*found, *map(unquote, found)]
-        else:
-            secrets.append(text)
-    return sorted({secret for secret in secrets if secret}, key=len, reverse=True)
+    values = (getattr(settings, name) for name in type(settings).model_fields)
+    return [found for value in values if isinstance(value, SecretStr) for found in secrets_in(value.get_secret_value())]
 
 
 def _unknown(kind: type[BaseSettings], known: Iterable[str], environment: Mapping[str, str]) -> Iterable[str]:

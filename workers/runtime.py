@@ -26,14 +26,14 @@ from workers.bus.connection import kafka_connection
 from workers.bus.consumer import KafkaInbox
 from workers.bus.producer import KafkaOutbox
 from workers.bus.transactions import KafkaTransactionalOutbox
+from workers.dead_letters import DeadLetters
 from workers.delivery import AtLeastOnce, Delivery, ExactlyOnce
 from workers.errors import Misconfigured, Transient
 from workers.health import Health, HealthServer
-from workers.job import Job
 from workers.logs import set_up_logs
 from workers.loop import Loop, Wake
 from workers.metrics import Metrics, RetryKind
-from workers.ports import Inbox, Partition, TokenStore
+from workers.ports import Inbox, Job, Partition, TokenStore
 from workers.read_settings import near_misses, read_settings, secrets_of
 from workers.retrying import Retry
 from workers.settings import WorkerSettings
@@ -161,6 +161,7 @@ def _run(name: str, settings: S, build: Build[S], stack: ExitStack) -> None:
         inbox=inbox,
         job=built.job,
         delivery=delivery,
+        dead_letter=DeadLetters(shared.topics.dead_letter, settings.max_message_bytes, metrics).finished,
         wake=wake,
         clock=clock,
         drain_grace_s=settings.drain_grace_s,

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workers.read_settings import variable_names
-from workers.store.address import without_secrets
+from workers.secrets import mask_setting
 
 #: Wide enough for a pipe or a file that one setting stays on one line.
 UNBOUNDED_WIDTH = 240
@@ -64,8 +64,7 @@ def _text(value: object) -> str:
         case None:
             return ""
         case SecretStr():
-            secret = value.get_secret_value()
-            return without_secrets(secret) if "://" in secret else "***"
+            return mask_setting(value.get_secret_value())
         case tuple():
             return ",".join(map(str, value))
         case bool():

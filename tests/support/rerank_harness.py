@@ -22,10 +22,8 @@ from protocols.topics import Topics
 from trt.contract import EngineInfo, QueryStates, check_pairs, check_texts
 from trt.slab.layout import HostSlab, SlotLayout
 from workers.dead_letters import DeadLetters
-from workers.interval import Interval
-from workers.job import Finished
 from workers.metrics import Metrics
-from workers.ports import Headers, Outgoing, Partition, Record
+from workers.ports import Finished, Headers, Interval, Outgoing, Partition, Record
 from workers.rerank.admission import AdmissionLimits
 from workers.rerank.backlog import Backlog
 from workers.rerank.batching import MicroBatcher

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryTransactionalOutbox
 from workers.delivery import RETRY_CAP_S, AtLeastOnce, ExactlyOnce, retry_pause_s
 from workers.errors import Misconfigured, TooLarge, TopicRefused, Transient
-from workers.job import Finished
-from workers.ports import Outgoing, Partition, Record
+from workers.ports import Finished, Outgoing, Partition, Record
 from workers.telemetry.bus_spans import BusSpans
 
 A, B = Partition("in", 0), Partition("in", 1)

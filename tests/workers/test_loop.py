@@ -9,19 +9,22 @@ import pytest
 
 from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
 from workers.delivery import AtLeastOnce
-from workers.job import Finished
+from workers.errors import Poison
 from workers.loop import MAX_RECORDS_PER_TURN, MAX_WAIT_S, Loop, Wake
-from workers.ports import Outgoing, Partition, Record
+from workers.ports import Finished, Outgoing, Partition, Record
 from workers.telemetry.bus_spans import BusSpans
 
 P0, P1 = Partition("in", 0), Partition("in", 1)
 
 
 class EchoJob:
-    """Answers each record with its own value, when the test says so."""
+    """Answers each record with its own value, when the test says so; raises at the values in `breaks_at`."""
 
     def __init__(self) -> None:
         self.room = 1000
+        self.breaks_at: set[bytes] = set()
+        self.can_refuse = True
+        self.refused: list[Finished] = []
         self.held = False
         self.active: deque[Record] = deque()
 
@@ -30,12 +33,21 @@ class EchoJob:
 
     def accept(self, record: Record, now: float) -> None:
         self.active.append(record)
+        if record.value in self.breaks_at:
+            raise ZeroDivisionError
+
+    def refuse(self, record: Record, error: Poison, now: float) -> None:
+        self.active.remove(record)
+        if not self.can_refuse:
+            raise RuntimeError("no outcome can be written")
+        self.refused.append(Finished(record, (Outgoing("out", record.key, error.code.encode()),)))
 
     def turn(self, now: float) -> list[Finished]:
         done = [] if self.held else list(self.active)
         for record in done:
             self.active.remove(record)
-        return [Finished(record, (Outgoing("out", record.key, record.value),)) for record in done]
+        refused, self.refused = self.refused, []
+        return refused + [Finished(record, (Outgoing("out", record.key, record.value),)) for record in done]
 
     def wants_turn_in_s(self, now: float) -> float | None:
         return None
@@ -59,12 +71,16 @@ class Bench:
             inbox=self.inbox,
             job=self.job,
             delivery=AtLeastOnce(self.inbox, MemoryOutbox(self.broker), self.wake, 1.0, Mock(), BusSpans.off()),
+            dead_letter=self.dead_letter,
             wake=self.wake,
             clock=lambda: self.now,
             drain_grace_s=10.0,
             revoke_grace_s=5.0,
             on_turn=self.turns.append,
         )
+
+    def dead_letter(self, record: Record, error: Poison) -> Finished:
+        return Finished(record, (Outgoing("in.dlq", record.key, record.value, (("code", error.code.encode()),)),))
 
     def publish(self, number: int, partition: Partition = P0) -> None:
         log = self.broker.partition_log(*partition)
@@ -233,6 +249,28 @@ def test_a_drain_ends_with_the_grace_period(bench):
 
     assert not bench.loop.turn()
     assert bench.committed == {}
+
+
+def test_an_unexpected_error_of_one_message_becomes_its_outcome_and_the_work_goes_on(bench):
+    bench.publish(3)
+    bench.job.breaks_at = {b"1"}
+
+    bench.loop.turn()
+    bench.loop.turn()
+
+    assert sorted(record.value for record in bench.broker.log("out")) == [b"0", b"2", b"internal_error"]
+    assert bench.committed == {P0: 3}
+
+
+def test_a_message_whose_outcome_cannot_be_written_still_goes_to_the_dead_letters(bench):
+    bench.publish(2)
+    bench.job.breaks_at, bench.job.can_refuse = {b"0"}, False
+
+    bench.loop.turn()
+    bench.loop.turn()
+
+    (letter,) = bench.broker.log("in.dlq")
+    assert (letter.value, letter.headers) == (b"0", (("code", b"internal_error"),))
 
 
 def test_an_error_of_the_job_ends_the_loop(bench):

@@ -89,12 +89,12 @@ def kafka_offsets(offsets: Mapping[Partition, int]) -> dict[TopicPartition, Offs
 
 
 def to_record(partition: Partition, record: Any, poll: Poll | None = None) -> Record:
-    """Our form of a consumed record; any client may have written a null where we have bytes."""
+    """Return our form of a consumed record; a null header becomes empty."""
     return Record(
         partition=partition,
         offset=record.offset,
         key=record.key,
-        value=record.value if record.value is not None else b"",
+        value=record.value,
         headers=tuple((name, value if value is not None else b"") for name, value in record.headers),
         timestamp_ms=record.timestamp,
         poll=poll,

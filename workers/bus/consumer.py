@@ -28,8 +28,7 @@ from workers.bus.lag import LagLook
 from workers.bus.membership import ask_for_partitions, go_on_joining, has_to_join, is_joining, is_stable
 from workers.bus.records import let_go_of_drained, read_forgivingly
 from workers.errors import Transient
-from workers.interval import Interval
-from workers.ports import Partition, Poll, Record, Revocation
+from workers.ports import Interval, Partition, Poll, Record, Revocation
 
 log = structlog.get_logger(__name__)
 
@@ -122,7 +121,7 @@ class KafkaInbox:
                 return None
             was_low = self._is_low()
             record = self._waiting.popleft()
-            self._waiting_bytes -= len(record.value)
+            self._waiting_bytes -= record.num_bytes()
             if self._is_low() and not was_low:
                 self._room.notify()
             return record
@@ -236,7 +235,7 @@ class KafkaInbox:
             for partition, records in polled.items():
                 arrived = [to_record(Partition(*partition), record, poll) for record in records]
                 self._waiting.extend(arrived)
-                self._waiting_bytes += sum(len(record.value) for record in arrived)
+                self._waiting_bytes += sum(record.num_bytes() for record in arrived)
         self._wake()
 
     def _look_after_membership(self) -> None:
@@ -258,7 +257,7 @@ class KafkaInbox:
         released = KafkaFuture()
         with self._lock:
             self._waiting = deque(record for record in self._waiting if record.partition not in partitions)
-            self._waiting_bytes = sum(len(record.value) for record in self._waiting)
+            self._waiting_bytes = sum(record.num_bytes() for record in self._waiting)
             if self._closing:
                 return
             self._unreleased.append(released)

@@ -56,7 +56,7 @@ def translated(error: BaseException) -> BaseException:
 def refusal(error: BaseException | None, message: Outgoing, message_number: int = 0) -> Refused | None:
     """The refusal of one message, if that is what publishing it ended in."""
     if isinstance(error, TOO_LARGE):
-        size = len(message.value) + len(message.key or b"")
+        size = message.num_bytes()
         return TooLarge(f"a message of {size} bytes is too large for the topic {message.topic}", message_number)
     if isinstance(error, TOPIC_REFUSED):
         reason = type(error).message  # the error itself may quote what is not for the sender of a request

@@ -46,7 +46,7 @@ class MemoryBroker:
             raise Transient("the broker is away")
         if message.topic in self.refused_topics:
             raise TopicRefused(f"the broker takes no message for the topic {message.topic}")
-        size = len(message.value) + len(message.key or b"")
+        size = message.num_bytes()
         if size > self.max_message_bytes:
             raise TooLarge(f"{size} bytes; the broker takes {self.max_message_bytes}")
 

@@ -231,6 +231,6 @@ def _flush(producer: Any, messages: Sequence[Outgoing], limit_s: float) -> list[
 def _suspects(messages: Sequence[Outgoing], refusals: Sequence[Refused]) -> list[Refused]:
     """Whom to try alone: of each topic the largest refused message, because there size and topic tell all."""
     largest: dict[str, Refused] = {}
-    for refused in sorted(refusals, key=lambda refused: len(messages[refused.message_number].value), reverse=True):
+    for refused in sorted(refusals, key=lambda refused: messages[refused.message_number].num_bytes(), reverse=True):
         largest.setdefault(messages[refused.message_number].topic, refused)
     return list(largest.values())

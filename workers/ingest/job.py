@@ -1,7 +1,7 @@
 """Takes image events through fetch, look-up, decode, encode and write, each to its one outcome.
 
 Decides what is started when: within the bounds of what is in work, in batches where that pays, and for one image id
-strictly in the order of arrival, so that the later content stays. Implements `workers.job.Job`; what waits does so in
+strictly in the order of arrival, so that the later content stays. Implements `workers.ports.Job`; what waits does so in
 `IngestStages`.
 """
 
@@ -14,15 +14,14 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.errors import Poison
 from workers.ingest.image_batcher import ImageBatcher
 from workers.ingest.outcomes import IngestOutcomes
 from workers.ingest.spans import IngestSpans
 from workers.ingest.stages import Content, Decoded, Encoded, IngestStages, LookedUp, Refusal, Written
 from workers.ingest.state import ImageInWork, IngestLimits
-from workers.interval import Interval
-from workers.job import Finished
 from workers.metrics import IngestStage, Metrics
-from workers.ports import Partition, Record, SpanIds
+from workers.ports import Finished, Interval, Partition, Record, SpanIds
 
 #: One batch on the engine and one stacked behind it, so that the engine does not wait for the loop between two.
 _MAX_BATCHES = 2
@@ -87,6 +86,14 @@ class IngestJob:
             self._begin(image)
         else:
             behind.append(image)
+
+    def refuse(self, record: Record, error: Poison, now: float) -> None:
+        image = self._active.pop((record.partition, record.offset), None)
+        if image is not None:
+            image.is_dropped = True
+        trace = image.trace if image is not None else self._spans.bus.begin(record)
+        refusal = Refusal(type(error.__cause__ or error).__name__, error.code, str(error))
+        self._finished.append(self._outcomes.unreadable(record, trace, refusal, now))
 
     def turn(self, now: float) -> list[Finished]:
         self._now = now

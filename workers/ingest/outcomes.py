@@ -17,9 +17,8 @@ from workers.dead_letters import DeadLetters
 from workers.ingest.spans import IngestSpans
 from workers.ingest.stages import Refusal
 from workers.ingest.state import ImageInWork
-from workers.job import Finished
 from workers.metrics import Metrics, Outcome
-from workers.ports import Outgoing, Record
+from workers.ports import Finished, Outgoing, Record
 from workers.telemetry.tracer import MessageTrace
 
 log = structlog.get_logger(__name__)
@@ -48,7 +47,7 @@ class IngestOutcomes:
     def read(self, record: Record) -> ImageNew | Refusal:
         """Decode an event."""
         try:
-            return decode(ImageNew, record.value, content_type_of(record.headers))
+            return decode(ImageNew, record.value or b"", content_type_of(record.headers))
         except EventError as error:
             return Refusal(type(error).__name__, error.code, str(error))
 
@@ -82,7 +81,7 @@ class IngestOutcomes:
 
     def unreadable(self, record: Record, trace: MessageTrace, refusal: Refusal, now: float) -> Finished:
         """The record is no event: its dead letter."""
-        image_id = salvage_id(record.value, content_type_of(record.headers), "image_id")
+        image_id = salvage_id(record.value or b"", content_type_of(record.headers), "image_id")
         self._spans.unreadable(record, trace, image_id, now, error=refusal.code)
         return self._dead_letter(record, trace, image_id, refusal)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from workers.ingest.state import ImageInWork
-from workers.interval import Interval
-from workers.ports import Record, SpanIds
+from workers.ports import Interval, Record, SpanIds
 from workers.telemetry import names
 from workers.telemetry.bus_spans import BusSpans
 from workers.telemetry.tracer import MessageTrace, Tracer, child_of, root

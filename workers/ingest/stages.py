@@ -23,8 +23,7 @@ from protocols.blob import BlobError, BlobLayout, content_sha256_of, encode_blob
 from protocols.keys import blob_key
 from trt.contract import ImageEncoder
 from workers.errors import Misconfigured, Poison, Transient
-from workers.interval import Interval
-from workers.ports import TokenStore
+from workers.ports import Interval, TokenStore
 from workers.retrying import Retry
 
 R = TypeVar("R")

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.errors import Misconfigured
-from workers.interval import Interval
-from workers.ports import Record, SpanIds
+from workers.ports import Interval, Record, SpanIds
 from workers.telemetry.tracer import MessageTrace
 
 
@@ -50,4 +49,4 @@ class ImageInWork:
     def held_bytes(self) -> int:
         """What this image keeps in memory now."""
         num_pixel_bytes = 0 if self.pixels is None else self.pixels.nbytes
-        return len(self.record.value) + len(self.data) + num_pixel_bytes
+        return len(self.record.value or b"") + len(self.data) + num_pixel_bytes

@@ -10,8 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from prometheus_client import Histogram
 
-from workers.interval import Interval
-from workers.ports import TokenStore
+from workers.ports import Interval, TokenStore
 from workers.rerank.state import Read
 from workers.retrying import Retry
 

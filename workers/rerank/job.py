@@ -12,9 +12,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from workers.errors import Poison
-from workers.job import Finished
 from workers.metrics import Metrics
-from workers.ports import Partition, Record
+from workers.ports import Finished, Partition, Record
 from workers.rerank.admission import AdmissionLimits, Encode, PieceLayout, admit, reply_topic_of
 from workers.rerank.backlog import Backlog
 from workers.rerank.batching import MicroBatcher
@@ -39,7 +38,7 @@ class RerankBounds:
 
 
 class RerankJob:
-    """Implements `workers.job.Job` for rerank requests."""
+    """Implements `workers.ports.Job` for rerank requests."""
 
     def __init__(
         self,
@@ -121,6 +120,14 @@ class RerankJob:
         self._sweep_queue()
         if not plan.pieces:
             self._answer(active, now)
+
+    def refuse(self, record: Record, error: Poison, now: float) -> None:
+        active = self._active.get((record.partition, record.offset))
+        if active is not None:
+            self._close(active)
+        trace = active.trace if active is not None else self._spans.bus.begin(record)
+        reply_topic = active.plan.reply_topic if active is not None else self._limits.reply_topic
+        self._finished.append(self._replies.refused(record, trace, error, reply_topic, now))
 
     def _sweep_queue(self) -> None:
         """Forget pieces of closed requests: while the store is away none of them would ever come to its turn."""

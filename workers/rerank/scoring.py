@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt.contract import DeviceCopies, PairScorer, TellsCopies
-from workers.interval import Interval
+from workers.ports import Interval
 from workers.rerank.state import ReadyPiece
 
 #: One batch on the engine and one behind it, so that the engine does not wait for the loop between two.

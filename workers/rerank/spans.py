@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from workers.interval import Interval
-from workers.ports import Record, SpanIds
+from workers.ports import Interval, Record, SpanIds
 from workers.rerank.scoring import ScoredBatch
 from workers.rerank.state import ActiveRequest, Fetch, Piece, Read
 from workers.rerank.timeline import Timeline

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.interval import Interval
-from workers.ports import Record, SpanIds
+from workers.ports import Interval, Record, SpanIds
 from workers.rerank.admission import Admitted, PieceLayout
 from workers.rerank.fairness import Rank
 from workers.telemetry.tracer import MessageTrace

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.interval import Interval
-from workers.ports import Record
+from workers.ports import Interval, Record
 from workers.rerank.state import ActiveRequest
 from workers.telemetry.names import BATCH_WAIT, FETCH, INBOX, QUEUE, SCORE, TOTAL
 

@@ -10,12 +10,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from workers.errors import Misconfigured
+from workers.secrets import mask_addresses
 
 StoreKind = Literal["server", "sentinel", "cluster"]
 
@@ -29,10 +29,6 @@ _KINDS: dict[str, tuple[StoreKind, str]] = {
     "rediss+cluster": ("cluster", "rediss"),
 }
 _DEFAULT_PORTS: dict[StoreKind, int] = {"server": 6379, "sentinel": 26379, "cluster": 6379}
-#: Credentials before an @, and options whose name says what they hold. A password may itself hold an @ or a slash
-#: that should have been escaped; hiding up to the last @ of the word is what never shows a part of it.
-_USERINFO = re.compile(r"(?<=://)([^\s:/@]*):[^\s]*@")
-_SECRET_OPTION = re.compile(r"([?&][^=&\s]*(?:password|secret|token)[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ class StoreUrl:
         try:
             parts = urlsplit(url)
         except ValueError as error:
-            raise Misconfigured(f"{without_secrets(url)} is not an address: {error}") from None
+            raise Misconfigured(f"{mask_addresses(url)} is not an address: {error}") from None
         if parts.scheme not in _KINDS:
             raise Misconfigured(f"REDIS_URL starts with {parts.scheme!r}; it must be one of {', '.join(_KINDS)}")
         kind, scheme = _KINDS[parts.scheme]
@@ -65,11 +61,11 @@ class StoreUrl:
         if kind == "sentinel":
             name, _, number = parts.path.lstrip("/").partition("/")
             if not name:
-                raise Misconfigured(f"{without_secrets(url)} names no service: redis+sentinel://host:port/service/db")
+                raise Misconfigured(f"{mask_addresses(url)} names no service: redis+sentinel://host:port/service/db")
             _check_database(number, url)
             service, database = unquote(name), f"/{number}"
         elif parts.path.strip("/"):
-            raise Misconfigured(f"{without_secrets(url)} names a database, which a cluster does not have")
+            raise Misconfigured(f"{mask_addresses(url)} names a database, which a cluster does not have")
         host, port = nodes[0]
         bracketed = f"[{host}]" if ":" in host else host
         first = parts._replace(scheme=scheme, netloc=f"{userinfo}{at}{bracketed}:{port}", path=database)
@@ -80,14 +76,14 @@ def _node(text: str, kind: StoreKind, url: str) -> tuple[str, int]:
     parts = urlsplit(f"//{text}")
     _check_port(parts, url)
     if not parts.hostname:
-        raise Misconfigured(f"{without_secrets(url)} has a node without a host name")
+        raise Misconfigured(f"{mask_addresses(url)} has a node without a host name")
     return parts.hostname, parts.port or _DEFAULT_PORTS[kind]
 
 
 def _check_database(path: str, url: str) -> None:
     # redis-py would take number 0 for one that it cannot read.
     if path.strip("/") and not path.strip("/").isdecimal():
-        raise Misconfigured(f"{without_secrets(url)} names a database that is not a number")
+        raise Misconfigured(f"{mask_addresses(url)} names a database that is not a number")
 
 
 def _check_port(parts: SplitResult, url: str) -> None:
@@ -96,9 +92,4 @@ def _check_port(parts: SplitResult, url: str) -> None:
     except ValueError:
         # Python's own message would show a part of a password that holds an unescaped slash.
         sentence = "has a port that is none; is a / or @ of the password written as %2F or %40?"
-        raise Misconfigured(f"{without_secrets(url)} {sentence}") from None
-
-
-def without_secrets(text: str) -> str:
-    """The text with every password in an address replaced by stars."""
-    return _SECRET_OPTION.sub(r"\1***", _USERINFO.sub(r"\1:***@", text))
+        raise Misconfigured(f"{mask_addresses(url)} {sentence}") from None

@@ -35,7 +35,8 @@ from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
 
 from workers.errors import Misconfigured, Transient
-from workers.store.address import StoreUrl, without_secrets
+from workers.secrets import mask_addresses
+from workers.store.address import StoreUrl
 
 #: Answers that pass by themselves, by first word, where redis-py has no class: a disk that is full, missing replicas.
 _PASSING = ("MISCONF", "NOREPLICAS", "MASTERDOWN")
@@ -51,7 +52,7 @@ class RedisStore:
     def __init__(self, url: str, *, timeout_s: float = 2.0) -> None:
         """Raises `Misconfigured` for a URL or an option that no server could make right."""
         self._url = StoreUrl.parse(url)
-        self._name = without_secrets(url)
+        self._name = mask_addresses(url)
         self._lock = threading.Lock()
         self._open: redis.Redis | RedisCluster | None = None
         defaults: dict[str, Any] = {

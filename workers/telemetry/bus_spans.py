@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workers.interval import Interval
-from workers.ports import Outgoing, Poll, Record, SpanIds
+from workers.ports import Interval, Outgoing, Poll, Record, SpanIds
 from workers.telemetry import names
 from workers.telemetry.tracer import MessageTrace, Tracer, child_of, root
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from workers.interval import Interval
-from workers.ports import Headers, SpanIds
+from workers.ports import Headers, Interval, SpanIds
 from workers.telemetry.finished_span import FinishedSpan
 from workers.telemetry.names import SpanName
 from workers.telemetry.sampling import Sampling

@@ -17,8 +17,7 @@ from services import KafkaServer
 from workers.bus.reader import KafkaReader
 from workers.delivery import ExactlyOnce
 from workers.errors import TopicRefused, Transient
-from workers.job import Finished
-from workers.ports import Outgoing, Partition
+from workers.ports import Finished, Outgoing, Partition
 from workers.telemetry.bus_spans import BusSpans
 
 pytestmark = pytest.mark.services

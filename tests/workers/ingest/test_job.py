@@ -31,9 +31,8 @@ from workers.ingest.outcomes import IngestOutcomes
 from workers.ingest.spans import IngestSpans
 from workers.ingest.stages import IngestRetries, IngestStages
 from workers.ingest.state import IngestLimits
-from workers.job import Finished
 from workers.metrics import Metrics
-from workers.ports import Partition, Record
+from workers.ports import Finished, Partition, Record
 from workers.retrying import Retry
 from workers.store.memory import MemoryStore
 from workers.telemetry.bus_spans import BusSpans

@@ -322,6 +322,7 @@ def test_from_the_broker_and_back_everything_is_answered_and_committed():
         inbox=inbox,
         job=rig.job,
         delivery=AtLeastOnce(inbox, MemoryOutbox(broker), wake, 0.0, rig.metrics, BusSpans.off()),
+        dead_letter=lambda record, error: pytest.fail(f"no outcome can be written: {error}"),
         wake=wake,
         clock=lambda: rig.now,
         drain_grace_s=60.0,

@@ -10,8 +10,7 @@ from opentelemetry.trace import StatusCode
 from tests.workers.test_delivery import AtLeastOnceBench, ExactlyOnceBench, record
 from tracing_harness import Recorded, links, seconds
 from workers.errors import TooLarge, Transient
-from workers.job import Finished
-from workers.ports import Outgoing
+from workers.ports import Finished, Outgoing
 from workers.telemetry import names
 from workers.telemetry.bus_spans import BusSpans
 from workers.telemetry.tracer import child_of, root

@@ -34,8 +34,8 @@ from structlog.testing import capture_logs
 
 from tracing_harness import Recorded, as_sdk_span
 from workers.errors import Misconfigured
-from workers.interval import Interval
 from workers.metrics import Metrics
+from workers.ports import Interval
 from workers.settings import RerankSettings
 from workers.telemetry import names
 from workers.telemetry.finished_span import FinishedSpan

@@ -8,8 +8,7 @@ from opentelemetry.trace import StatusCode
 from rerank_harness import NAN_IMAGE, PARTITION, Engine, Rig, request
 from tracing_harness import Recorded, links, seconds
 from trt.contract import DeviceCopies
-from workers.interval import Interval
-from workers.ports import Poll, Record
+from workers.ports import Interval, Poll, Record
 from workers.telemetry import names
 
 TRACE = "a" * 32

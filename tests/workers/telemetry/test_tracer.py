@@ -3,7 +3,7 @@
 from opentelemetry.trace import SpanKind, StatusCode
 
 from tracing_harness import Recorded
-from workers.interval import Interval
+from workers.ports import Interval
 from workers.telemetry import names
 from workers.telemetry.sampling import Sampling
 from workers.telemetry.trace_context import read_context
