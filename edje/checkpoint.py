@@ -29,6 +29,7 @@ from typing import Annotated, BinaryIO
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from edje.config import EdjeConfig, canonical_json, parse_config
+from protocols.validation import first_problem
 
 #: Grows with the fields of a configuration: digests are taken over all of them, so an older one's would not agree.
 FORMAT_VERSION = 2
@@ -189,10 +190,8 @@ def _read_envelope(checkpoint: Path) -> tuple[str, EdjeConfig]:
         envelope = Envelope.model_validate(raw)
         return envelope.model_digest, parse_config(json.dumps(envelope.config))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise CheckpointMismatch(
-            f"{checkpoint / CONFIG_FILE} describes no model this program knows: {where}: {first['msg']}"
+            f"{checkpoint / CONFIG_FILE} describes no model this program knows: {first_problem(error)}"
         ) from error
 
 

@@ -25,6 +25,7 @@ from edje.model.edje import Edje, build_edje
 from edje.model.weights import save_checkpoint
 from edje.text import Tokenizer
 from edje.tower_config import Count, VitConfig
+from protocols.validation import first_problem
 
 #: What their joint encoder started from, and so the tokenizer that its words belong to.
 MINILM = "hub:microsoft/MiniLM-L12-H384-uncased"
@@ -133,9 +134,7 @@ def read_tower_config(path: Path) -> TowerConfig:
     except OSError as error:
         raise AuthorsError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise AuthorsError(f"{path} describes no SigLIP tower: {where}: {first['msg']}") from error
+        raise AuthorsError(f"{path} describes no SigLIP tower: {first_problem(error, root='the file')}") from error
 
 
 def _tokenizer(source: str | None) -> Path:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from edje.config import AdapterConfig
 from edje.data.spec import DataSpec
 from edje.recipe_table import change, located
 from edje.tower_config import VitConfig
+from protocols.validation import problems_in
 
 Part = Literal["vision", "adapter", "text", "visual", "meeting", "first_stage"]
 LossName = Literal[
@@ -237,10 +237,4 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     except TypeError as error:
         raise RecipeError(f"{path}: {error}") from error
     except ValidationError as error:
-        raise RecipeError(f"{path}: {'; '.join(map(_told, error.errors(include_url=False)))}") from error
-
-
-def _told(error: ErrorDetails) -> str:
-    """Where, and what is wrong there."""
-    where = ".".join(map(str, error["loc"])) or "recipe"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+        raise RecipeError(f"{path}: {'; '.join(problems_in(error, root='recipe'))}") from error

@@ -18,6 +18,7 @@ from pydantic_core import from_json
 
 from protocols.events import SCHEMA_VERSION, Event, Status, WarningInfo, WordSimilarities
 from protocols.fields import MAX_CANDIDATES, MAX_INLINE_BYTES, Id
+from protocols.validation import problems_in
 
 CONTENT_TYPE_HEADER = "content-type"
 JSON = "application/json"
@@ -201,10 +202,7 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 def _event_error(error: ValidationError) -> EventError:
     problems = error.errors(include_url=False, include_input=False, include_context=False)
-    sentence = "; ".join(
-        f"{'.'.join(str(part)[:50] for part in problem['loc']) or 'event'}: {problem['msg']}"
-        for problem in problems[:_MAX_NAMED_PROBLEMS]
-    )
+    sentence = "; ".join(problems_in(error, root="event", limit=_MAX_NAMED_PROBLEMS))
     if problems[0]["type"] == "json_invalid":
         return EventError("undecodable", sentence)
     if any(problem["loc"] == ("schema_version",) for problem in problems):

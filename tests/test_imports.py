@@ -16,8 +16,10 @@ ROOT = Path(__file__).parent.parent
 #: A folder may import itself and these; a dotted name allows that module and no other of its package.
 MAY_IMPORT = {
     "protocols": set(),
-    "edje": {"protocols.quantize", "protocols.blob"},  # evaluation judges images as they are stored
-    "trt": {"edje", "protocols.quantize"},  # engines are compared on tokens as they are stored
+    # evaluation judges images as they are stored
+    "edje": {"protocols.quantize", "protocols.blob", "protocols.validation"},
+    # engines are compared on tokens as they are stored
+    "trt": {"edje", "protocols.quantize", "protocols.validation"},
     "workers": {
         "protocols",
         "trt",

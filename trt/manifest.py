@@ -20,6 +20,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edje.config import EdjeConfig, parse_config
+from protocols.validation import first_problem
 from trt.contract import EngineMismatch
 from trt.graphs import DIMENSIONS, GraphName, Precision
 from trt.identity import engine_digest
@@ -172,9 +173,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise EngineMismatch(f"{path} is no manifest of this program: {where}: {first['msg']}: {remedy}") from error
+        raise EngineMismatch(f"{path} is no manifest of this program: {first_problem(error)}: {remedy}") from error
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -24,6 +24,7 @@ from edje.model.weights import load_checkpoint
 from edje.optional import PackageMissing
 from edje.progress import progress_bars
 from edje.text import Tokenizer
+from protocols.validation import first_problem
 from trt.build.assemble import require
 from trt.check.comparison import report_on, scored, torch_reference
 from trt.check.pairs import hold_pairs
@@ -117,7 +118,7 @@ def _thresholds(subject: Subject, asked: dict[str, float | None]) -> Thresholds:
     try:
         return Thresholds(**(THRESHOLDS[precision].model_dump() | given))
     except ValidationError as error:
-        raise typer.BadParameter(error.errors(include_url=False)[0]["msg"]) from error
+        raise typer.BadParameter(first_problem(error)) from error
 
 
 def _end(sentence: str) -> NoReturn:

@@ -16,6 +16,7 @@ from typing import TypeVar
 from pydantic import SecretStr, ValidationError
 from pydantic_settings import BaseSettings
 
+from protocols.validation import problems_in
 from workers.errors import Misconfigured
 from workers.secrets import secrets_in
 
@@ -37,7 +38,7 @@ def read_settings(kind: type[S]) -> S:
     try:
         settings = kind()
     except ValidationError as error:
-        faults += _faults(error, names)
+        faults += problems_in(error, names=names)
     if settings is None or faults:
         raise Misconfigured("\n".join(faults))
     return settings
@@ -85,13 +86,3 @@ def _is_service_link(name: str, value: str) -> bool:
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=_SIMILARITY)
     return f"did you mean {close[0]}?" if close else ""
-
-
-def _faults(error: ValidationError, names: Mapping[str, str]) -> list[str]:
-    """One line for each fault, without the value: it may be a secret in the wrong place."""
-    faults = []
-    for fault in error.errors(include_input=False, include_url=False, include_context=False):
-        message = fault["msg"].removeprefix("Value error, ")
-        field = str(fault["loc"][0]) if fault["loc"] else ""
-        faults.append(f"{names.get(field, field)}: {message}" if field else message)
-    return faults

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from edje.data.dataset import DataError
 from edje.data.spec import DataSpec
 from edje.paths import data_from
+from protocols.validation import first_problem
 
 
 @cache
@@ -34,6 +35,4 @@ def read_data_spec(path: Path) -> DataSpec:
     try:
         return _adapter().validate_python(data_from(path.parent, content.get("data", content)))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the dataset"
-        raise DataError(f"{path} does not say which dataset is meant: {where}: {first['msg']}") from error
+        raise DataError(f"{path} does not name a dataset: {first_problem(error, root='the dataset')}") from error

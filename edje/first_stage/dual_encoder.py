@@ -36,6 +36,7 @@ from edje.config import JointConfig
 from edje.layers import table
 from edje.model.joint import JointBlock, visible
 from edje.tower_config import Count
+from protocols.validation import first_problem
 
 FOLDER, _CONFIG, _WEIGHTS = "first_stage", "config.json", "model.safetensors"
 #: Of the cosine at the start of training, as in CLIP.
@@ -238,10 +239,8 @@ def parse_described(folder: Path, kind: type[_Described], described: object) -> 
     try:
         parsed: _Described = TypeAdapter(kind).validate_json(json.dumps(described))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "config"
         raise CheckpointMismatch(
-            f"{folder / _CONFIG} describes no first stage this program knows: {where}: {first['msg']}"
+            f"{folder / _CONFIG} describes no first stage this program knows: {first_problem(error, root='config')}"
         ) from error
     return parsed
 

@@ -26,6 +26,7 @@ from edje.imports.layouts import bert_embedding_rules, bert_layer_rules, listed,
 from edje.model.joint import JointEncoder
 from edje.tower_config import Count
 from edje.vocabulary import IMAGE_TOKEN, SPECIAL_TOKENS, VocabularyError, wordpiece_tokenizer
+from protocols.validation import first_problem
 
 CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE = "config.json", "model.safetensors", "pytorch_model.bin"
 TOKENIZER_FILE, VOCABULARY_FILE = "tokenizer.json", "vocab.txt"
@@ -129,9 +130,8 @@ def read_bert_config(path: Path) -> BertConfig:
     except OSError as error:
         raise BertError(f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's layout") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BertError(f"{path} describes no BERT that the joint encoder can take: {where}: {first['msg']}") from error
+        problem = first_problem(error, root="the file")
+        raise BertError(f"{path} describes no BERT that the joint encoder can use: {problem}") from error
 
 
 def read_tokenizer(source: Path) -> Tokenizer:

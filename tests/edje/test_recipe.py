@@ -231,5 +231,5 @@ def test_evaluation_tells_of_data_that_are_none(tmp_path, content):
     path = tmp_path / "data.toml"
     path.write_text(content)
 
-    with pytest.raises(DataError, match="does not say which dataset is meant"):
+    with pytest.raises(DataError, match="does not name a dataset"):
         read_data_spec(path)

@@ -19,6 +19,7 @@ from edje.model.weights import load_checkpoint
 from edje.optional import PackageMissing
 from edje.progress import progress_bars
 from edje.text import Tokenizer
+from protocols.validation import first_problem
 from trt.build.assemble import Planner, assemble
 from trt.build.draft_directory import DirectoryExists, draft_of, refuse_to_overwrite
 from trt.check.pairs import hold_pairs
@@ -123,8 +124,7 @@ def _checked(model: type[Any], **fields: object) -> Any:
     try:
         return model(**fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise typer.BadParameter(first_problem(error)) from error
 
 
 def _end(sentence: str) -> NoReturn:

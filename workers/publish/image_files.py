@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from protocols.events import ImageNew
+from protocols.validation import problems_in
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
@@ -69,7 +70,7 @@ def image_events(
             else:
                 yield ImageNew(image_id=file.image_id, data=file.path.read_bytes())
         except ValidationError as error:
-            yield Refused(file.path, "; ".join(problem["msg"] for problem in error.errors(include_input=False)))
+            yield Refused(file.path, "; ".join(problems_in(error)))
         except OSError as error:
             yield Refused(file.path, error.strerror or type(error).__name__)
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pydantic import ValidationError
 
 from protocols.events import Candidate, Query, RerankRequest
+from protocols.validation import first_problem
 
 
 def candidates_of(
@@ -60,10 +61,7 @@ def request_of(
             reply_topic=reply_topic,
         )
     except ValidationError as error:
-        problem = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {message}" if where else message) from None
+        raise ValueError(first_problem(error)) from None
 
 
 def _candidate(line: str, for_image: bool) -> Candidate:
