@@ -1,6 +1,6 @@
-"""Crops and mirror images of a dataset's pictures: other views of the same thing, so that little data last longer.
+"""Augmented views of a dataset's images: crops and mirror images.
 
-Deterministic: view 3 of an image is the same whenever it is asked for, so its features can be kept like any others.
+Deterministic: a view of an image is always the same, so its features can be stored.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from PIL import Image
 from edje.data.dataset import Dataset, PixelSource
 from edje.images import Resample
 
-#: Share of the picture's area that a crop keeps, and how far its sides' ratio may stray, as a factor.
-_AREA = (0.45, 0.95)
+#: Range of a crop's share of the image area, and the largest factor by which its aspect ratio changes.
+_CROP_AREA = (0.45, 0.95)
 _MAX_STRETCH = 1.25
 
 
 def view_of(dataset: Dataset, number: int, *, may_mirror: bool = True) -> Dataset:
-    """View `number` of every picture: 0 as it is, 1 its mirror image, any other a crop, half of them mirrored.
+    """View `number` of every image: 0 is the image, 1 its mirror image, any other a crop, half of them mirrored.
 
-    `may_mirror` is False where captions speak of left and right.
+    `may_mirror` is False where captions distinguish left and right.
     """
     if number == 0:
         return dataset
@@ -32,27 +32,27 @@ def view_of(dataset: Dataset, number: int, *, may_mirror: bool = True) -> Datase
         dataset,
         name=f"{dataset.name} (view {number})",
         fingerprint=hashlib.sha256(name.encode()).hexdigest()[:16],
-        source=_View(dataset.source, number, may_mirror),
+        source=_ViewSource(dataset.source, number, may_mirror),
     )
 
 
-class _View:
+class _ViewSource:
     def __init__(self, source: PixelSource, number: int, may_mirror: bool) -> None:
         self._source = source
         self._number = number
         self._may_mirror = may_mirror
 
     def pixels(self, index: int, size: int, resample: Resample) -> NDArray[np.uint8]:
-        picture = Image.fromarray(self._source.pixels(index, size, resample).transpose(1, 2, 0))
+        image = Image.fromarray(self._source.pixels(index, size, resample).transpose(1, 2, 0))
         rng = np.random.default_rng([self._number, index])
         is_crop = self._number > 1 or not self._may_mirror
         if is_crop:
-            area = rng.uniform(*_AREA)
+            area = rng.uniform(*_CROP_AREA)
             stretch = _MAX_STRETCH ** rng.uniform(-1, 1)
             width, height = (size * min(1.0, np.sqrt(area * ratio)) for ratio in (stretch, 1 / stretch))
             left, top = rng.uniform(0, size - width), rng.uniform(0, size - height)
             box = (left, top, left + width, top + height)
-            picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+            image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
         if self._may_mirror and (not is_crop or rng.random() < 0.5):
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -1,85 +1,99 @@
-"""Reads a CSV table of images and captions, the simplest way to bring data of one's own.
+"""Reads a CSV table of images and captions.
 
     image,caption,split
     beach/1.jpg,a dog runs on a beach,train
 
-The column split may be absent; others are not looked at.
+The column `split` is optional: without it, images are divided by a hash of their names. Other columns are ignored.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator
+import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from edje.data.dataset import DataError, Dataset, Split
-from edje.data.image_files import Gathering, read_text_list
+from edje.data.csv_rows import BadRow, CsvTable, Row
+from edje.data.dataset import SPLIT_NAMES, DataError, Dataset, Split, split_named
+from edje.data.image_files import DatasetBuilder, read_text_list
 
-_SPLIT_WORDS: Final[dict[str, Split]] = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
+_REQUIRED: Final = ("image", "caption")
+_OPTIONAL: Final = ("split",)
+_HASH_RANGE: Final = 1 << 64
 
 
-def caption_table(csv_path: Path, image_root: Path, split: Split | None = None, *, strict: bool = False) -> Dataset:
-    """The rows of one split, or all rows where `split` is None. An image has as many captions as it has rows.
+def caption_table(
+    csv_path: Path,
+    image_root: Path,
+    split: Split | None = None,
+    *,
+    dev_share: float = 0.1,
+    test_share: float = 0.1,
+    strict: bool = False,
+) -> Dataset:
+    """The rows of one split, or all rows where `split` is None. An image has as many captions as rows.
 
-    Raises `DataError`; a faulty row is counted and left out unless `strict`.
+    Where the table has no column `split`, `dev_share` and `test_share` of the images are the splits dev and test.
+    Raises `DataError`. A faulty row is counted and left out, or raises `DataError` if `strict`.
     """
-    reader = csv.DictReader(io.StringIO(read_text_list(csv_path), newline=""), strict=True)
-    columns = _columns(csv_path, reader)
-    if split is not None and "split" not in columns:
-        raise DataError(
-            f"{csv_path} has no column split, so nothing says which rows are for {split}: "
-            "add the column, or ask for the whole table"
-        )
-    gathering = Gathering(csv_path.stem if split is None else f"{csv_path.stem} {split}", image_root)
-    split_of: dict[str, Split | None] = {}
-    taken: dict[str, bool] = {}
-    for row in _rows(reader, gathering):
-        image, caption = row["image"], row["caption"]
-        row_split = _SPLIT_WORDS.get(row["split"].strip()) if "split" in columns else None
-        if not image or ("split" in columns and row_split is None):
-            gathering.problems.record("bad_row", f"line {reader.reader.line_num}")
+    table = CsvTable(csv_path, read_text_list(csv_path), _REQUIRED, _OPTIONAL)
+    builder = DatasetBuilder(csv_path.stem if split is None else f"{csv_path.stem} {split}", image_root)
+    has_splits = "split" in table.columns
+    split_of: dict[str, Split] = {}
+    is_taken: dict[str, bool] = {}
+    num_rows: Counter[str] = Counter()
+    for row in table.rows(lambda cells: builder.has_file(cells.get("image", "").strip(' "'))):
+        location = f"{csv_path.name} line {row.line}"
+        if isinstance(row, BadRow):
+            builder.problems.record("bad_row", row.cause, location)
             continue
+        image = row.cells["image"].strip()
+        if not image:
+            builder.problems.record("bad_row", "the column image is empty", location)
+            continue
+        row_split = _split_of(row) if has_splits else hashed_split(image, dev_share, test_share)
+        if row_split is None:
+            builder.problems.record("unknown_split", _unknown_split(row), location)
+            continue
+        num_rows[row_split] += 1
         first_split = split_of.setdefault(image, row_split)
         if split is not None and row_split != split:
             continue
-        if row_split != first_split:
-            # No image can be both trained on and judged by.
-            gathering.problems.record("duplicate_id", image)
+        if split is not None and row_split != first_split:
+            # An image must not be used both for training and for testing.
+            builder.problems.record("two_splits", image, location)
             continue
-        if image not in taken:
-            taken[image] = gathering.add_image(image, image)
-        if taken[image]:
-            gathering.add_caption(image, caption)
-    return gathering.finish(strict=strict)
+        if image not in is_taken:
+            is_taken[image] = builder.add_image(image, image, location)
+        if is_taken[image]:
+            builder.add_caption(image, row.cells["caption"], location)
+    if split is not None and num_rows and not num_rows[split]:
+        raise DataError(_no_rows(csv_path, split, num_rows, has_splits))
+    return builder.finish(strict=strict)
 
 
-def _columns(csv_path: Path, reader: csv.DictReader[str]) -> list[str]:
-    try:
-        columns = [name.strip() for name in reader.fieldnames or ()]
-    except csv.Error as error:
-        raise DataError(f"{csv_path} has no readable first line ({error}): save it as CSV") from error
-    if not {"image", "caption"} <= set(columns) or len(set(columns)) != len(columns):
-        raise DataError(
-            f"{csv_path} begins with {', '.join(columns)[:200] or 'nothing'}: "
-            "its first line must name the columns image and caption, and may name split, each once"
-        )
-    reader.fieldnames = columns
-    return columns
+def hashed_split(image: str, dev_share: float, test_share: float) -> Split:
+    """A split by the hash of an image's name: stable when other images come and go."""
+    digest = hashlib.sha256(image.encode(errors="surrogatepass")).digest()
+    position = int.from_bytes(digest[:8], "big") / _HASH_RANGE
+    if position < test_share:
+        return "test"
+    return "dev" if position < test_share + dev_share else "train"
 
 
-def _rows(reader: csv.DictReader[str], gathering: Gathering) -> Iterator[dict[str, str]]:
-    """Rows with exactly the named columns; others are counted."""
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            # A stray quote, or a field of more characters than the module takes; the next line is read all the same.
-            row = {}
-        if row and None not in row and None not in row.values():
-            yield row
-        else:
-            gathering.problems.record("bad_row", f"line {reader.reader.line_num}")
+def _split_of(row: Row) -> Split | None:
+    return split_named(row.cells["split"])
+
+
+def _unknown_split(row: Row) -> str:
+    return f"{row.cells['split']!r} is none of {', '.join(SPLIT_NAMES)}"
+
+
+def _no_rows(csv_path: Path, split: Split, num_rows: Counter[str], has_splits: bool) -> str:
+    found = ", ".join(f"{count:,} for {name}" for name, count in sorted(num_rows.items()))
+    remedy = (
+        f"name the split {split} in the column split of some rows"
+        if has_splits
+        else "add a column split, or raise dev_share and test_share"
+    )
+    return f"{csv_path} has no row for the split {split}, but {found}: {remedy}"

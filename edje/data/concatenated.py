@@ -1,4 +1,4 @@
-"""Several datasets as one, one after the other. Knows nothing of where they come from."""
+"""Joins several datasets into one, in their order. Knows nothing of their formats."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _FINGERPRINT_CHARS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Joined:
+class _ConcatenatedSource:
     parts: tuple[Dataset, ...]
-    starts: tuple[int, ...]  # number of each part's first image
+    starts: tuple[int, ...]  # index of each part's first image
 
     def pixels(self, index: int, size: int, resample: Resample) -> NDArray[np.uint8]:
         part = bisect_right(self.starts, index) - 1
         return self.parts[part].pixels(index - self.starts[part], size, resample)
 
 
-def several(parts: Mapping[str, Dataset], name: str) -> Dataset:
-    """All images of all parts; the id of each, and its group, begin with its part's name. Raises `DataError`."""
+def concatenate(parts: Mapping[str, Dataset], name: str) -> Dataset:
+    """One dataset of all parts. A part's name is the prefix of its image ids and groups. Raises `DataError`."""
     if not parts:
-        raise DataError(f"none of the datasets has anything for {name}")
+        raise DataError(f"no dataset has images for {name}: check train_only")
     problems, images, digest = Problems(), list[CaptionedImage](), hashlib.sha256()
     for part_name, part in parts.items():
         problems.add(part.problems, f"{part_name}/")
@@ -44,5 +44,5 @@ def several(parts: Mapping[str, Dataset], name: str) -> Dataset:
         tuple(images),
         problems,
         digest.hexdigest()[:_FINGERPRINT_CHARS],
-        _Joined(tuple(parts.values()), starts),
+        _ConcatenatedSource(tuple(parts.values()), starts),
     )

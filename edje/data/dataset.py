@@ -1,4 +1,7 @@
-"""What a dataset is, and how its faults are told. Knows no file format."""
+"""Datasets: images with captions, labels where a dataset has them, and the problems a reader found.
+
+Knows no file format.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +18,52 @@ from edje.images import ImageError, Resample
 
 Split = Literal["train", "dev", "test"]
 SPLITS: Final[tuple[Split, ...]] = ("train", "dev", "test")
-
-#: Every kind of fault, and how a report words it.
-KINDS: Final = {
-    "bad_row": "entries that cannot be read",
-    "duplicate_id": "images or captions that came before under the same id, or under another name",
-    "empty_caption": "empty captions",
-    "long_caption": "captions so long that most of it is cut off",
-    "missing_image": "images whose file is missing",
-    "no_caption": "images without a caption",
-    "outside_root": "file names that lead out of the image folder",
-    "undecodable_image": "images that do not decode",
+#: Names of the splits in files; upper and lower case are the same.
+SPLIT_NAMES: Final[dict[str, Split]] = {
+    "train": "train",
+    "training": "train",
+    "dev": "dev",
+    "val": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "test": "test",
+    "testing": "test",
 }
-#: Faults that leave their item usable.
-_HARMLESS: Final = ("long_caption",)
-#: All are counted, so many of each kind are named.
+
+#: Singular and plural of every kind of problem, as a report words it.
+PROBLEM_KINDS: Final = {
+    "bad_row": ("row that cannot be read", "rows that cannot be read"),
+    "duplicate_id": ("repeated image or caption id", "repeated image or caption ids"),
+    "empty_caption": ("empty caption", "empty captions"),
+    "left_out": ("image on the list of images to leave out", "images on the list of images to leave out"),
+    "long_caption": ("caption so long that most of it is cut off", "captions so long that most of it is cut off"),
+    "missing_image": ("image whose file is missing", "images whose file is missing"),
+    "no_caption": ("image without a caption", "images without a caption"),
+    "outside_root": ("file name outside the image folder", "file names outside the image folder"),
+    "remote_image": ("web address instead of an image file", "web addresses instead of image files"),
+    "two_splits": ("image in a second split", "images in a second split"),
+    "undecodable_image": ("image that cannot be decoded", "images that cannot be decoded"),
+    "unknown_split": ("row with an unknown split", "rows with an unknown split"),
+}
+#: Problems whose item is kept.
+_KEPT: Final = ("long_caption",)
+#: Every problem is counted; this many of each kind are named.
 _MAX_NAMED: Final = 5
-_MAX_NAME_CHARS: Final = 80
+_MAX_NAME_CHARS: Final = 120
 
 
 class DataError(Exception):
-    """The data cannot be used as asked; the message is a sentence for whoever gave it."""
+    """The data cannot be used; the message says what is wrong, where, and what to do."""
+
+
+def split_named(name: str) -> Split | None:
+    """The split that a file calls by this name, or None if the name is unknown."""
+    return SPLIT_NAMES.get(name.strip().casefold())
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """An image's id and captions. Images of one `group` were drawn to be confused with each other."""
+    """An image's id and captions. Images with the same `group` are confusers of each other."""
 
     image_id: str
     captions: tuple[str, ...]
@@ -48,105 +71,115 @@ class CaptionedImage:
 
 
 class Problems:
-    """Counts what was wrong with the input, by kind, and remembers the first names of each."""
+    """Counts problems of the input by kind and keeps the first names of each kind."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._named: dict[str, list[str]] = {}
+        self._named: dict[str, list[tuple[str, str]]] = {}  # kind: (location, name)
 
-    def record(self, kind: str, name: str) -> None:
-        """Count one fault; `kind` is a key of `KINDS`."""
-        if kind not in KINDS:
-            raise ValueError(f"no such kind of problem: {kind}")
+    def record(self, kind: str, name: str, location: str = "") -> None:
+        """Count one problem. `kind` is a key of `PROBLEM_KINDS`; `location` is a file and line, where known."""
+        if kind not in PROBLEM_KINDS:
+            raise ValueError(f"unknown kind of problem: {kind}")
         self._counts[kind] += 1
         named = self._named.setdefault(kind, [])
         if len(named) < _MAX_NAMED:
-            # A file may call its images anything: what is shown stays on one line of a terminal.
-            short = name if len(name) <= _MAX_NAME_CHARS else f"{name[:_MAX_NAME_CHARS]}…"
-            named.append(short if short.isprintable() else ascii(short))
+            named.append((location, _printable(name)))
 
     def add(self, other: Problems, prefix: str) -> None:
-        """Take over another's, names with a prefix."""
+        """Add another dataset's problems, with a prefix before each location, or before a name without a location."""
         for kind, count in other._counts.items():
             named = other._named[kind]
-            for name in named:
-                self.record(kind, f"{prefix}{name}")
+            for location, name in named:
+                if location:
+                    self.record(kind, name, f"{prefix}{location}")
+                else:
+                    self.record(kind, f"{prefix}{name}")
             self._counts[kind] += count - len(named)
 
     @property
     def counts(self) -> dict[str, int]:
+        """The number of problems of each kind that occurred."""
         return dict(self._counts)
 
     def named(self, kind: str) -> tuple[str, ...]:
-        """The first few of this kind."""
-        return tuple(self._named.get(kind, ()))
+        """The first few names of this kind."""
+        return tuple(name for _, name in self._named.get(kind, ()))
 
     def __bool__(self) -> bool:
         return bool(self._counts)
 
     def report(self) -> str:
-        """One paragraph: what was left out and what was kept in spite of a fault."""
+        """One paragraph: what was left out, and what was kept despite a problem."""
         if not self:
-            return "Nothing was wrong with the data."
-        left_out = [self._told(kind) for kind in sorted(self._counts) if kind not in _HARMLESS]
-        kept = [self._told(kind) for kind in sorted(self._counts) if kind in _HARMLESS]
+            return "No problems."
+        left_out = [self._description(kind) for kind in sorted(self._counts) if kind not in _KEPT]
+        kept = [self._description(kind) for kind in sorted(self._counts) if kind in _KEPT]
         sentences = [f"Left out: {'; '.join(left_out)}."] if left_out else []
         return " ".join([*sentences, *([f"Kept: {'; '.join(kept)}."] if kept else [])])
 
-    def _told(self, kind: str) -> str:
+    def _description(self, kind: str) -> str:
         count, named = self._counts[kind], self._named[kind]
-        more = ", …" if count > len(named) else ""
-        return f"{count:,} {KINDS[kind]} ({', '.join(named)}{more})"
+        names = [f"{location}: {name}" if location else name for location, name in named]
+        more = ["…"] if count > len(named) else []
+        return f"{count:,} {PROBLEM_KINDS[kind][count > 1]} ({', '.join([*names, *more])})"
+
+
+def _printable(name: str) -> str:
+    """The name in one line of a terminal: shortened, control characters escaped."""
+    short = name if len(name) <= _MAX_NAME_CHARS else f"{name[:_MAX_NAME_CHARS]}…"
+    return short if short.isprintable() else ascii(short)
 
 
 class PixelSource(Protocol):
-    """Where a dataset's pixels come from."""
+    """Reads or draws the pixels of a dataset's images."""
 
     def pixels(self, index: int, size: int, resample: Resample) -> NDArray[np.uint8]:
-        """`(3, size, size)` RGB of the image of this number. Raises `ImageError`."""
+        """RGB pixels `(3, size, size)` of one image, by its index. Raises `ImageError`."""
         ...
 
 
-class Role(IntEnum):
-    """What is known of a word beside a picture: where that stands which it names, or of which it says how it lies to
-    another, where the other stands, and whether it is true."""
+class GroundingRole(IntEnum):
+    """What a grounding label gives: the cell of the named object, of a relation's subject or object, or whether the
+    relation holds."""
 
     NAMED = 0
     SUBJECT = 1
     OBJECT = 2
-    TRUE = 3
+    HOLDS = 3
 
 
-class Claim(NamedTuple):
-    """What a word of a caption, given by its first character, says beside a picture: a region, or 0 or 1 for its
-    truth."""
+class GroundingLabel(NamedTuple):
+    """One grounding label at a character offset of a caption. `value` is a cell, or 0 or 1 for `HOLDS`."""
 
     char: int
-    role: Role
+    role: GroundingRole
     value: int
 
 
 @runtime_checkable
 class LabelledSource(Protocol):
-    """Where it is known, besides, what stands in each region of a picture."""
+    """A pixel source that also has region labels and grounding labels."""
 
     @property
     def label_sizes(self) -> tuple[int, ...]:
-        """How many values each label has."""
+        """The number of values of each region label."""
         ...
 
     @property
     def num_regions(self) -> int:
-        """The cells of the square grid that a picture is divided into."""
+        """The number of cells of the square grid that divides an image."""
         ...
 
     def labels(self, index: int) -> NDArray[np.int64]:
-        """`(num_regions, labels)`, row by row: a value of each label for each region."""
+        """Region labels `(num_regions, labels)` of one image, regions row by row."""
         ...
 
-    def claims(self, index: int, caption: str) -> list[Claim]:
-        """What the words of a caption (lower case, no punctuation) say beside the picture, which need not be its own;
-        nothing of what is not in the picture."""
+    def grounding_labels(self, index: int, caption: str) -> list[GroundingLabel]:
+        """Grounding labels of a caption for one image, which may belong to another caption.
+
+        The caption is lower case without punctuation. Objects that the image lacks have no label.
+        """
         ...
 
 
@@ -154,8 +187,8 @@ class LabelledSource(Protocol):
 class Dataset:
     """Images with captions, in a fixed order.
 
-    `fingerprint` identifies ids and pixels, in their order, but not the captions: whatever is computed from the
-    pixels alone may be kept under it.
+    `fingerprint` identifies the image ids and pixels in their order, not the captions; results computed from pixels
+    alone can be stored under it.
     """
 
     name: str
@@ -165,19 +198,20 @@ class Dataset:
     source: PixelSource
 
     def pixels(self, index: int, size: int, resample: Resample = "bilinear") -> NDArray[np.uint8]:
-        """`(3, size, size)` RGB. Raises `ImageError`."""
+        """RGB pixels `(3, size, size)` of one image. Raises `ImageError`."""
         return self.source.pixels(index, size, resample)
 
     @property
     def num_captions(self) -> int:
+        """The number of captions of all images."""
         return sum(len(image.captions) for image in self.images)
 
     def summary(self) -> str:
-        """One paragraph for the log."""
+        """One paragraph for the log: name, sizes, problems."""
         return f"{self.name}: {len(self.images):,} images, {self.num_captions:,} captions. {self.problems.report()}"
 
 
-def readable(
+def decode_images(
     dataset: Dataset,
     size: int,
     on_problem: Callable[[str, str], None],
@@ -185,10 +219,10 @@ def readable(
     strict: bool = False,
     resample: Resample = "bilinear",
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Number and pixels of every image that decodes.
+    """Yield index and pixels of every image that can be decoded.
 
-    One that does not is told to `on_problem` (`dataset.problems.record` will do) and left out, or, if `strict`, ends
-    the reading with `DataError`.
+    For any other image `on_problem` (such as `dataset.problems.record`) is called with the kind and the image id.
+    Raises `DataError` at the first such image if `strict`.
     """
     for index, image in enumerate(dataset.images):
         try:
@@ -196,9 +230,14 @@ def readable(
         except ImageError as error:
             on_problem("undecodable_image", image.image_id)
             if strict:
-                raise DataError(
-                    f"{dataset.name}: {image.image_id} is image {index + 1:,} of {len(dataset.images):,} and does not "
-                    f"decode ({error}): replace the file, or take the image out of the list"
-                ) from error
+                raise undecodable(dataset, index, str(error)) from error
             continue
         yield index, pixels
+
+
+def undecodable(dataset: Dataset, index: int, cause: str) -> DataError:
+    """The error for an image that cannot be decoded where every image is needed."""
+    return DataError(
+        f"{dataset.name}: image {dataset.images[index].image_id} ({index + 1:,} of {len(dataset.images):,}) cannot be "
+        f"decoded ({cause}): replace the file, or remove the image from the list"
+    )

@@ -1,7 +1,7 @@
-"""Gathers images and their captions from files, whatever lists them, and reads their pixels.
+"""Builds a dataset from image files and captions that a reader finds, and reads the files' pixels.
 
-Holds the policy of every reader: a faulty item is counted, named and left out, and nothing outside the image folder
-is ever opened. Knows no file format but the images'.
+Applies one policy for every reader: a faulty item is counted, named and left out, and no file outside the image folder
+is opened. Knows no list format.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ _MAX_LIST_BYTES: Final = 1 << 30
 #: The longest caption in Flickr30k has 82 words; the tokenizer reads 61 word pieces.
 _MAX_CAPTION_WORDS: Final = 200
 _FINGERPRINT_CHARS: Final = 16
+_UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """A regular file within the image folder, as it was when the list was read."""
+    """A regular file within the image folder, with its size and modification time when the list was read."""
 
     path: Path
     num_bytes: int
@@ -37,12 +38,12 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class ImageFiles:
-    """Pixels from files."""
+    """Reads pixels from files."""
 
     paths: tuple[Path, ...]
 
     def pixels(self, index: int, size: int, resample: Resample) -> NDArray[np.uint8]:
-        """`(3, size, size)` RGB. Raises `ImageError`, also where the file is gone since the list was read."""
+        """RGB pixels `(3, size, size)`. Raises `ImageError`, also where the file is missing by now."""
         try:
             with self.paths[index].open("rb") as file:
                 data = file.read(_LIMITS.max_bytes + 1)
@@ -51,43 +52,48 @@ class ImageFiles:
         return decode_image(data, size, _LIMITS, resample)
 
 
-class Gathering:
-    """Images and captions as a reader comes upon them; `finish` makes them a dataset."""
+class DatasetBuilder:
+    """Collects images and captions; `finish` returns them as a dataset."""
 
     def __init__(self, name: str, image_root: Path) -> None:
+        """Raises `DataError` if the image folder is missing."""
         self.name = name
         self.problems = Problems()
         if not image_root.is_dir():
-            raise DataError(f"{image_root} is no folder: name the folder that holds the images of {name}")
+            raise DataError(f"{image_root} is not a folder: name the folder with the images of {name}")
         self._root = image_root.resolve()
         self._files: dict[str, ImageFile] = {}
         self._captions: dict[str, list[str]] = {}
         self._paths: set[Path] = set()
 
-    def add_image(self, image_id: str, file_name: str) -> bool:
-        """Whether the image is taken; if not, the reason is counted. An id is taken once."""
-        file = self._find(image_id, file_name)
-        if file is None:
-            return False
-        if image_id in self._files or file.path in self._paths:
-            self.problems.record("duplicate_id", image_id)
+    def has_file(self, file_name: str) -> bool:
+        """Whether the image folder contains this file."""
+        return bool(file_name) and self._find(file_name)[0] is not None
+
+    def add_image(self, image_id: str, file_name: str, location: str = "") -> bool:
+        """Add an image unless it has a problem, which is counted. Returns whether it was added."""
+        file, problem = self._find(file_name)
+        if file is not None and (image_id in self._files or file.path in self._paths):
+            problem = "duplicate_id"
+        if file is None or problem is not None:
+            self.problems.record(problem or "missing_image", image_id, location)
             return False
         self._paths.add(file.path)
         self._files[image_id] = file
         self._captions[image_id] = []
         return True
 
-    def add_caption(self, image_id: str, caption: str) -> None:
-        """Keep a caption of an image that was taken, if it says anything."""
+    def add_caption(self, image_id: str, caption: str, location: str = "") -> None:
+        """Add a caption to an image that was added, unless it has neither letters nor digits."""
         if not any(map(str.isalnum, caption)):
-            self.problems.record("empty_caption", image_id)
+            self.problems.record("empty_caption", image_id, location)
             return
         if len(caption.split()) > _MAX_CAPTION_WORDS:
-            self.problems.record("long_caption", image_id)
+            self.problems.record("long_caption", image_id, location)
         self._captions[image_id].append(caption.strip())
 
     def finish(self, *, strict: bool) -> Dataset:
-        """The dataset. Raises `DataError` if nothing is left or, if `strict`, if there was any problem."""
+        """The dataset. Raises `DataError` if no image is left or, if `strict`, if there is any problem."""
         images = []
         for image_id, captions in self._captions.items():
             if captions:
@@ -96,11 +102,13 @@ class Gathering:
                 self.problems.record("no_caption", image_id)
         if strict and self.problems:
             raise DataError(
-                f"{self.name} has faults, and figures from it would not be comparable. "
-                f"{self.problems.report()} Mend the list or the files."
+                f"{self.name} has problems, so figures from it would not be comparable. {self.problems.report()} "
+                "Correct the list or the files."
             )
         if not images:
-            raise DataError(f"{self.name} has no usable image. {self.problems.report()}")
+            raise DataError(
+                f"{self.name} has no usable image. {self.problems.report()} File names are relative to {self._root}."
+            )
         files = [self._files[image.image_id] for image in images]
         digest = hashlib.sha256()
         for image, file in zip(images, files, strict=True):
@@ -108,21 +116,27 @@ class Gathering:
         source = ImageFiles(tuple(file.path for file in files))
         return Dataset(self.name, tuple(images), self.problems, digest.hexdigest()[:_FINGERPRINT_CHARS], source)
 
-    def _find(self, image_id: str, file_name: str) -> ImageFile | None:
+    def _find(self, file_name: str) -> tuple[ImageFile | None, str | None]:
+        """The file of this name, or the kind of problem with it."""
+        if "://" in file_name:
+            return None, "remote_image"
+        found = self._find_exactly(file_name)
+        if found[1] == "missing_image" and "\\" in file_name:
+            found = self._find_exactly(file_name.replace("\\", "/"))  # a list that was written on Windows
+        return found
+
+    def _find_exactly(self, file_name: str) -> tuple[ImageFile | None, str | None]:
         try:
             path = (self._root / file_name).resolve()
-            inside = path.is_relative_to(self._root)
-            status = path.stat() if inside else None
+            if not path.is_relative_to(self._root):
+                return None, "outside_root"
+            status = path.stat()
         except (OSError, ValueError, RuntimeError):
-            # ValueError from a null byte or a lone surrogate, RuntimeError (until Python 3.12) from links in a circle.
-            inside, status = True, None
-        if not inside:
-            self.problems.record("outside_root", image_id)
-        elif status is None or not S_ISREG(status.st_mode):
-            self.problems.record("missing_image", image_id)
-        else:
-            return ImageFile(path, status.st_size, status.st_mtime_ns)
-        return None
+            # ValueError: a null byte or a lone surrogate. RuntimeError: circular links, until Python 3.12.
+            return None, "missing_image"
+        if not S_ISREG(status.st_mode):
+            return None, "missing_image"
+        return ImageFile(path, status.st_size, status.st_mtime_ns), None
 
 
 def read_list(path: Path) -> bytes:
@@ -131,8 +145,8 @@ def read_list(path: Path) -> bytes:
         num_bytes = path.stat().st_size
         if num_bytes > _MAX_LIST_BYTES:
             raise DataError(
-                f"{path} has {num_bytes:,} bytes, and no list of captions is that large "
-                f"({_MAX_LIST_BYTES:,} at most): name the file of captions"
+                f"{path} has {num_bytes:,} bytes; a list of captions has at most {_MAX_LIST_BYTES:,}: name the file "
+                "of captions"
             )
         return path.read_bytes()
     except OSError as error:
@@ -140,8 +154,14 @@ def read_list(path: Path) -> bytes:
 
 
 def read_text_list(path: Path) -> str:
-    """The same as text, without a byte order mark."""
+    """The text of such a file, in UTF-8 or UTF-16, without its byte order mark. Raises `DataError`."""
+    data = read_list(path)
+    encoding = "utf-16" if data.startswith(_UTF16_MARKS) else "utf-8-sig"
     try:
-        return read_list(path).decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 from byte {error.start:,} on: save it as UTF-8") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path} line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8, which "
+            "spreadsheets call CSV UTF-8"
+        ) from error

@@ -1,4 +1,4 @@
-"""Reads Flickr30k and COCO as Karpathy's JSON lists them. Knows that layout alone."""
+"""Reads Flickr30k and COCO in the layout of Karpathy's JSON files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from edje.data.dataset import DataError, Dataset, Split
-from edje.data.image_files import Gathering, read_list
+from edje.data.dataset import SPLIT_NAMES, DataError, Dataset, Split, split_named
+from edje.data.image_files import DatasetBuilder, read_list
 
-_SPLIT_NAMES: Final[dict[Split, str]] = {"train": "train", "dev": "val", "test": "test"}
-#: COCO's validation images that are in neither `val` nor `test`; everybody trains on them.
+#: COCO's validation images that are in neither `val` nor `test`; they are commonly used for training.
 _RESTVAL: Final = "restval"
 
 
@@ -33,50 +32,55 @@ class _Entry(BaseModel):
 
     @property
     def image_id(self) -> str:
-        """The file below the image folder. COCO's lie in folders of their own, others' in none."""
+        """The file name within the image folder. COCO's images have a subfolder each split, others have none."""
         return f"{self.filepath}/{self.filename}" if self.filepath else self.filename
 
 
 def karpathy(json_path: Path, image_root: Path, split: Split, *, restval: bool = True, strict: bool = False) -> Dataset:
-    """One split of a `dataset_*.json`. With `restval`, COCO's leftover images count as `train`.
+    """One split of a `dataset_*.json`. With `restval`, the split `restval` counts as `train`.
 
-    Raises `DataError`; a faulty entry is counted and left out unless `strict`.
+    Raises `DataError`. A faulty entry is counted and left out, or raises `DataError` if `strict`.
     """
-    wanted = {_SPLIT_NAMES[split]} | ({_RESTVAL} if restval and split == "train" else set())
-    gathering = Gathering(f"{json_path.stem} {split}", image_root)
+    builder = DatasetBuilder(f"{json_path.stem} {split}", image_root)
     seen_ids: set[str] = set()
     seen_numbers: set[int] = set()
     for number, raw in enumerate(_entries(json_path)):
+        location = f"{json_path.name} entry {number}"
         try:
             entry = _Entry.model_validate(raw)
-        except ValidationError:
-            gathering.problems.record("bad_row", _name_of(raw) or f"entry {number}")
+        except ValidationError as error:
+            builder.problems.record("bad_row", _name_of(raw) or _cause(error), location)
             continue
-        # Over all splits, so that no image can be both trained on and judged by.
+        # Duplicates count over all splits, so that no image is used both for training and for testing.
         duplicate = entry.image_id in seen_ids or (entry.imgid is not None and entry.imgid in seen_numbers)
         seen_ids.add(entry.image_id)
         if entry.imgid is not None:
             seen_numbers.add(entry.imgid)
-        if entry.split not in wanted:
+        is_restval = entry.split.casefold() == _RESTVAL
+        entry_split: Split | None = "train" if is_restval else split_named(entry.split)
+        if entry_split is None:
+            cause = f"{entry.split!r} is none of {', '.join([*SPLIT_NAMES, _RESTVAL])}"
+            builder.problems.record("unknown_split", cause, location)
+        elif entry_split != split or (is_restval and not restval):
             continue
-        if duplicate:
-            gathering.problems.record("duplicate_id", entry.image_id)
-        elif gathering.add_image(entry.image_id, entry.image_id):
+        elif duplicate:
+            builder.problems.record("duplicate_id", entry.image_id, location)
+        elif builder.add_image(entry.image_id, entry.image_id, location):
             for sentence in entry.sentences:
-                gathering.add_caption(entry.image_id, sentence.raw)
-    return gathering.finish(strict=strict)
+                builder.add_caption(entry.image_id, sentence.raw, location)
+    return builder.finish(strict=strict)
 
 
 def _entries(json_path: Path) -> list[object]:
     try:
         document = from_json(read_list(json_path))
     except ValueError as error:
-        raise DataError(f"{json_path} is no whole JSON file ({error}): copy it again") from error
+        raise DataError(f"{json_path} is not a complete JSON file ({error}): copy it again") from error
     images = document.get("images") if isinstance(document, dict) else None
     if not isinstance(images, list):
         raise DataError(
-            f"{json_path} has no list of images: name a file in Karpathy's layout, "
-            'such as dataset_flickr30k.json, which begins {"images": [{"filename": …'
+            f"{json_path} has no list of images: name a file in Karpathy's layout, such as dataset_flickr30k.json, "
+            'which begins {"images": [{"filename": …'
         )
     return images
 
@@ -84,3 +88,8 @@ def _entries(json_path: Path) -> list[object]:
 def _name_of(raw: object) -> str | None:
     name = raw.get("filename") if isinstance(raw, dict) else None
     return name if isinstance(name, str) else None
+
+
+def _cause(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'entry'}: {first['msg']}"

@@ -1,4 +1,4 @@
-"""Which dataset is meant, as frozen data that a recipe can hold, and the one door to all readers."""
+"""Names a dataset as frozen data that a recipe can contain, and opens it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edje.data.caption_table import caption_table
-from edje.data.concatenated import several
+from edje.data.concatenated import concatenate
 from edje.data.dataset import Dataset, Split
 from edje.data.flickr8k import flickr8k
 from edje.data.karpathy import karpathy
 from edje.data.scenes.dataset import scenes
 from edje.data.scenes.world import SWAPS, Swap
 
-Count = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Spec(BaseModel):
@@ -25,40 +25,57 @@ class _Spec(BaseModel):
 class KarpathySpec(_Spec):
     """Flickr30k or COCO, in Karpathy's JSON."""
 
-    kind: Literal["karpathy"]
-    json_path: Path
-    image_root: Path
-    restval: bool = True
+    kind: Literal["karpathy"] = Field(description="The layout of the data.")
+    json_path: Path = Field(description="The file `dataset_*.json`.")
+    image_root: Path = Field(description="The folder that image names in the file are relative to.")
+    restval: bool = Field(True, description="Whether COCO's split `restval` is used for training.")
 
 
 class TableSpec(_Spec):
-    """A CSV of image and caption. With `whole`, all rows are meant whatever the split."""
+    """A CSV table with the columns `image` and `caption`, and optionally `split`."""
 
-    kind: Literal["table"]
-    csv_path: Path
-    image_root: Path
-    whole: bool = False
+    kind: Literal["table"] = Field(description="The layout of the data.")
+    csv_path: Path = Field(description="The CSV file.")
+    image_root: Path | None = Field(
+        None, description="The folder that image names in the file are relative to. None: the folder of the CSV file."
+    )
+    whole: bool = Field(False, description="Whether every row is used for every split.")
+    dev_share: Share = Field(
+        0.1, description="Share of the images in the split dev, for a table without a column split."
+    )
+    test_share: Share = Field(
+        0.1, description="Share of the images in the split test, for a table without a column split."
+    )
+
+    @model_validator(mode="after")
+    def _leaves_training_data(self) -> TableSpec:
+        if self.dev_share + self.test_share >= 1:
+            raise ValueError("dev_share and test_share leave no image for training: their sum must be below 1")
+        return self
 
 
 class Flickr8kSpec(_Spec):
-    """Flickr8k's official files."""
+    """Flickr8k's published files."""
 
-    kind: Literal["flickr8k"]
-    folder: Path
+    kind: Literal["flickr8k"] = Field(description="The layout of the data.")
+    folder: Path = Field(description="The folder with the subfolders `text` and `images`.")
 
 
 class ScenesSpec(_Spec):
-    """Drawn scenes; each group is a scene and its confusers."""
+    """Drawn scenes. A group is one scene and its confusers."""
 
-    kind: Literal["scenes"]
-    seed: Annotated[int, Field(ge=0)] = 0
-    train_groups: Count = 5_000
-    dev_groups: Count = 125
-    test_groups: Count = 250
-    confusers: Annotated[int, Field(ge=0, le=5)] = 3
-    swaps: Annotated[tuple[Swap, ...], Field(min_length=1)] = SWAPS
+    kind: Literal["scenes"] = Field(description="The layout of the data.")
+    seed: int = Field(0, ge=0, description="Seed of the scenes and captions.")
+    train_groups: int = Field(5_000, gt=0, description="Number of groups in the split train.")
+    dev_groups: int = Field(125, gt=0, description="Number of groups in the split dev.")
+    test_groups: int = Field(250, gt=0, description="Number of groups in the split test.")
+    confusers: int = Field(3, ge=0, le=5, description="Number of confusers in a group.")
+    swaps: tuple[Swap, ...] = Field(
+        SWAPS, min_length=1, description="What two objects of a scene exchange to make a confuser."
+    )
 
     def num_groups(self, split: Split) -> int:
+        """The number of groups of a split."""
         return {"train": self.train_groups, "dev": self.dev_groups, "test": self.test_groups}[split]
 
 
@@ -66,20 +83,22 @@ OneSpec = Annotated[KarpathySpec | TableSpec | Flickr8kSpec | ScenesSpec, Field(
 
 
 class SeveralSpec(_Spec):
-    """Several datasets as one, by names that become part of their images' ids; `train_only` names some of them."""
+    """Several datasets as one."""
 
-    kind: Literal["several"]
-    parts: Annotated[dict[str, OneSpec], Field(min_length=1)]
-    train_only: tuple[str, ...] = ()
+    kind: Literal["several"] = Field(description="The layout of the data.")
+    parts: dict[str, OneSpec] = Field(
+        min_length=1, description="The datasets, by names that become prefixes of their image ids."
+    )
+    train_only: tuple[str, ...] = Field((), description="Names of the datasets that are used for training alone.")
 
     @model_validator(mode="after")
-    def _known(self) -> SeveralSpec:
+    def _train_only_names_parts(self) -> SeveralSpec:
         if unknown := set(self.train_only) - set(self.parts):
-            raise ValueError(f"train_only names {min(unknown)!r}, which is none of {', '.join(self.parts)}")
+            raise ValueError(f"train_only names {min(unknown)!r}, but the parts are {', '.join(self.parts)}")
         return self
 
     def parts_of(self, split: Split) -> dict[str, OneSpec]:
-        """Those that have something for this split."""
+        """The datasets used for this split."""
         return {name: part for name, part in self.parts.items() if split == "train" or name not in self.train_only}
 
 
@@ -87,16 +106,23 @@ DataSpec = Annotated[KarpathySpec | TableSpec | Flickr8kSpec | ScenesSpec | Seve
 
 
 def open_dataset(spec: DataSpec, split: Split, *, strict: bool = False) -> Dataset:
-    """The dataset that is meant. `strict` refuses faulty data, as evaluation must. Raises `DataError`."""
+    """The dataset that a specification names. `strict` refuses data with problems. Raises `DataError`."""
     match spec:
         case KarpathySpec():
             return karpathy(spec.json_path, spec.image_root, split, restval=spec.restval, strict=strict)
         case TableSpec():
-            return caption_table(spec.csv_path, spec.image_root, None if spec.whole else split, strict=strict)
+            return caption_table(
+                spec.csv_path,
+                spec.csv_path.parent if spec.image_root is None else spec.image_root,
+                None if spec.whole else split,
+                dev_share=spec.dev_share,
+                test_share=spec.test_share,
+                strict=strict,
+            )
         case Flickr8kSpec():
             return flickr8k(spec.folder, split, strict=strict)
         case ScenesSpec():
             return scenes(split, spec.seed, spec.num_groups(split), spec.confusers, spec.swaps)
         case SeveralSpec():
-            wanted = spec.parts_of(split)
-            return several({name: open_dataset(part, split, strict=strict) for name, part in wanted.items()}, split)
+            parts = spec.parts_of(split)
+            return concatenate({name: open_dataset(part, split, strict=strict) for name, part in parts.items()}, split)

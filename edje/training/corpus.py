@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edje.data.dataset import DataError, Dataset, readable
+from edje.data.dataset import DataError, Dataset, decode_images
 from edje.features.extraction import DECODING_THREADS
 from edje.features.storage import Features
 from edje.images import Resample
@@ -129,5 +129,5 @@ class PixelRows:
 
 def decodable(dataset: Dataset, size: int, resample: Resample) -> Ints:
     """Numbers of the images that decode; the others are told to the dataset's problems. Reads every picture once."""
-    decoded = readable(dataset, size, dataset.problems.record, resample=resample)
+    decoded = decode_images(dataset, size, dataset.problems.record, resample=resample)
     return np.array([number for number, _ in decoded], np.int64)

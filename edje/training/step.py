@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edje.config import JointConfig
-from edje.data.dataset import Role
+from edje.data.dataset import GroundingRole
 from edje.first_stage.dual_encoder import FirstStageModel
 from edje.model.edje import Edje
 from edje.model.late_fusion import ApartEncoder
@@ -76,7 +76,7 @@ class TrainingHeads(nn.Module):
         self.word_bias = nn.Parameter(torch.zeros(joint.vocab_size))
         self.recover = nn.Linear(joint.dim, first_stage_dim)
         self.labels = nn.ModuleList(nn.Linear(vision_dim, size) for size in label_sizes)
-        values = [2 if role == Role.TRUE else num_regions for role in Role]
+        values = [2 if role == GroundingRole.HOLDS else num_regions for role in GroundingRole]
         self.claims = nn.ModuleList(nn.Linear(joint.dim, size) for size in values if num_regions)
 
     def regions(self, patches: Tensor, grid: int) -> list[Tensor]:

@@ -1,11 +1,9 @@
-"""Scenes that the project draws itself: groups of pictures made of the same words, told apart only by how the words
-belong together.
+"""A dataset of drawn scenes, in groups of images that the same words describe in different combinations.
 
     from edje.data.scenes.dataset import scenes
     train = scenes("train", seed=0, num_groups=5_000)    # 20,000 images, 100,000 captions
 
-A split is a property of the scene, not of the seed: a digest of its words decides it, so that no scene of one split,
-nor any other arrangement of its words, is ever met in another split.
+A hash of a scene's words decides its split. Scenes with the same words are therefore in the same split, for every seed.
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edje.data.dataset import SPLITS, CaptionedImage, Claim, DataError, Dataset, Problems, Split
-from edje.data.scenes.captions import SceneCaption, claims, draw_captions
+from edje.data.dataset import SPLITS, CaptionedImage, DataError, Dataset, GroundingLabel, Problems, Split
+from edje.data.scenes.captions import SceneCaption, draw_captions, grounding_labels
 from edje.data.scenes.drawing import draw
-from edje.data.scenes.random_draws import Dice
+from edje.data.scenes.random_draws import RandomDraws
 from edje.data.scenes.world import (
     COLOURS,
     GRID,
@@ -41,17 +39,17 @@ from edje.data.scenes.world import (
 )
 from edje.images import Resample
 
-#: Of ten scenes drawn at random, eight are for training.
+#: Eight of ten random scenes are for training.
 _SPLIT_OF_TENTH: Final[tuple[Split, ...]] = ("train",) * 8 + ("dev", "test")
-#: How many things a scene has; two leave little to say, four make long captions.
+#: The numbers of objects of a scene. Two give little information, four make long captions.
 _NUM_THINGS: Final = (2, 3, 3, 3, 4, 4)
 _CONFUSERS: Final = 3
-#: What is known of each cell of a picture.
+#: The region labels and their values.
 _LABELS: Final = {"shape": SHAPES, "colour": COLOURS, "pattern": PATTERNS, "size": SIZES}
 _CAPTIONS_PER_IMAGE: Final = 5
-#: A test scene takes ten tries, and several where a group's captions must be long.
-_MAX_TRIES: Final = 5_000
-#: So many pictures stand for the drawing code in the fingerprint.
+#: A test scene takes about ten attempts, more where a group needs long captions.
+_MAX_ATTEMPTS: Final = 5_000
+#: Images whose pixels are part of the fingerprint, so that it changes with the drawing code.
 _NUM_FINGERPRINTED: Final = 12
 _FINGERPRINT_SIZE: Final = 64
 _FINGERPRINT_CHARS: Final = 16
@@ -66,8 +64,8 @@ class DescribedScene:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
-    """Draws the pixels anew each time: that takes about as long as decoding a file would. Nothing is resampled."""
+class _DrawnSource:
+    """Draws the pixels on every call, which takes about as long as decoding a file. Does not resample."""
 
     scenes: tuple[Scene, ...]
     key: tuple[int, ...]
@@ -84,7 +82,7 @@ class _Drawn:
         return GRID * GRID
 
     def labels(self, index: int) -> NDArray[np.int64]:
-        """Of each cell the attributes of the thing in it, 0 where there is none."""
+        """For each cell the attributes of its object, 0 where it has none."""
         cells = np.zeros((self.num_regions, len(_LABELS)), np.int64)
         for thing in self.scenes[index].things:
             cells[thing.row * GRID + thing.column] = [
@@ -92,12 +90,12 @@ class _Drawn:
             ]
         return cells
 
-    def claims(self, index: int, caption: str) -> list[Claim]:
-        return claims(caption, self.scenes[index])
+    def grounding_labels(self, index: int, caption: str) -> list[GroundingLabel]:
+        return grounding_labels(caption, self.scenes[index])
 
 
 def split_of(scene: Scene) -> Split:
-    """The only split in which this scene can occur."""
+    """The split of a scene."""
     digest = hashlib.sha256(word_bag(scene).encode()).digest()
     return _SPLIT_OF_TENTH[int.from_bytes(digest[:8], "big") % len(_SPLIT_OF_TENTH)]
 
@@ -105,60 +103,60 @@ def split_of(scene: Scene) -> Split:
 def draw_groups(
     split: Split, seed: int, confusers: int = _CONFUSERS, swaps: tuple[Swap, ...] = SWAPS
 ) -> Iterator[tuple[DescribedScene, ...]]:
-    """Groups without end, the same for the same arguments; no scene comes twice.
+    """Yield groups endlessly, the same for the same arguments. No scene occurs twice.
 
-    Each group is a base scene and its confusers. Every caption is true of its own scene and of no other in the group.
-    Raises `DataError` where scenes of this world do not have so many confusers.
+    A group is a base scene and its confusers. Every caption holds for its scene and for no other scene of the group.
+    Raises `DataError` if no scene has this many confusers.
     """
     seen: set[Scene] = set()
-    num_tries = 0
+    num_attempts = 0
     for number in count():
-        if num_tries == _MAX_TRIES:
+        if num_attempts == _MAX_ATTEMPTS:
             raise DataError(
-                f"no further scene has {confusers} confusers by exchange of {', '.join(swaps) or 'nothing'}: "
-                "ask for fewer, or for more kinds of exchange"
+                f"no further scene has {confusers} confusers by the swaps {', '.join(swaps) or '(none)'}: set fewer "
+                "confusers or groups, or more swaps"
             )
-        num_tries += 1
-        dice = Dice(seed, SPLITS.index(split), number)
-        base = draw_scene(dice, dice.pick(_NUM_THINGS))
+        num_attempts += 1
+        draws = RandomDraws(seed, SPLITS.index(split), number)
+        base = draw_scene(draws, draws.pick(_NUM_THINGS))
         if split_of(base) != split:
             continue
-        others = draw_confusers(dice, base, confusers, swaps)
+        others = draw_confusers(draws, base, confusers, swaps)
         if others is None or not seen.isdisjoint((base, *others)):
             continue
         group = (base, *others)
         described = []
         for scene in group:
             rest = [other for other in group if other is not scene]
-            captions = draw_captions(dice, scene, rest, _CAPTIONS_PER_IMAGE)
+            captions = draw_captions(draws, scene, rest, _CAPTIONS_PER_IMAGE)
             if captions is not None:
                 described.append(DescribedScene(scene, tuple(captions)))
         if len(described) == len(group):
             seen.update(group)
-            num_tries = 0
+            num_attempts = 0
             yield tuple(described)
 
 
 def scenes(
     split: Split, seed: int, num_groups: int, confusers: int = _CONFUSERS, swaps: tuple[Swap, ...] = SWAPS
 ) -> Dataset:
-    """`num_groups` x (1 + `confusers`) images with five captions each; fewer groups are the beginning of more."""
+    """`num_groups` x (1 + `confusers`) images with five captions each. Fewer groups are a prefix of more."""
     return _dataset(split, seed, list(islice(draw_groups(split, seed, confusers, swaps), num_groups)))
 
 
 def holdout(num_images: int, seed: int = 0, split: Split = "test") -> Dataset:
-    """Exactly so many images, by default of scenes that no training ever sees; the last group may be cut."""
+    """Exactly `num_images` images, by default of scenes that are never used for training. The last group may be cut."""
     groups = draw_groups(split, seed)
     return _dataset(split, seed, [next(groups) for _ in range(-(-num_images // (1 + _CONFUSERS)))], num_images)
 
 
 def write_scenes(folder: Path, split: Split, num_images: int, seed: int = 0, size: int = 256) -> Path:
-    """Export as PNG files and a table that `edje.data.caption_table` reads, whose path is returned.
+    """Write PNG files and a table for `edje.data.caption_table`. Returns the path of the table.
 
     Raises `DataError` unless the folder is new or empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} exists: remove it or choose another folder")
+        raise DataError(f"{folder} is not empty: remove it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     dataset = holdout(num_images, seed, split)
     table = folder / "captions.csv"
@@ -183,11 +181,11 @@ def _dataset(
             images.append(CaptionedImage(f"{group_id}-{member}", captions, group_id))
             described.append(scene.scene)
     images, described = images[:num_images], described[:num_images]
-    source = _Drawn(tuple(described), (seed, SPLITS.index(split)))
+    source = _DrawnSource(tuple(described), (seed, SPLITS.index(split)))
     return Dataset(f"scenes {split}", tuple(images), Problems(), _fingerprint(images, source), source)
 
 
-def _fingerprint(images: list[CaptionedImage], source: _Drawn) -> str:
+def _fingerprint(images: list[CaptionedImage], source: _DrawnSource) -> str:
     digest = hashlib.sha256()
     for image, scene in zip(images, source.scenes, strict=True):
         digest.update(f"{image.image_id} {scene}\n".encode())

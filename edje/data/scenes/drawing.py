@@ -1,6 +1,6 @@
-"""Pixels of a drawn scene.
+"""Draws the pixels of a scene.
 
-Knows shapes and patterns as geometry; places vary within limits that leave every relation true.
+Objects are shifted at random, by so little that every relation still holds.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ RGB: Final = {
     "pink": (250, 130, 195),
     "black": (15, 15, 15),
 }
-#: Everything below is in units of the picture's side. Centres of the outer cells stand this far from the edge.
+#: All lengths are in units of the image's side. Distance of the outer cells' centres from the edge.
 _MARGIN: Final = 0.18
 _CELL: Final = (1 - 2 * _MARGIN) / (GRID - 1)
 _RADIUS: Final = {"large": 0.16, "small": 0.115}
-#: A thing is moved by at most this, a fourteenth of a cell each way.
+#: The largest shift of an object along each axis: a fourteenth of a cell.
 _JITTER: Final = 0.022
 _LINE: Final = 0.016  # width of an outline
-_RING: Final = 0.024  # the same, where nothing is inside
-_STRIPE: Final = 0.04  # width of a stripe, and of the gap beside it
+_RING: Final = 0.024  # width of the outline of a hollow object
+_STRIPE: Final = 0.04  # width of a stripe, and of a gap
 _DOT: Final = 0.023  # radius
 _DOT_STEP: Final = 0.078
-_TURNS_DEGREES: Final = (-8, -4, 0, 4, 8)
-#: Dots and stripes to each side of the middle one: enough for the largest thing.
+_ROTATIONS_DEGREES: Final = (-8, -4, 0, 4, 8)
+#: Number of dots or stripes on each side of the middle one: enough for the largest object.
 _REPEATS: Final = 3
-#: Drawn this many times larger, then averaged: antialiasing.
+#: Drawn this many times larger, then averaged for antialiasing.
 _SUPERSAMPLING: Final = 4
 _NOISE: Final = 4.0  # standard deviation, of 255
-#: Corners in units of the radius; sized so that all shapes look equally large.
+#: Corners in units of the radius, scaled so that all shapes look equally large.
 _CORNERS: Final = {
     "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
     "triangle": ((0.0, -1.1), (1.1, 0.85), (-1.1, 0.85)),
     "diamond": ((0.0, -1.2), (0.85, 0.0), (0.0, 1.2), (-0.85, 0.0)),
     "cross": tuple(
-        (x * cos(turn) - y * sin(turn), x * sin(turn) + y * cos(turn))
-        for turn in (0.0, pi / 2, pi, 3 * pi / 2)
+        (x * cos(rotation) - y * sin(rotation), x * sin(rotation) + y * cos(rotation))
+        for rotation in (0.0, pi / 2, pi, 3 * pi / 2)
         for x, y in ((-0.4, -0.4), (-0.4, -1.05), (0.4, -1.05))
     ),
     "star": tuple(
@@ -59,18 +59,18 @@ _CORNERS: Final = {
 
 
 def draw(scene: Scene, size: int, *key: int) -> NDArray[np.uint8]:
-    """The scene as `(3, size, size)` RGB: the same for the same key, which places, turns and tints it."""
+    """The scene as RGB `(3, size, size)`. The key decides the shifts, rotations and tints."""
     rng = np.random.default_rng(key)
     num_things = len(scene.things)
     side = size * _SUPERSAMPLING
     paper = rng.integers(222, 246, 3)
     canvas = Image.new("RGB", (side, side), tuple(paper.tolist()))
     offsets = rng.uniform(-_JITTER, _JITTER, (num_things, 2))
-    turns = rng.integers(len(_TURNS_DEGREES), size=num_things)
+    rotations = rng.integers(len(_ROTATIONS_DEGREES), size=num_things)
     tints = rng.integers(-12, 13, (num_things, 3))
-    for thing, offset, turn, tint in zip(scene.things, offsets, turns.tolist(), tints, strict=True):
+    for thing, offset, rotation, tint in zip(scene.things, offsets, rotations.tolist(), tints, strict=True):
         colour = tuple((np.array(RGB[thing.colour]) + tint).clip(0, 255).tolist())
-        body, ink = _stencils(thing.shape, thing.pattern, round(_RADIUS[thing.size] * side), side, turn)
+        body, ink = _stencils(thing.shape, thing.pattern, round(_RADIUS[thing.size] * side), side, rotation)
         x, y = (
             round((_MARGIN + _CELL * cell + shift) * side) - body.width // 2
             for cell, shift in zip((thing.column, thing.row), offset.tolist(), strict=True)
@@ -84,9 +84,9 @@ def draw(scene: Scene, size: int, *key: int) -> NDArray[np.uint8]:
 
 
 @lru_cache(maxsize=4096)
-def _stencils(shape: str, pattern: str, radius: int, side: int, turn: int) -> tuple[Image.Image, Image.Image]:
-    """Where the thing covers the paper, and where it has its colour."""
-    body = _body(shape, radius, radians(_TURNS_DEGREES[turn]))
+def _stencils(shape: str, pattern: str, radius: int, side: int, rotation: int) -> tuple[Image.Image, Image.Image]:
+    """Masks of the area that the object covers, and of the area in its colour."""
+    body = _body(shape, radius, radians(_ROTATIONS_DEGREES[rotation]))
     if pattern == "solid":
         return body, body
     inner = _eroded(body, _RING if pattern == "hollow" else _LINE, side)
@@ -97,7 +97,7 @@ def _stencils(shape: str, pattern: str, radius: int, side: int, turn: int) -> tu
 
 
 def _eroded(body: Image.Image, thickness: float, side: int) -> Image.Image:
-    """The least of each square neighbourhood, by doubling: the border is black, so wrapping round adds nothing."""
+    """The minimum over each square neighbourhood, by doubling. The border is black, so wrapping has no effect."""
     reach = round(thickness * side)
     for x, y in ((1, 0), (0, 1)):
         covered = 1
@@ -122,7 +122,7 @@ def _dots(width: int, side: int) -> Image.Image:
 
 
 def _gaps(width: int, side: int) -> Image.Image:
-    """What lies between horizontal stripes, one of which goes through the middle."""
+    """The gaps between horizontal stripes, one of which goes through the middle."""
     gaps = Image.new("L", (width, width))
     pen = ImageDraw.Draw(gaps)
     thickness = _STRIPE * side
@@ -132,8 +132,8 @@ def _gaps(width: int, side: int) -> Image.Image:
     return gaps
 
 
-def _body(shape: str, radius: int, turn: float) -> Image.Image:
-    """The filled shape, white on black, in the middle of a square that holds it whatever its turn."""
+def _body(shape: str, radius: int, rotation: float) -> Image.Image:
+    """The filled shape, white on black, centred in a square that is large enough for every rotation."""
     middle = round(1.3 * radius)
     body = Image.new("L", (2 * middle + 1, 2 * middle + 1))
     pen = ImageDraw.Draw(body)
@@ -141,7 +141,10 @@ def _body(shape: str, radius: int, turn: float) -> Image.Image:
         pen.ellipse((middle - radius, middle - radius, middle + radius, middle + radius), 255)
     else:
         corners = [
-            (middle + radius * (x * cos(turn) - y * sin(turn)), middle + radius * (x * sin(turn) + y * cos(turn)))
+            (
+                middle + radius * (x * cos(rotation) - y * sin(rotation)),
+                middle + radius * (x * sin(rotation) + y * cos(rotation)),
+            )
             for x, y in _CORNERS[shape]
         ]
         pen.polygon(corners, 255)

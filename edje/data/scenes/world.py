@@ -1,7 +1,7 @@
-"""The world of the drawn scenes: what a scene is, what can be said of it, and whether it is true.
+"""The scene model: what a scene contains, what a caption can state about it, and whether the statement holds.
 
-A scene is two to four things on a grid; a statement mentions some of them and how they lie to each other. Knows
-neither words nor pixels (`edje.data.scenes.captions`, `edje.data.scenes.drawing`).
+A scene is two to four objects on a grid. A statement mentions some of them and their relations. Knows neither words
+(`edje.data.scenes.captions`) nor pixels (`edje.data.scenes.drawing`).
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final, Literal
 
-from edje.data.scenes.random_draws import Dice
+from edje.data.scenes.random_draws import RandomDraws
 
 SHAPES: Final = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLOURS: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 PATTERNS: Final = ("solid", "striped", "dotted", "hollow")
 SIZES: Final = ("large", "small")
-#: Cells to a side. Whatever stands in another column is clearly to the left or right, since the drawing moves a
-#: thing by far less than a cell; in the same column it is neither.
+#: Cells per side. Objects in different columns are clearly left or right of each other, because the drawing shifts an
+#: object by far less than a cell. Objects in one column are neither.
 GRID: Final = 3
 
 Attribute = Literal["shape", "colour", "pattern", "size"]
-#: How a scene is changed into one that the same words describe: two things exchange this.
+#: What two objects exchange to turn a scene into another one that the same words describe.
 Swap = Literal["place", "shape", "colour", "pattern", "size"]
 SWAPS: Final[tuple[Swap, ...]] = ("place", "colour", "pattern", "shape", "size")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Thing:
-    """One drawn thing. Row 0 is the top, column 0 the left."""
+    """One object of a scene. Row 0 is the top, column 0 the left."""
 
     shape: str
     colour: str
@@ -40,9 +40,9 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Things in canonical order, so that equal scenes compare equal.
+    """Objects in canonical order, so that equal scenes compare equal.
 
-    In those that are drawn here no two things have both shape and colour in common, so that a mention is of one.
+    In drawn scenes no two objects have the same shape and colour, so a mention identifies one object.
     """
 
     things: tuple[Thing, ...]
@@ -53,7 +53,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """A thing as a caption speaks of it; what is None is left unsaid."""
+    """The attributes of an object that a caption names; None for one that it leaves out."""
 
     shape: str
     colour: str
@@ -61,6 +61,7 @@ class Mention:
     size: str | None = None
 
     def fits(self, thing: Thing) -> bool:
+        """Whether the object has all named attributes."""
         return (
             self.shape == thing.shape
             and self.colour == thing.colour
@@ -71,26 +72,27 @@ class Mention:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """The mention numbered `first` lies to the left of, or above, the one numbered `second`."""
+    """The mention with index `first` lies left of, or above, the mention with index `second`."""
 
     kind: Literal["left", "above"]
     first: int
     second: int
 
     def fits(self, first: Thing, second: Thing) -> bool:
+        """Whether the relation holds between these objects."""
         return first.column < second.column if self.kind == "left" else first.row < second.row
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """Mentions of different things, and how they lie to each other."""
+    """Mentions of different objects, and relations between them."""
 
     mentions: tuple[Mention, ...]
     relations: tuple[Relation, ...] = ()
 
 
 def holds(statement: Statement, scene: Scene) -> bool:
-    """Whether things can be found in the scene for all mentions, so that every relation is true of them."""
+    """Whether the scene has different objects for all mentions such that every relation holds."""
     candidates = [[thing for thing in scene.things if mention.fits(thing)] for mention in statement.mentions]
     if not all(candidates):
         return False
@@ -101,22 +103,22 @@ def holds(statement: Statement, scene: Scene) -> bool:
     )
 
 
-def draw_scene(dice: Dice, num_things: int) -> Scene:
-    """Things of random kind in different cells."""
-    cells = dice.shuffled([(column, row) for column in range(GRID) for row in range(GRID)])
+def draw_scene(draws: RandomDraws, num_things: int) -> Scene:
+    """A scene of random objects in different cells."""
+    cells = draws.shuffled([(column, row) for column in range(GRID) for row in range(GRID)])
     kinds: set[tuple[str, str]] = set()
     things: list[Thing] = []
     while len(things) < num_things:
-        kind = (dice.pick(SHAPES), dice.pick(COLOURS))
+        kind = (draws.pick(SHAPES), draws.pick(COLOURS))
         if kind not in kinds:
             kinds.add(kind)
             column, row = cells[len(things)]
-            things.append(Thing(*kind, dice.pick(PATTERNS), dice.pick(SIZES), column, row))
+            things.append(Thing(*kind, draws.pick(PATTERNS), draws.pick(SIZES), column, row))
     return Scene(tuple(things))
 
 
 def swapped(scene: Scene, swap: Swap, first: int, second: int) -> Scene:
-    """The scene in which two things, by number, have exchanged their places or one attribute."""
+    """The scene in which two objects, given by index, have exchanged their cells or one attribute."""
     one, other = scene.things[first], scene.things[second]
     names = ("column", "row") if swap == "place" else (swap,)
     things = list(scene.things)
@@ -125,26 +127,26 @@ def swapped(scene: Scene, swap: Swap, first: int, second: int) -> Scene:
     return Scene(tuple(things))
 
 
-def draw_confusers(dice: Dice, base: Scene, num_confusers: int, swaps: tuple[Swap, ...]) -> list[Scene] | None:
-    """Scenes made of the same words as `base` and no two alike, or None where `base` does not give so many.
+def draw_confusers(draws: RandomDraws, base: Scene, num_confusers: int, swaps: tuple[Swap, ...]) -> list[Scene] | None:
+    """Different scenes that the words of `base` describe too, or None where `base` has too few of them.
 
-    The kinds of swap take turns, beginning with the first for every group: a first stage that sees which things
-    there are but not where they lie must always meet one scene that it cannot tell from `base`.
+    The kinds of swap take turns, always beginning with the first kind: every group then has a confuser that contains
+    the same objects in other cells, which a first stage without a sense of position cannot distinguish from `base`.
     """
     numbers = range(len(base.things))
-    ways = {
-        swap: dice.shuffled([(first, second) for first in numbers for second in numbers if first < second])
+    pairs = {
+        swap: draws.shuffled([(first, second) for first in numbers for second in numbers if first < second])
         for swap in swaps
     }
-    turns = [*swaps[:1], *dice.shuffled(swaps[1:])]
+    turns = [*swaps[:1], *draws.shuffled(swaps[1:])]
     group = [base]
     while len(group) <= num_confusers:
-        if not any(ways.values()):
+        if not any(pairs.values()):
             return None
         swap = turns.pop(0)
         turns.append(swap)
-        while ways[swap]:
-            scene = swapped(base, swap, *ways[swap].pop())
+        while pairs[swap]:
+            scene = swapped(base, swap, *pairs[swap].pop())
             kinds = {(thing.shape, thing.colour) for thing in scene.things}
             if len(kinds) == len(scene.things) and scene not in group:
                 group.append(scene)
@@ -153,7 +155,7 @@ def draw_confusers(dice: Dice, base: Scene, num_confusers: int, swaps: tuple[Swa
 
 
 def word_bag(scene: Scene) -> str:
-    """Every word of the scene without its bonds, in one spelling. All swaps leave it as it is."""
+    """All words of the scene in one order, without what belongs together. No swap changes it."""
     return " ".join(
         word
         for name in ("shape", "colour", "pattern", "size")

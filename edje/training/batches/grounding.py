@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edje.data.dataset import Claim, LabelledSource, Role
+from edje.data.dataset import GroundingLabel, GroundingRole, LabelledSource
 from edje.text import Tokenizer
 from edje.training.corpus import Captions, Ints
 
@@ -38,15 +38,15 @@ class ClaimReader:
         """Of samples: numbers of captions and of their images, both (B,)."""
         num = len(captions)
         beside = np.zeros(num, np.int64)
-        found: list[list[Claim]] = []
+        found: list[list[GroundingLabel]] = []
         texts = [self._captions.texts[number] for number in captions]
         read = [self._tokenizer.as_read(text) for text in texts]
         for sample, text in enumerate(read):
             close = [(sample + step) % num for step in range(1, 1 + _NUM_CLOSE)]
-            said = {other: self._source.claims(int(images[other]), text) for other in reversed(close)}
+            said = {other: self._source.grounding_labels(int(images[other]), text) for other in reversed(close)}
             beside[sample] = next((other for other in close if _is_false(said[other])), close[0])
             found.append(said[int(beside[sample])])
-        own = [self._source.claims(int(image), text) for image, text in zip(images, read, strict=True)]
+        own = [self._source.grounding_labels(int(image), text) for image, text in zip(images, read, strict=True)]
         rows = [
             (pair, place, claim.role, claim.value)
             for pair, (text, claims) in enumerate(zip(texts + texts, own + found, strict=True))
@@ -56,5 +56,5 @@ class ClaimReader:
         return Claims(beside, np.array(rows, np.int64).reshape(-1, 4))
 
 
-def _is_false(claims: list[Claim]) -> bool:
-    return any(claim.role == Role.TRUE and not claim.value for claim in claims)
+def _is_false(claims: list[GroundingLabel]) -> bool:
+    return any(claim.role == GroundingRole.HOLDS and not claim.value for claim in claims)

@@ -1,4 +1,4 @@
-"""Views: the same picture differently, the same way each time."""
+"""Augmented views are deterministic crops and mirror images."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def is_mirrored(picture):
     return picture[0, 0, 0] > picture[0, 0, -1]
 
 
-def test_the_first_view_is_the_picture_itself(dataset):
+def test_view_0_is_the_image(dataset):
     assert view_of(dataset, 0) is dataset
 
 
-def test_the_second_is_its_mirror_image(dataset):
+def test_view_1_is_the_mirror_image(dataset):
     np.testing.assert_array_equal(pixels(dataset, 1, 3), dataset.pixels(3, SIZE)[:, :, ::-1])
 
 
 @pytest.mark.parametrize("view", [1, 2, 5])
-def test_a_view_is_the_same_whenever_it_is_asked_for(dataset, view):
+def test_a_view_is_always_the_same(dataset, view):
     np.testing.assert_array_equal(pixels(dataset, view, 2), pixels(dataset, view, 2))
     assert view_of(dataset, view).fingerprint == view_of(dataset, view).fingerprint
 
 
-def test_others_are_crops_of_half_to_nearly_all_of_it_upright_and_some_mirrored(dataset):
+def test_other_views_are_upright_crops_of_half_to_nearly_all_of_the_image_some_mirrored(dataset):
     crops = [pixels(dataset, view, index) for view in range(2, 22) for index in range(7)]
 
     assert all(crop.shape == (3, SIZE, SIZE) and crop.dtype == np.uint8 for crop in crops)
@@ -66,20 +66,20 @@ def test_others_are_crops_of_half_to_nearly_all_of_it_upright_and_some_mirrored(
 
 
 @pytest.mark.parametrize("view", [1, 2, 3, 4])
-def test_nothing_is_mirrored_where_left_and_right_mean_something(dataset, view):
+def test_no_view_is_mirrored_where_captions_distinguish_left_and_right(dataset, view):
     crops = [pixels(dataset, view, index, may_mirror=False) for index in range(7)]
 
     assert not any(is_mirrored(crop) for crop in crops)
     assert all((crop != dataset.pixels(index, SIZE)).any() for index, crop in enumerate(crops))
 
 
-def test_what_is_computed_of_one_view_is_not_taken_for_another(dataset):
+def test_each_view_has_its_fingerprint(dataset):
     views = [view_of(dataset, view, may_mirror=mirror) for view in range(4) for mirror in (True, False)]
 
-    assert len({view.fingerprint for view in views}) == 7  # the picture itself is one, mirrored views or not
+    assert len({view.fingerprint for view in views}) == 7  # view 0 is the same in both
     assert all(view.images == dataset.images for view in views)
 
 
-def test_a_picture_that_does_not_decode_has_no_view_either(dataset):
+def test_a_view_of_an_image_that_cannot_be_decoded_raises(dataset):
     with pytest.raises(ImageError, match="cut off"):
         pixels(dataset, 2, 7)

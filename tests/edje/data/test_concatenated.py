@@ -1,4 +1,4 @@
-"""Several datasets as one: nothing is lost, mixed up, or met in a split where it does not belong."""
+"""Concatenated datasets: every image keeps its captions, pixels and splits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from edje.data.concatenated import several
+from edje.data.concatenated import concatenate
 from edje.data.dataset import CaptionedImage, DataError, Dataset, Problems
 from edje.data.spec import DataSpec, open_dataset
 from edje.evaluation.data_file import read_data_spec
@@ -34,7 +34,7 @@ def dataset_of(num_images, first, group=None, problems=()):
 
 
 def test_each_image_keeps_its_captions_and_pixels_under_the_name_of_its_part():
-    joined = several({"a": dataset_of(3, 10), "b": dataset_of(2, 20, group="g"), "c": dataset_of(1, 30)}, "train")
+    joined = concatenate({"a": dataset_of(3, 10), "b": dataset_of(2, 20, group="g"), "c": dataset_of(1, 30)}, "train")
 
     assert [image.image_id for image in joined.images] == ["a/0", "a/1", "a/2", "b/0", "b/1", "c/0"]
     assert [image.group for image in joined.images] == [None, None, None, "b/g", "b/g", None]
@@ -46,7 +46,7 @@ def test_each_image_keeps_its_captions_and_pixels_under_the_name_of_its_part():
 
 def test_the_faults_of_all_parts_are_counted_and_named_by_part():
     many = [("empty_caption", f"img-{number}") for number in range(7)]
-    joined = several(
+    joined = concatenate(
         {"a": dataset_of(1, 0, problems=many), "b": dataset_of(1, 0, problems=[("bad_row", "line 3")])}, "train"
     )
 
@@ -59,16 +59,16 @@ def test_the_fingerprint_changes_with_any_part_and_with_their_order():
     one, other = dataset_of(1, 0), dataset_of(1, 1)
 
     fingerprints = {
-        several(parts, "train").fingerprint
+        concatenate(parts, "train").fingerprint
         for parts in ({"a": one, "b": other}, {"b": other, "a": one}, {"a": one}, {"a": one, "b": one})
     }
 
     assert len(fingerprints) == 4
 
 
-def test_nothing_at_all_is_told_in_a_sentence():
-    with pytest.raises(DataError, match="none of the datasets has anything for dev"):
-        several({}, "dev")
+def test_a_split_without_any_dataset_is_refused():
+    with pytest.raises(DataError, match="no dataset has images for dev"):
+        concatenate({}, "dev")
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def file(tmp_path):
     return tmp_path / "data.toml"
 
 
-def test_a_part_that_is_for_training_alone_is_met_nowhere_else(file):
+def test_a_part_for_training_alone_is_in_no_other_split(file):
     spec = read_data_spec(file)
 
     train, dev = (open_dataset(spec, split, strict=True) for split in ("train", "dev"))
@@ -109,9 +109,9 @@ def test_a_part_that_is_for_training_alone_is_met_nowhere_else(file):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [("train_only = ['books']", "names 'books', which is none of good"), ("parts = {}", "at least 1 item")],
+    [("train_only = ['books']", "names 'books', but the parts are good"), ("parts = {}", "at least 1 item")],
 )
-def test_what_makes_no_sense_is_refused(change, words):
+def test_an_unknown_or_missing_part_is_refused(change, words):
     table = {"kind": "several", "parts": {"good": {"kind": "scenes"}}} | tomllib.loads(change)
 
     with pytest.raises(ValidationError, match=words):

@@ -1,4 +1,4 @@
-"""Drawn scenes: captions are true of their own picture alone, and no picture of one split is known to another."""
+"""Drawn scenes: captions hold for their scene alone, and no scene is in two splits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ things = st.builds(
     st.integers(0, 2),
 )
 
-# ---- a second reader of the captions, which shares nothing with the writer: words to facts, facts to truth
+# ---- a reader of captions that shares no code with their writer: words to facts, facts to truth
 
 MEANING = {
     "big": "large", "little": "small", "tiny": "small", "plain": "solid", "spotted": "dotted", "empty": "hollow",
@@ -57,7 +57,7 @@ NOUN = re.compile(
     rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?: with (stripes|dots|spots))?"
 )
 DIRECTION = re.compile(r"(?:to the )?(left|right) of|\b(above|over)\b|\b(below|under|beneath)\b")
-#: What a sentence can be once its nouns are N, its directions D and its verbs nothing; who lies where to whom.
+#: Sentences with nouns as N, directions as D and without verbs; the relations that each states.
 FORMS = {
     "N and N": [],
     "N, N and N": [],
@@ -80,7 +80,7 @@ IS_SO = {
 
 
 def read(caption):
-    """The nouns as sets of words, and (noun, direction, noun) for all that is said of places."""
+    """The nouns as sets of words, and the relations as (noun, direction, noun)."""
     nouns = [{MEANING.get(word, word) for word in found.groups() if word} for found in NOUN.finditer(caption)]
     skeleton = NOUN.sub("N", caption)
     directions = []
@@ -93,7 +93,7 @@ def read(caption):
     skeleton = DIRECTION.sub(direction, skeleton)
     skeleton = re.sub(r"^(there is|we see|a picture of|an image with) ", "", skeleton)
     skeleton = re.sub(r" (is|sits|lies|can be seen)\b", "", skeleton)
-    # Two directions in a row are said of the same pair.
+    # Two directions in a row relate the same pair.
     runs = [1 + len(found.group(1)) // len(" and D") for found in re.finditer(r"D((?: and D(?= ))*)", skeleton)]
     skeleton = re.sub(r"D(?: and D(?= ))+", "D", skeleton)
     grouped = [[directions.pop(0) for _ in range(run)] for run in runs]
@@ -140,19 +140,19 @@ def test_the_second_reader_understands_english(caption, nouns, places):
 
 @given(seeds, splits)
 @few
-def test_a_caption_is_true_of_its_own_picture_and_of_no_other_in_the_group(seed, split):
+def test_a_caption_holds_for_its_scene_and_for_no_other_in_the_group(seed, split):
     (group,) = first_groups(split, seed, 1)
 
     for member in group:
         for caption in member.captions:
-            told = [is_true(caption.text, other.scene) for other in group]
-            assert told == [other is member for other in group], caption.text
-            assert told == [holds(caption.statement, other.scene) for other in group]
+            found = [is_true(caption.text, other.scene) for other in group]
+            assert found == [other is member for other in group], caption.text
+            assert found == [holds(caption.statement, other.scene) for other in group]
 
 
 @given(seeds, splits)
 @few
-def test_a_group_is_made_of_the_same_words_and_one_pair_differs_in_places_alone(seed, split):
+def test_the_scenes_of_a_group_have_the_same_words_and_one_differs_in_cells_alone(seed, split):
     (group,) = first_groups(split, seed, 1)
     base, *confusers = [member.scene for member in group]
 
@@ -167,7 +167,7 @@ def kinds_in(scene):
 
 @given(seeds, seeds)
 @settings(max_examples=5, deadline=None)
-def test_whatever_the_seeds_no_scene_is_in_two_splits(seed, other_seed):
+def test_no_scene_is_in_two_splits_for_any_seeds(seed, other_seed):
     train, test = (
         {member.scene for group in first_groups(split, each, 12) for member in group}
         for split, each in (("train", seed), ("test", other_seed))
@@ -184,11 +184,11 @@ def test_no_scene_comes_twice():
     assert len(set(drawn)) == len(drawn)
 
 
-def test_a_scene_that_was_drawn_before_is_passed_over(monkeypatch):
+def test_a_repeated_scene_is_left_out(monkeypatch):
     real, drawn = scenes_module.draw_scene, []
 
-    def draw_the_first_again(dice, num_things):
-        drawn.append(real(dice, num_things) if len(drawn) > 50 else first)
+    def draw_the_first_again(draws, num_things):
+        drawn.append(real(draws, num_things) if len(drawn) > 50 else first)
         return drawn[-1]
 
     first = first_groups("train", 0, 1)[0][0].scene
@@ -260,7 +260,7 @@ def test_a_perfect_reader_finds_the_picture_among_unseen_ones():
     assert np.mean([1 / true for true in num_true]) > 0.99
 
 
-def test_as_many_images_as_are_asked_for():
+def test_a_holdout_has_exactly_the_number_of_images():
     dataset = holdout(10, seed=1)
 
     assert len(dataset.images) == 10
@@ -269,8 +269,8 @@ def test_as_many_images_as_are_asked_for():
 
 
 @pytest.mark.parametrize(("swaps", "confusers"), [((), 1), (("size",), 5)])
-def test_confusers_that_no_scene_has_are_refused(swaps, confusers):
-    with pytest.raises(DataError, match="ask for fewer, or for more kinds"):
+def test_more_confusers_than_any_scene_has_are_refused(swaps, confusers):
+    with pytest.raises(DataError, match="set fewer confusers or groups, or more swaps"):
         scenes("train", 0, 1, confusers, swaps)
 
 
@@ -293,7 +293,7 @@ def scene_of(*cells):
     return Scene(tuple(Thing("circle", COLOURS[n], "solid", "large", *cell) for n, cell in enumerate(cells)))
 
 
-def said(kind, colour="red", other="orange"):
+def statement_of(kind, colour="red", other="orange"):
     return Statement((Mention("circle", colour), Mention("circle", other)), (Relation(kind, 0, 1),))
 
 
@@ -309,11 +309,11 @@ def said(kind, colour="red", other="orange"):
 def test_a_relation_holds_along_its_own_axis(cells, is_left, is_above):
     scene = scene_of(*cells)
 
-    assert holds(said("left"), scene) is is_left
-    assert holds(said("above"), scene) is is_above
+    assert holds(statement_of("left"), scene) is is_left
+    assert holds(statement_of("above"), scene) is is_above
 
 
-def test_what_is_left_unsaid_fits_all_and_what_is_said_must_fit_one():
+def test_a_missing_attribute_fits_any_object_and_a_named_one_must_match():
     scene = scene_of((0, 0), (2, 2))
 
     assert holds(Statement((Mention("circle", "red", size="large"),)), scene)
@@ -339,7 +339,7 @@ def centre_of(pixels, colour):
 
 @given(things, things, seeds, st.sampled_from([64, 96, 160]))
 @few
-def test_a_thing_lies_where_its_cell_is_and_clearly_so(one, other, seed, size):
+def test_an_object_is_drawn_close_to_the_centre_of_its_cell(one, other, seed, size):
     if (one.column, one.row) == (other.column, other.row):
         return
     pair = [
@@ -356,7 +356,7 @@ def test_a_thing_lies_where_its_cell_is_and_clearly_so(one, other, seed, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_patterns_shapes_and_sizes_can_be_told_apart_at_64_pixels(shape, size):
+def test_patterns_shapes_and_sizes_differ_at_64_pixels(shape, size):
     def drawn(shape, pattern, size):
         return draw(Scene((Thing(shape, "blue", pattern, size, 1, 1),)), SIZE, 3).astype(int)
 
@@ -403,7 +403,7 @@ def test_exported_scenes_are_read_back_with_the_same_captions_and_pixels(tmp_pat
 def test_an_export_overwrites_nothing(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
 
-    with pytest.raises(DataError, match="choose another folder"):
+    with pytest.raises(DataError, match="is not empty: remove it or choose another folder"):
         write_scenes(tmp_path, "test", 2)
 
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]

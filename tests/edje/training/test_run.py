@@ -440,5 +440,5 @@ def test_pictures_that_do_not_decode_are_left_out_and_named_once_and_training_go
     train(tiny_recipe(tmp_path, "phase.1.crop_views=1", text=text), out, told=told)
 
     assert told.text.count(broken.name) == 1
-    assert "1 images that do not decode" in told.text
+    assert "1 image that cannot be decoded" in told.text
     assert metrics(out)[-1]["phase"] == "rank"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edje.data.dataset import LabelledSource, Role
+from edje.data.dataset import GroundingRole, LabelledSource
 from edje.data.scenes.dataset import scenes
 from edje.data.scenes.world import COLOURS
 from edje.model.variants import VARIANTS
@@ -66,15 +66,15 @@ def test_drawn_scenes_say_what_words_say_of_their_own_picture_and_of_another():
         for other in (number, number ^ 1):
             things = {thing.row * 3 + thing.column: thing for thing in data.source.scenes[other].things}
             for caption in map(canonical_caption, image.captions):
-                said = {role: {} for role in Role}
-                for char, role, value in data.source.claims(other, caption):
+                said = {role: {} for role in GroundingRole}
+                for char, role, value in data.source.grounding_labels(other, caption):
                     said[role][char] = value
-                for char, cell in said[Role.NAMED].items():
+                for char, cell in said[GroundingRole.NAMED].items():
                     before, word = caption[:char].split()[-1], caption[char:].split()[0]
                     assert (things[cell].colour, things[cell].shape) == (before, word)
-                for char, is_true in said[Role.TRUE].items():
+                for char, is_true in said[GroundingRole.HOLDS].items():
                     axis, sign = directions.get(caption[char:].split()[0], (0, 1))
-                    subject, other_thing = said[Role.SUBJECT][char], said[Role.OBJECT][char]
+                    subject, other_thing = said[GroundingRole.SUBJECT][char], said[GroundingRole.OBJECT][char]
                     apart = np.subtract(divmod(subject, 3), divmod(other_thing, 3))[axis]
                     assert (apart * sign > 0) == bool(is_true), caption
                     num_said[bool(is_true)] += 1
@@ -87,10 +87,10 @@ def test_nothing_is_said_of_what_is_not_in_the_picture():
     thing, other = source.scenes[0].things[:2]
 
     for caption in ("a mauve circle left of a cube", "left", "", "a red star is above"):
-        assert all(claim.role == Role.NAMED for claim in source.claims(0, caption))
+        assert all(claim.role == GroundingRole.NAMED for claim in source.grounding_labels(0, caption))
     absent = next(colour for colour in COLOURS if colour not in {each.colour for each in source.scenes[0].things})
-    claims = source.claims(0, f"a {thing.colour} {thing.shape} left of an {absent} {other.shape}")
-    assert [claim.role for claim in claims] == [Role.NAMED]
+    claims = source.grounding_labels(0, f"a {thing.colour} {thing.shape} left of an {absent} {other.shape}")
+    assert [claim.role for claim in claims] == [GroundingRole.NAMED]
 
 
 def test_a_caption_is_read_beside_a_picture_of_which_it_says_something_false():
@@ -101,7 +101,7 @@ def test_a_caption_is_read_beside_a_picture_of_which_it_says_something_false():
     claims = reader(first, captions.images[first])
 
     num = len(first)
-    is_truth = claims.rows[:, 2] == Role.TRUE
+    is_truth = claims.rows[:, 2] == GroundingRole.HOLDS
     own, beside = claims.rows[is_truth & (claims.rows[:, 0] < num)], claims.rows[is_truth & (claims.rows[:, 0] >= num)]
     assert own[:, 3].all()
     bases = 4 * np.arange(6)  # whose confuser by place stands right after them
@@ -122,7 +122,7 @@ def test_claims_are_places_of_pieces_and_leave_out_what_is_cut_off():
         text = canonical_caption(captions.texts[number])
         expected = [
             (text[:char].count(" ") + 1, role, value)  # behind [CLS]; these captions have a piece a word
-            for char, role, value in data.source.claims(captions.images[number], text)
+            for char, role, value in data.source.grounding_labels(captions.images[number], text)
         ]
         assert [tuple(each) for each in rows[rows[:, 0] == pair][:, 1:]] == expected
     cut = claim_reader(data, 6)[1](numbers, captions.images[numbers]).rows
