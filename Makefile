@@ -17,7 +17,7 @@ export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-tensorrt test-gpu test-kubernetes test-autoscaling check up bench soak quality lock clean
+.PHONY: help demo test test-tensorrt test-gpu test-kubernetes test-autoscaling check docs up bench soak quality lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ check: $(READY) ## Lint, formatting, types, import directions
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -q tests/test_imports.py
+	@$(PYTHON) -m mkdocs build --quiet --strict
+
+docs: $(READY) ## The documents as a site in build/site; a broken link is an error
+	@$(PYTHON) docs/generate.py
+	@$(PYTHON) -m workers.telemetry.document
+	@$(PYTHON) -m mkdocs build --strict
 
 up: $(READY) ## Kafka, Redis and PostgreSQL in the foreground for a developer, with the settings to export
 	@$(PYTHON) deploy/local/up.py

@@ -1,4 +1,4 @@
-"""The spans of three requests that share a micro-batch, as a real worker wrote them: the drawing in docs/TRACES.md.
+"""The spans of three requests that share a micro-batch, as a real worker wrote them: the drawing in docs/reference/telemetry.md.
 
 Run: python benchmarks/span_tree.py [--write]
 
@@ -25,7 +25,7 @@ from harness import ROOT, Bench, RerankTopics, bench, request_json, rerank_worke
 from workers.telemetry import names
 from workers.traces.reading import Span, read_spans
 
-DOCUMENT = ROOT / "docs" / "TRACES.md"
+DOCUMENT = ROOT / "docs" / "reference" / "telemetry.md"
 DRAWING = re.compile(r"(<!-- drawing begins -->\n```text\n).*?(```\n<!-- drawing ends -->)", re.DOTALL)
 NUM_REQUESTS, CANDIDATES = 3, 8
 SAID = (names.CONVERSATION, names.STATUS, names.PAIRS, names.MESSAGES, names.DB_BATCH, names.REQUEST_IDS)
@@ -106,7 +106,7 @@ def _text(value: object) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the drawing into docs/TRACES.md")
+    parser.add_argument("--write", action="store_true", help="put the drawing into docs/reference/telemetry.md")
     write = parser.parse_args().write
     with bench(NUM_REQUESTS * CANDIDATES) as ready:
         spans = recorded(ready)

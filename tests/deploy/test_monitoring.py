@@ -38,12 +38,12 @@ def test_the_names_in_a_query_are_found_wherever_they_stand():
 
 
 def test_every_alert_leads_to_its_section_of_the_runbook():
-    headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / "OPERATIONS.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / "how-to" / "on-call.md").read_text(), re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
     for name, rule in alerts().items():
         document, _, anchor = rule["annotations"]["runbook"].partition("#")
-        assert document == "docs/OPERATIONS.md"
+        assert document == "docs/how-to/on-call.md"
         assert anchor == name.lower()
         assert anchor in anchors
 

@@ -1,7 +1,7 @@
 """Everything that scales the workers, real and on this machine, and the manifests that users deploy applied to it.
 
 etcd, API server, controllers, KEDA, Prometheus, a Kafka with TLS and SCRAM, Redis, and a node for tests that runs the
-pods (`node_agent`). Follows "Deploying" in docs/OPERATIONS.md: topics, namespace, Secret, overlay.
+pods (`node_agent`). Follows "Deploying" in docs/how-to/deploy.md: topics, namespace, Secret, overlay.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = ("local", "cpu", "gpu", "tensorrt")
 WORKERS = ("ingest", "rerank")
-#: What the Secret that a platform brings holds; its names are in docs/OPERATIONS.md.
+#: What the Secret that a platform brings holds; its names are in docs/how-to/deploy.md.
 CREDENTIALS = {
     "REDIS_URL": "rediss://edje:secret@redis.example:6380/0",
     "KAFKA_SASL_USERNAME": "edje",

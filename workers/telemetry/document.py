@@ -1,4 +1,4 @@
-"""Writes the tables of docs/TRACES.md from the names: `python -m workers.telemetry.document`.
+"""Writes the tables of docs/reference/telemetry.md from the names: `python -m workers.telemetry.document`.
 
 The text around them is written by hand and left as it is; a test holds the document current.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from workers.telemetry.names import ATTRIBUTES, IMAGE_STAGES, METRICS, PUBLISH, REQUEST_STAGES, SPANS
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "TRACES.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "telemetry.md"
 _TABLE = re.compile(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", re.DOTALL)
 
 

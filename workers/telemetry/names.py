@@ -1,6 +1,6 @@
 """Names every span, attribute and metric, with its meaning.
 
-What is recorded takes its name from here and from nowhere else, and the tables of docs/TRACES.md are made from it
+What is recorded takes its name from here and from nowhere else, and the tables of docs/reference/telemetry.md are made from it
 (`workers.telemetry.document`). Messaging and database names are those of the OpenTelemetry conventions.
 Knows nothing of when anything is recorded.
 """
