@@ -45,12 +45,12 @@ check: $(READY) ## Lint, formatting, types, import directions
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -q tests/test_imports.py
-	@$(PYTHON) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
 
 docs: $(READY) ## The documents as a site in build/site; a broken link is an error
 	@$(PYTHON) docs/generate.py
 	@$(PYTHON) -m workers.telemetry.document
-	@$(PYTHON) -m mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 up: $(READY) ## Kafka, Redis and PostgreSQL in the foreground for a developer, with the settings to export
 	@$(PYTHON) deploy/local/up.py

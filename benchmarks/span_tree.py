@@ -1,4 +1,4 @@
-"""The spans of three requests that share a micro-batch, as a real worker wrote them: the drawing in docs/reference/telemetry.md.
+"""Draws the spans of three requests that share a micro-batch, from a real worker, into docs/reference/telemetry.md.
 
 Run: python benchmarks/span_tree.py [--write]
 

@@ -1,4 +1,6 @@
-"""Writes docs/reference/{events,settings,commands}.md from the code: `python docs/generate.py`; `--check` only compares.
+"""Writes docs/reference/{events,settings,commands}.md from the code. `--check` only compares.
+
+Run: python docs/generate.py [--check]
 
 The tables of docs/reference/telemetry.md are written by `python -m workers.telemetry.document`.
 """

@@ -1,8 +1,7 @@
 """Names every span, attribute and metric, with its meaning.
 
-What is recorded takes its name from here and from nowhere else, and the tables of docs/reference/telemetry.md are made from it
-(`workers.telemetry.document`). Messaging and database names are those of the OpenTelemetry conventions.
-Knows nothing of when anything is recorded.
+All recorded names come from here; `workers.telemetry.document` writes docs/reference/telemetry.md from it.
+Messaging and database names follow the OpenTelemetry conventions.
 """
 
 from __future__ import annotations
