@@ -1,17 +1,18 @@
 """The token blob: one image's visual tokens in one value of the store.
 
-A msgpack map of eight fields in a fixed order. For one layout everything up to `checksum` is the same bytes, and what
-follows sits at fixed offsets, so a good blob is read by one comparison, one checksum and two copies; msgpack is
-only asked when something is wrong, to name it.
+A msgpack map of nine fields in a fixed order. For one layout everything up to `checksum` but the position is the same
+bytes, and the fields behind it lie at fixed offsets. So a good blob is read by two comparisons, one checksum and two
+copies; msgpack is only used to name what is wrong with a bad one.
 
-    version    1
+    version    2
+    position   of the image's event (source_position.py); not part of the checksum
     model      digest of the model that made the tokens
     shape      [num_tokens, token_dim]
-    storage    "fp16", "bf16", "int8" or "int4" (quantize.py says what the bytes are)
+    storage    "fp16", "bf16", "int8" or "int4" (quantize.py defines the bytes)
     checksum   xxh3_64, big endian, over every byte behind it
     sha256     of the image file
-    scales     as quantize.py lays them out, empty for fp16 and bf16
-    tokens     likewise
+    scales     laid out as in quantize.py, empty for fp16 and bf16
+    tokens     laid out as in quantize.py
 
 Knows nothing of the store, of keys and of the slab.
 """
@@ -43,6 +44,13 @@ from protocols.blob_errors import (
 from protocols.fields import MAX_DIGEST_CHARS, MAX_TOKENS
 from protocols.quantize import Bytes, StorageType, num_scale_bytes, num_token_bytes, quantize
 from protocols.quantize import dequantize as _dequantize
+from protocols.source_position import (
+    HEAD_BYTES,
+    VALUE_VERSION,
+    SourcePosition,
+    is_removal_marker,
+    value_head,
+)
 
 __all__ = [
     "BLOB_VERSION",
@@ -62,17 +70,19 @@ __all__ = [
     "encode_blob",
 ]
 
-BLOB_VERSION = 1
-#: All that is looked at to name what is wrong: every field ahead of the scales lies within these first bytes.
+BLOB_VERSION = VALUE_VERSION
+_NUM_FIELDS = 9
+#: Every field ahead of the scales lies within these first bytes; no more is parsed to name an error.
 _HEAD_BYTES = 512
 _CHECKSUM_BYTES = 8
 _SHA256_BYTES = 32
+_POSITION_BYTES = 16
 _MAX_TOKEN_DIM = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class BlobLayout:
-    """What a worker expects of every blob it reads and gives every blob it writes."""
+    """The fields that all blobs of one model and storage type share."""
 
     model_digest: str
     num_tokens: int
@@ -85,7 +95,7 @@ class BlobLayout:
         if not (1 <= self.num_tokens <= MAX_TOKENS and 1 <= self.token_dim <= _MAX_TOKEN_DIM):
             raise ValueError(f"{self.num_tokens} tokens of {self.token_dim} values are out of bounds")
         if self.storage not in get_args(StorageType):
-            raise ValueError(f"storage {self.storage!r} is none of {', '.join(get_args(StorageType))}")
+            raise ValueError(f"unknown storage {self.storage!r}; known: {', '.join(get_args(StorageType))}")
         num_token_bytes(self.storage, self.num_tokens, self.token_dim)
 
     @property
@@ -104,7 +114,9 @@ class BlobLayout:
 class _Frame(NamedTuple):
     """The constant bytes of one layout and where its variable bytes start."""
 
-    prefix: bytes  # up to and with the header of the checksum
+    start: bytes  # up to and with the header of the position
+    prefix: bytes  # from behind the position up to and with the header of the checksum
+    checksum_at: int
     before_scales: bytes
     before_tokens: bytes
     body_at: int
@@ -116,10 +128,9 @@ class _Frame(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _frame_of(layout: BlobLayout) -> _Frame:
+    start = value_head(_NUM_FIELDS, SourcePosition())[:-_POSITION_BYTES]
     packer = msgpack.Packer(autoreset=False)
-    packer.pack_map_header(8)
     for name, value in (
-        ("version", BLOB_VERSION),
         ("model", layout.model_digest),
         ("shape", [layout.num_tokens, layout.token_dim]),
         ("storage", layout.storage),
@@ -127,14 +138,17 @@ def _frame_of(layout: BlobLayout) -> _Frame:
         packer.pack(name)
         packer.pack(value)
     prefix = packer.bytes() + _field_start("checksum", _CHECKSUM_BYTES)
-    body_at = len(prefix) + _CHECKSUM_BYTES
+    checksum_at = HEAD_BYTES + len(prefix)
+    body_at = checksum_at + _CHECKSUM_BYTES
     sha256_at = body_at + len(_BEFORE_SHA256)
     before_scales = _field_start("scales", layout.scale_bytes)
     before_tokens = _field_start("tokens", layout.token_bytes)
     scales_at = sha256_at + _SHA256_BYTES + len(before_scales)
     tokens_at = scales_at + layout.scale_bytes + len(before_tokens)
     num_bytes = tokens_at + layout.token_bytes
-    return _Frame(prefix, before_scales, before_tokens, body_at, sha256_at, scales_at, tokens_at, num_bytes)
+    return _Frame(
+        start, prefix, checksum_at, before_scales, before_tokens, body_at, sha256_at, scales_at, tokens_at, num_bytes
+    )
 
 
 def _field_start(name: str, num_bytes: int) -> bytes:
@@ -146,8 +160,13 @@ def _field_start(name: str, num_bytes: int) -> bytes:
 _BEFORE_SHA256 = _field_start("sha256", _SHA256_BYTES)
 
 
-def encode_blob(layout: BlobLayout, tokens: NDArray[np.float32], content_sha256: bytes) -> bytes:
-    """Return the blob of one image's `(m, d)` tokens.
+def encode_blob(
+    layout: BlobLayout,
+    tokens: NDArray[np.float32],
+    content_sha256: bytes,
+    position: SourcePosition = SourcePosition(),  # noqa: B008  # immutable
+) -> bytes:
+    """Return the blob of one image's `(m, d)` tokens, made from the event at `position`.
 
     Raises `ValueError` for another shape, or a value that is not finite or too large for the storage type.
     """
@@ -160,7 +179,7 @@ def encode_blob(layout: BlobLayout, tokens: NDArray[np.float32], content_sha256:
     body = b"".join(
         (_BEFORE_SHA256, content_sha256, frame.before_scales, scale_bytes, frame.before_tokens, token_bytes)
     )
-    return frame.prefix + xxh3_64_digest(body) + body
+    return value_head(_NUM_FIELDS, position) + frame.prefix + xxh3_64_digest(body) + body
 
 
 def decode_blobs(
@@ -170,7 +189,7 @@ def decode_blobs(
     scales_out: NDArray[np.uint8],
     rows: Sequence[int],
 ) -> list[BlobError | None]:
-    """Write blob i into row `rows[i]` of both arrays and say for each what was wrong with it, None if nothing.
+    """Write blob i into row `rows[i]` of both arrays; return the error of each blob, None for a good one.
 
     The arrays are C-contiguous, `(n, layout.token_bytes)` and `(n, layout.scale_bytes)`. A row whose blob is bad is
     left as it was. Raises `ValueError` or `IndexError` only for arrays or rows that do not fit the layout.
@@ -179,19 +198,18 @@ def decode_blobs(
     token_rows, scale_rows = _flat(tokens_out, token_bytes), _flat(scales_out, scale_bytes)
     if rows and not 0 <= min(rows) <= max(rows) < min(len(tokens_out), len(scales_out)):
         raise IndexError(f"rows {min(rows)} to {max(rows)} of arrays with {len(tokens_out)}")
-    prefix, _, _, body_at, _, scales_at, tokens_at, num_bytes = _frame_of(layout)
+    start, prefix, checksum_at, _, _, body_at, _, scales_at, tokens_at, num_bytes = _frame_of(layout)
     scales_end = scales_at + scale_bytes
-    checksum_at = len(prefix)
     outcomes: list[BlobError | None] = []
     for blob, row in zip(blobs, rows, strict=True):
         if blob is None:
             outcomes.append(BlobMissing("no blob in the store"))
-        elif len(blob) != num_bytes or not blob.startswith(prefix):
+        elif len(blob) != num_bytes or not blob.startswith(start) or not blob.startswith(prefix, HEAD_BYTES):
             outcomes.append(_name_the_difference(layout, blob))
         else:
             view = memoryview(blob)
             if xxh3_64_digest(view[body_at:]) != blob[checksum_at:body_at]:
-                outcomes.append(BlobCorrupt("the checksum does not fit the content"))
+                outcomes.append(BlobCorrupt("the checksum does not match the content"))
                 continue
             at = row * token_bytes
             token_rows[at : at + token_bytes] = view[tokens_at:]
@@ -204,7 +222,7 @@ def decode_blobs(
 
 def content_sha256_of(layout: BlobLayout, blob: bytes) -> bytes:
     """Return the SHA-256 of the image file that a good blob was made from; raises the `BlobError` of any other."""
-    # Decoded into rows that nobody reads: a check shared as a function would cost `decode_blobs` a call for each blob.
+    # Decoded into unused rows: a check shared as a function would cost `decode_blobs` a call for each blob.
     tokens, scales = np.empty((1, layout.token_bytes), np.uint8), np.empty((1, layout.scale_bytes), np.uint8)
     [error] = decode_blobs(layout, [blob], tokens, scales, [0])
     if error is not None:
@@ -227,13 +245,15 @@ def _flat(rows: NDArray[np.uint8], row_bytes: int) -> memoryview:
 
 
 def _name_the_difference(layout: BlobLayout, blob: bytes) -> BlobError:
-    """Say why a blob that does not start like this layout, or is not as long, cannot be used."""
+    """Return why a blob that does not start like this layout, or has another length, cannot be used."""
+    if is_removal_marker(blob):
+        return BlobMissing("the image was removed")
     try:
         head = _read_head(blob)
     except BlobError as error:
         return error
     if head["model"] != layout.model_digest:
-        return BlobModelMismatch(f"made by model {head['model']}; this worker runs {layout.model_digest}")
+        return BlobModelMismatch(f"made by model {head['model']}; this worker uses model {layout.model_digest}")
     shape = [layout.num_tokens, layout.token_dim]
     if head["shape"] != shape:
         return BlobShapeMismatch(f"holds tokens of shape {head['shape']}; expected {shape}")
@@ -241,12 +261,13 @@ def _name_the_difference(layout: BlobLayout, blob: bytes) -> BlobError:
         return BlobStorageMismatch(f"stored as {head['storage']}; expected {layout.storage}")
     if len(blob) < layout.blob_bytes:
         return BlobTruncated(f"{len(blob)} bytes; expected {layout.blob_bytes}")
-    return BlobUndecodable("right fields in another form than this version writes")
+    return BlobUndecodable("valid fields in another encoding than this version writes")
 
 
-#: The fields of the head in their order, and what each must be for the rest of this module to trust it.
+#: The fields of the head in their order, each with the check of its value.
 _IS_VALID: dict[str, Any] = {
     "version": lambda value: type(value) is int,
+    "position": lambda value: type(value) is bytes and len(value) == _POSITION_BYTES,
     "model": lambda value: type(value) is str,
     "shape": lambda value: type(value) is list and len(value) == 2 and all(type(n) is int for n in value),
     "storage": lambda value: value in get_args(StorageType),
@@ -265,14 +286,14 @@ def _read_head(blob: bytes) -> dict[str, Any]:
         unpacker.read_map_header()
         for name, is_valid in _IS_VALID.items():
             if unpacker.unpack() != name:
-                raise BlobUndecodable(f"not a token blob: no field {name} where it should be")
+                raise BlobUndecodable(f"not a token blob: the field {name} is not at its position")
             fields[name] = unpacker.unpack()
             if not is_valid(fields[name]):
-                raise BlobUndecodable(f"not a token blob: field {name} holds something else")
-            if name == "version" and fields[name] != BLOB_VERSION:  # before the rest: it may go on in any way
-                raise BlobVersionMismatch(f"blob of version {fields[name]}; this reads version {BLOB_VERSION}")
+                raise BlobUndecodable(f"not a token blob: the field {name} is invalid")
+            if name == "version" and fields[name] != BLOB_VERSION:  # the other fields depend on the version
+                raise BlobVersionMismatch(f"blob of version {fields[name]}; this worker reads version {BLOB_VERSION}")
     except msgpack.OutOfData:
-        raise BlobTruncated(f"ends after {len(first_bytes)} bytes, inside its head") from None
+        raise BlobTruncated(f"ends after {len(first_bytes)} bytes, before the tokens") from None
     except BlobError:
         raise
     except (ValueError, msgpack.UnpackException):

@@ -1,14 +1,14 @@
-"""What can be wrong with a token blob; a worker treats each as a missing image and counts it by its reason.
+"""The errors of a token blob. A worker treats each as a missing image and counts it by its reason.
 
 BlobError
-  BlobMissing          the store has none
-  BlobTruncated        it ends too early
-  BlobUndecodable      it is not a token blob
+  BlobMissing          not in the store, or removed
+  BlobTruncated        the value ends too early
+  BlobUndecodable      not a token blob
   BlobVersionMismatch  another version of the format
-  BlobModelMismatch    another model made it
-  BlobShapeMismatch    another number of tokens, or of values a token
-  BlobStorageMismatch  stored in another type
-  BlobCorrupt          its checksum does not fit its content
+  BlobModelMismatch    made by another model
+  BlobShapeMismatch    another number of tokens, or of values per token
+  BlobStorageMismatch  another storage type
+  BlobCorrupt          the checksum does not match the content
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ from typing import ClassVar
 
 
 class BlobError(ValueError):
-    """The blob cannot be used; `reason` is the stable word that metrics and logs carry."""
+    """The blob cannot be used; `reason` is the stable word in metrics and logs."""
 
     reason: ClassVar[str]
 
 
 class BlobMissing(BlobError):
-    """The store has none."""
+    """The blob is not in the store, or its image was removed."""
 
     reason = "missing"
 
 
 class BlobTruncated(BlobError):
-    """It ends too early."""
+    """The value ends too early."""
 
     reason = "truncated"
 
 
 class BlobUndecodable(BlobError):
-    """It is not a token blob in the form above."""
+    """The value is not a token blob."""
 
     reason = "undecodable"
 
 
 class BlobVersionMismatch(BlobError):
-    """It is of another version of this format."""
+    """The blob has another version of the format."""
 
     reason = "version_mismatch"
 
 
 class BlobModelMismatch(BlobError):
-    """Another model made it."""
+    """The blob was made by another model."""
 
     reason = "model_mismatch"
 
 
 class BlobShapeMismatch(BlobError):
-    """It has another number of tokens or values a token."""
+    """The blob has another number of tokens, or of values per token."""
 
     reason = "shape_mismatch"
 
 
 class BlobStorageMismatch(BlobError):
-    """Its tokens are stored in another type."""
+    """The blob has another storage type."""
 
     reason = "storage_mismatch"
 
 
 class BlobCorrupt(BlobError):
-    """Its checksum does not fit its content."""
+    """The checksum does not match the content."""
 
     reason = "corrupt"

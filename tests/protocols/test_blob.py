@@ -26,6 +26,7 @@ from protocols.blob import (
     dequantize,
     encode_blob,
 )
+from protocols.source_position import HEAD_BYTES, POSITION_AT, SourcePosition, position_of, removal_marker
 
 SHA256 = hashlib.sha256(b"image").digest()
 STORAGES = ["fp16", "bf16", "int8", "int4"]
@@ -80,8 +81,10 @@ def test_a_blob_is_a_plain_msgpack_map(storage):
     tokens, scales = arrays_for(of)
     decode_blobs(of, [blob_for(of)], tokens, scales, [0])
 
-    assert list(fields) == ["version", "model", "shape", "storage", "checksum", "sha256", "scales", "tokens"]
-    assert (fields["version"], fields["model"], fields["shape"], fields["storage"]) == (1, "m-1", [4, 64], storage)
+    assert list(fields) == [
+        "version", "position", "model", "shape", "storage", "checksum", "sha256", "scales", "tokens"
+    ]  # fmt: skip
+    assert (fields["version"], fields["model"], fields["shape"], fields["storage"]) == (2, "m-1", [4, 64], storage)
     assert (fields["sha256"], fields["tokens"], fields["scales"]) == (SHA256, tokens.tobytes(), scales.tobytes())
     body = blob_for(of)[blob_for(of).index(fields["checksum"]) + 8 :]
     assert fields["checksum"] == xxh3_64_digest(body)
@@ -178,7 +181,7 @@ def test_tokens_of_another_shape_are_refused():
                ("m", 4, 64, "fp8"), ("m", 4, 2**20, "int8")],
 )  # fmt: skip
 def test_a_layout_that_cannot_be_is_refused(fields):
-    with pytest.raises(ValueError, match=r"digest|bounds|multiple|none of"):
+    with pytest.raises(ValueError, match=r"digest|bounds|multiple|unknown"):
         BlobLayout(*fields)
 
 
@@ -213,7 +216,7 @@ def test_a_blob_of_another_layout_says_in_what_it_differs(other, expected):
 
 
 def test_a_blob_of_another_version_is_named_whatever_follows():
-    assert type(error_of(layout(), msgpack.packb({"version": 2, "anything": 1}))) is BlobVersionMismatch
+    assert type(error_of(layout(), msgpack.packb({"version": 3, "anything": 1}))) is BlobVersionMismatch
 
 
 @given(num_bytes=st.integers(0, layout().blob_bytes - 1))
@@ -222,10 +225,10 @@ def test_a_blob_cut_anywhere_is_truncated(num_bytes):
 
 
 @given(at=st.integers(0, 10_000), mask=st.integers(1, 255), storage=st.sampled_from(STORAGES))
-def test_a_changed_byte_is_noticed_wherever_it_is(at, mask, storage):
+def test_a_changed_byte_is_noticed_everywhere_but_in_the_position(at, mask, storage):
     blob = bytearray(blob_for(layout(storage)))
-    at %= len(blob)
-    blob[at] ^= mask
+    at %= len(blob) - 16
+    blob[at if at < POSITION_AT else at + 16] ^= mask
 
     assert isinstance(error_of(layout(storage), bytes(blob)), BlobError)
 
@@ -253,6 +256,21 @@ def test_a_map_in_another_form_is_undecodable(rewrite):
     assert type(error_of(layout(), blob)) is BlobUndecodable
 
 
+def test_the_position_of_the_event_is_readable_and_does_not_change_the_tokens():
+    blob = encode_blob(layout(), tokens_for(layout()), SHA256, SourcePosition(7, 1_000))
+
+    assert position_of(blob) == (7, 1_000)
+    assert blob[HEAD_BYTES:] == blob_for(layout())[HEAD_BYTES:]
+    np.testing.assert_array_equal(decoded(layout(), blob), decoded(layout(), blob_for(layout())))
+
+
+def test_the_marker_of_a_removed_image_is_a_missing_blob():
+    error = error_of(layout(), removal_marker(SourcePosition(7, 1_000)))
+
+    assert type(error) is BlobMissing
+    assert "removed" in str(error)
+
+
 def test_trailing_bytes_are_undecodable():
     assert type(error_of(layout(), blob_for(layout()) + b"\x00")) is BlobUndecodable
 
@@ -264,7 +282,7 @@ def test_arbitrary_bytes_are_a_blob_error(blob):
 
 @every_storage
 @pytest.mark.parametrize("model_digest", ["m", "d" * 128])
-def test_a_good_blob_says_which_image_it_was_made_from(storage, model_digest):
+def test_a_good_blob_holds_the_sha256_of_its_image_file(storage, model_digest):
     of = layout(storage, 300, 384, model_digest)
 
     assert content_sha256_of(of, blob_for(of)) == SHA256
@@ -280,7 +298,7 @@ def test_a_good_blob_says_which_image_it_was_made_from(storage, model_digest):
         (lambda blob: blob_for(layout(model_digest="m-2")), BlobModelMismatch),
     ],
 )
-def test_a_blob_that_is_not_good_does_not_say_which_image_it_was_made_from(spoil, expected):
+def test_the_sha256_of_a_bad_blob_is_not_read(spoil, expected):
     with pytest.raises(expected):
         content_sha256_of(layout(), spoil(blob_for(layout())))
 
