@@ -1,16 +1,16 @@
 """Visual tokens as bytes: half precision, or small integers with scales.
 
-    fp16, bf16  two bytes a value, little endian, no scales
-    int8        round(x / scale) in -127..127; one float32 scale a token, max|x| / 127
+    fp16, bf16  two bytes per value, little endian, no scales
+    int8        round(x / scale) in -127..127; one float32 scale per token, max|x| / 127
     int4        round(x / scale) in -7..7, stored as q + 8, even index in the low nibble; one float16 scale
                 for each 32 neighbouring values of a token, max|x| / 7
 
-A token (or group) of zeros has scale 0. Scales are stored token after token, little endian.
+A token (or group) of zeros has scale 0. Scales are stored token by token, little endian.
 
-Cost of an image of 64 x 384: value in Redis, `MEMORY USAGE` of its key with jemalloc (Redis 7.0, whose size classes
-round up) and with libc's allocator (Redis 6.2); and the error added, as the root mean square of the difference over
-that of the tokens: normal values, Student's t with 3 degrees of freedom, normal with every 128th dimension 20 times
-as large.
+The table shows the cost of an image of 64 x 384 in bytes: values, scales, and `MEMORY USAGE` of its Redis key with
+jemalloc (Redis 7.0) and with libc's allocator (Redis 6.2). Its last three columns show the relative error, the root
+mean square of the difference over that of the tokens: for normal values, for Student's t with 3 degrees of freedom,
+and for normal values with every 128th dimension 20 times as large.
 
             values   scales   jemalloc     libc     normal   heavy tail   outlying dimensions
     fp16    49,152        0     57,480   49,496     0.0002       0.0002                0.0002
@@ -18,12 +18,12 @@ as large.
     int8    24,576      256     28,808   25,176     0.0072        0.020                 0.033
     int4    12,288    1,536     14,472   14,168      0.097        0.140                 0.158
 
-Knows nothing of blobs and of where tokens come from.
+Knows nothing of blobs.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,33 +31,42 @@ from numpy.typing import NDArray
 StorageType = Literal["fp16", "bf16", "int8", "int4"]
 Bytes: TypeAlias = bytes | bytearray | memoryview | NDArray[np.uint8]
 
+#: Neighbouring values of a token that share one scale in int4.
 INT4_GROUP = 32
 _INT8_MAX = 127
 _INT4_MAX = 7
 
 
-def num_token_bytes(storage: StorageType, num_tokens: int, token_dim: int) -> int:
-    """Return how many bytes the values take; raises `ValueError` for a dimension the type cannot hold."""
-    match storage:
-        case "fp16" | "bf16":
-            return 2 * num_tokens * token_dim
-        case "int8":
-            return num_tokens * token_dim
-        case "int4":
-            if token_dim % INT4_GROUP:
-                raise ValueError(f"int4 needs tokens of a multiple of {INT4_GROUP} values, not {token_dim}")
-            return num_tokens * token_dim // 2
+class _Format(NamedTuple):
+    """The bytes of one storage type."""
+
+    bits_per_value: int
+    values_per_scale: int | None  # None: one scale per token
+    bytes_per_scale: int  # 0: no scales
 
 
-def num_scale_bytes(storage: StorageType, num_tokens: int, token_dim: int) -> int:
-    """Return how many bytes the scales take."""
-    match storage:
-        case "fp16" | "bf16":
-            return 0
-        case "int8":
-            return 4 * num_tokens
-        case "int4":
-            return 2 * num_tokens * (token_dim // INT4_GROUP)
+_FORMATS: dict[str, _Format] = {
+    "fp16": _Format(16, None, 0),
+    "bf16": _Format(16, None, 0),
+    "int8": _Format(8, None, 4),
+    "int4": _Format(4, INT4_GROUP, 2),
+}
+
+
+def num_token_bytes(storage: str, num_tokens: int, token_dim: int) -> int:
+    """Return the size of the values in bytes. Raises `ValueError` for a dimension the storage type cannot hold."""
+    storage_format = _FORMATS[storage]
+    group = storage_format.values_per_scale
+    if group is not None and token_dim % group:
+        raise ValueError(f"{storage} needs tokens of a multiple of {group} values, not {token_dim}")
+    return storage_format.bits_per_value * num_tokens * token_dim // 8
+
+
+def num_scale_bytes(storage: str, num_tokens: int, token_dim: int) -> int:
+    """Return the size of the scales in bytes."""
+    storage_format = _FORMATS[storage]
+    scales_per_token = token_dim // (storage_format.values_per_scale or token_dim)
+    return storage_format.bytes_per_scale * num_tokens * scales_per_token
 
 
 def quantize(storage: StorageType, tokens: NDArray[np.float32]) -> tuple[bytes, bytes]:
@@ -97,7 +106,7 @@ def quantize(storage: StorageType, tokens: NDArray[np.float32]) -> tuple[bytes, 
 def dequantize(
     storage: StorageType, num_tokens: int, token_dim: int, token_bytes: Bytes, scale_bytes: Bytes
 ) -> NDArray[np.float32]:
-    """Return the `(m, d)` tokens that these bytes stand for."""
+    """Return the `(m, d)` tokens that these bytes encode."""
     shape = (num_tokens, token_dim)
     match storage:
         case "fp16":

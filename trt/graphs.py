@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edje.config import EdjeConfig
-from trt.slab.layout import INT4_GROUP, SlotLayout
+from protocols.quantize import INT4_GROUP
+from trt.slab.layout import SlotLayout
 
 Precision = Literal["fp32", "fp16", "bf16"]
 GraphName = Literal["image", "query", "pair"]

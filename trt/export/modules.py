@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from edje.model.edje import Edje
+from protocols.quantize import INT4_GROUP
 from trt.graphs import Precision
-from trt.slab.layout import INT4_GROUP, SlotLayout
+from trt.slab.layout import SlotLayout
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

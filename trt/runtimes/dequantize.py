@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trt.slab.layout import INT4_GROUP, SlotLayout
+from protocols.quantize import INT4_GROUP
+from trt.slab.layout import SlotLayout
 
 
 def dequantise(layout: SlotLayout, tokens: Tensor, scales: Tensor) -> Tensor:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from protocols.quantize import StorageType, num_scale_bytes, num_token_bytes
 from trt.contract import EngineUnavailable
 
-#: Neighbouring values that share a scale in int4.
-INT4_GROUP = 32
-STORAGES = ("fp16", "bf16", "int8", "int4")
+STORAGES = get_args(StorageType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +29,18 @@ class SlotLayout:
     def __post_init__(self) -> None:
         if self.storage not in STORAGES:
             raise EngineUnavailable(f"unknown storage {self.storage!r}: choose one of {', '.join(STORAGES)}")
-        if self.storage == "int4" and self.token_dim % INT4_GROUP:
-            raise EngineUnavailable(f"int4 needs tokens of a multiple of {INT4_GROUP} values, not {self.token_dim}")
+        try:
+            num_token_bytes(self.storage, self.num_tokens, self.token_dim)
+        except ValueError as error:
+            raise EngineUnavailable(str(error)) from error
 
     @property
     def token_bytes(self) -> int:
-        num_values = self.num_tokens * self.token_dim
-        return {"fp16": 2 * num_values, "bf16": 2 * num_values, "int8": num_values, "int4": num_values // 2}[
-            self.storage
-        ]
+        return num_token_bytes(self.storage, self.num_tokens, self.token_dim)
 
     @property
     def scale_bytes(self) -> int:
-        """int8: one float32 per token. int4: one float16 per group. The others need none."""
-        num_groups = self.num_tokens * self.token_dim // INT4_GROUP
-        return {"int8": 4 * self.num_tokens, "int4": 2 * num_groups}.get(self.storage, 0)
+        return num_scale_bytes(self.storage, self.num_tokens, self.token_dim)
 
 
 class HostSlab:
