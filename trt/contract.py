@@ -145,7 +145,7 @@ class DeviceCopies:
 
 
 @runtime_checkable
-class TellsCopies(Protocol):
+class ReportsCopies(Protocol):
     """A scorer whose runtime can tell copies from computing; asked on the thread that scores, after each call."""
 
     def last_copies(self) -> DeviceCopies | None:

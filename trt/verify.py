@@ -26,8 +26,8 @@ from edje.progress import progress_bars
 from edje.text import Tokenizer
 from protocols.validation import first_problem
 from trt.build.assemble import require
-from trt.check.comparison import report_on, scored, torch_reference
 from trt.check.pairs import hold_pairs
+from trt.check.reporting import report_on, scored, torch_reference
 from trt.contract import Engine, EngineError, EngineMismatch
 from trt.load import open_onnx, open_tensorrt
 from trt.manifest import Manifest, read_manifest

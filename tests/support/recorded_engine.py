@@ -27,7 +27,13 @@ from trt.profiles import profiles_of
 from trt.slab.layout import SlotLayout
 
 #: What speaks to the GPU and is imported anew over the recorded modules.
-OVER_THE_GPU = ("trt.cuda.", "trt.slab.device", "trt.runtimes.tensorrt_", "trt.build.plan")
+OVER_THE_GPU = (
+    "trt.cuda.",
+    "trt.slab.device",
+    "trt.runtimes.tensorrt_",
+    "trt.build.plan_builder",
+    "trt.build.tensorrt_compiler",
+)
 MAX_QUERIES = 6
 
 

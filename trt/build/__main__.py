@@ -20,7 +20,7 @@ from edje.optional import PackageMissing
 from edje.progress import progress_bars
 from edje.text import Tokenizer
 from protocols.validation import first_problem
-from trt.build.assemble import Planner, assemble
+from trt.build.assemble import PlanCompiler, assemble
 from trt.build.draft_directory import DirectoryExists, draft_of, refuse_to_overwrite
 from trt.check.pairs import hold_pairs
 from trt.contract import EngineError, EngineUnavailable
@@ -95,12 +95,12 @@ def main(
     thresholds = _checked(Thresholds, **(THRESHOLDS[precision].model_dump() | given))
     try:
         refuse_to_overwrite(out, MANIFEST_FILE, replace=force)  # before minutes of work
-        planner = None if onnx_only else _planner(options, device, timing_cache, error_on_timing_cache_miss)
+        compiler = None if onnx_only else _compiler(options, device, timing_cache, error_on_timing_cache_miss)
         folder = find_source(checkpoint, _CHECKPOINT_FILES)
         loaded = load_checkpoint(folder)
         held = hold_pairs(loaded.config, Tokenizer.load(folder), verify_texts, verify_images)
         with draft_of(out, MANIFEST_FILE, replace=force) as draft, progress_bars(remarks, transient=True) as bars:
-            manifest = assemble(loaded, draft, options, held, thresholds, planner, bars)
+            manifest = assemble(loaded, draft, options, held, thresholds, compiler, bars)
     except (CheckpointError, DirectoryExists, EngineError, PackageMissing, SourceError) as error:
         _end(str(error))
     except OSError as error:
@@ -108,15 +108,15 @@ def main(
     show(out, manifest, plain_console())
 
 
-def _planner(options: BuildOptions, device: str, timing_cache: Path | None, error_on_cache_miss: bool) -> Planner:
+def _compiler(options: BuildOptions, device: str, timing_cache: Path | None, error_on_cache_miss: bool) -> PlanCompiler:
     try:
-        from trt.build.plans import GpuPlanner
+        from trt.build.tensorrt_compiler import TensorRtCompiler
     except ImportError as error:
         raise EngineUnavailable(
             f"plans need TensorRT and pycuda, which cannot be imported ({error}): on a machine with an NVIDIA GPU "
             "`pip install 'edje-rerank[gpu]'`; elsewhere give --onnx-only and build there from the same checkpoint"
         ) from error
-    return GpuPlanner(options, device=device, timing_cache=timing_cache, error_on_cache_miss=error_on_cache_miss)
+    return TensorRtCompiler(options, device=device, timing_cache=timing_cache, error_on_cache_miss=error_on_cache_miss)
 
 
 def _checked(model: type[Any], **fields: object) -> Any:

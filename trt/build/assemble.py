@@ -15,8 +15,8 @@ from rich.progress import Progress
 
 from edje.config import canonical_json
 from edje.model.weights import Checkpoint
-from trt.check.comparison import report_on, scored, torch_reference
 from trt.check.pairs import HeldPairs
+from trt.check.reporting import report_on, scored, torch_reference
 from trt.contract import Engine
 from trt.export.onnx_export import OPSET, export_graph
 from trt.export.operators import check_operators
@@ -29,7 +29,7 @@ from trt.runtimes.onnx_engine import OnnxEngine
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 
-class Planner(Protocol):
+class PlanCompiler(Protocol):
     """Builds the plans of a directory's graphs."""
 
     def build(self, directory: Path, manifest: Manifest, bars: Progress) -> Manifest:
@@ -47,12 +47,12 @@ def assemble(
     options: BuildOptions,
     held: HeldPairs,
     thresholds: Thresholds,
-    planner: Planner | None,
+    compiler: PlanCompiler | None,
     bars: Progress,
 ) -> Manifest:
-    """Write an engine into an empty directory; without a planner it has graphs only.
+    """Write an engine into an empty directory; without a compiler it has graphs only.
 
-    Raises `EngineError`: `ParityFailed` below a threshold, `ExportFailed`, `OperatorUnsupported`, and what the planner
+    Raises `EngineError`: `ParityFailed` below a threshold, `ExportFailed`, `OperatorUnsupported`, and what the compiler
     raises. The directory has no manifest then, and is no engine.
     """
     reference = scored(torch_reference(checkpoint, options.storage, len(held.pixels)), held, bars)
@@ -67,9 +67,9 @@ def assemble(
     )
     reports = [report_on(engine, reference, held, thresholds, bars)]
     require(reports[0])  # before minutes are spent on plans of a wrong graph
-    if planner is not None:
-        manifest = planner.build(directory, manifest, bars)
-        engine = planner.load(directory, manifest, len(held.pixels))
+    if compiler is not None:
+        manifest = compiler.build(directory, manifest, bars)
+        engine = compiler.load(directory, manifest, len(held.pixels))
         reports.append(report_on(engine, reference, held, thresholds, bars))
         require(reports[1])
     manifest = manifest.model_copy(update={"parity": tuple(reports)})

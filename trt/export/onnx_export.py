@@ -35,7 +35,7 @@ from trt.export.modules import (
     attend,
     to_precision,
 )
-from trt.export.tower import around, gives_pooled
+from trt.export.tower_insertion import around, gives_pooled
 from trt.graphs import IMAGES, TEXT_TOKENS, GraphName, GraphSpec, Precision, TensorSpec, graphs_of
 from trt.slab.layout import SlotLayout
 

@@ -32,7 +32,7 @@ _TYPES = {
 }
 
 
-class PlanLog(tensorrt.ILogger):
+class TensorRtLog(tensorrt.ILogger):
     """What TensorRT says goes to the log; its calls answer only yes or no, so the last complaint is kept for errors."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Plan:
         Raises `EngineMismatch` for one that TensorRT cannot read or whose tensors are not the graph's, and
         `EngineUnavailable` where TensorRT does not start.
         """
-        self._log = PlanLog()
+        self._log = TensorRtLog()
         # Held for as long as what it has made: TensorRT does not.
         try:
             self._runtime = tensorrt.Runtime(self._log)
@@ -111,7 +111,7 @@ class Plan:
 class Context:
     """Runs a plan at one size of everything."""
 
-    def __init__(self, context: tensorrt.IExecutionContext, plan_log: PlanLog) -> None:
+    def __init__(self, context: tensorrt.IExecutionContext, plan_log: TensorRtLog) -> None:
         self._context = context
         self._log = plan_log
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trt.contract import DeviceCopies, PairScorer, TellsCopies
+from trt.contract import DeviceCopies, PairScorer, ReportsCopies
 from workers.ports import Interval
 from workers.rerank.state import ReadyPiece
 
@@ -53,7 +53,7 @@ class BatchScorer:
     ) -> None:
         """`executor` has one thread, because the engine takes one call at a time."""
         self._engine = engine
-        self._last_copies = engine.last_copies if isinstance(engine, TellsCopies) else None
+        self._last_copies = engine.last_copies if isinstance(engine, ReportsCopies) else None
         self._wake = wake
         self._clock = clock
         self._executor = executor

@@ -128,9 +128,9 @@ def test_plans_that_compute_something_else_are_no_engine(build, out, recorder, m
         def score_pairs(self, *arguments):
             return -self._engine.score_pairs(*arguments)
 
-    planner = importlib.import_module("trt.build.plans")
-    load = planner.GpuPlanner.load
-    monkeypatch.setattr(planner.GpuPlanner, "load", lambda *arguments: Reversed(load(*arguments)))
+    compiler = importlib.import_module("trt.build.tensorrt_compiler")
+    load = compiler.TensorRtCompiler.load
+    monkeypatch.setattr(compiler.TensorRtCompiler, "load", lambda *arguments: Reversed(load(*arguments)))
 
     done = build()
 

@@ -7,35 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.trt.test_contract import (  # noqa: F401
-    CAT,
-    DOG,
-    MAX_IMAGES,
-    MAX_PAIRS,
-    NUM_SLOTS,
-    all_scores,
-    checkpoint,
-    checkpoints,
-    fill,
-    numbers,
-    pixels,
-    test_a_rewritten_slot_changes_its_score_and_no_other,
-    test_a_score_depends_on_its_batch_by_rounding_alone,
-    test_a_staged_row_that_is_not_published_changes_nothing_published,
-    test_an_image_becomes_finite_tokens_of_the_announced_shape,
-    test_equal_images_become_equal_tokens_wherever_they_stand,
-    test_every_pair_gets_a_finite_logit_of_its_own,
-    test_first_stage_scores_of_another_shape_or_type_are_refused,
-    test_no_pairs_give_no_logits,
-    test_pixels_of_another_shape_or_too_many_are_refused,
-    test_slots_may_be_written_and_read_in_any_order,
-    test_texts_the_model_cannot_read_are_refused,
-    test_the_longest_text_is_read,
-    test_the_order_of_pairs_is_the_order_of_logits,
-    test_the_same_call_gives_the_same_logits,
-    test_warming_up_leaves_the_slots_alone,
-    test_wrong_numbers_are_refused,
-)
+from engine_contract import CAT, DOG, MAX_IMAGES, MAX_PAIRS, NUM_SLOTS, EngineContract, all_scores, fill_slots, numbers
 from trt.contract import EngineMismatch
 from trt.load import load_engine
 from trt.slab.layout import STORAGES
@@ -48,7 +20,7 @@ PARITY_TOLERANCE = 0.2
 
 
 @pytest.fixture(scope="module")
-def build(tensorrt_device, checkpoints, tmp_path_factory):  # noqa: F811
+def build(tensorrt_device, checkpoints, tmp_path_factory):
     """Builds the engine of a model once for each storage type and precision, by the command that users type."""
     root, built = tmp_path_factory.mktemp("engines"), {}
 
@@ -81,29 +53,33 @@ def load(folder, directory, storage, runtime="tensorrt", **settings):
 
 
 @pytest.fixture(params=STORAGES)
-def engine(request, build, checkpoint):  # noqa: F811
+def engine(request, build, checkpoint):
     """In float32 and with one size for each length, where the contract's tolerances hold."""
     return load(checkpoint, build("tiny", request.param, "fp32"), request.param, fixed_buckets=True)
 
 
+class TestTensorRt(EngineContract):
+    """Every test of the contract."""
+
+
 @pytest.mark.parametrize("variant", ["tiny", "tiny-late", "tiny-minimal", "tiny-maxsim", "tiny-scored"])
-def test_logits_are_close_to_those_of_the_torch_engine(build, checkpoints, pixels, variant):  # noqa: F811
+def test_logits_are_close_to_those_of_the_torch_engine(build, checkpoints, pixels, variant):
     folder = checkpoints / variant
     reference = load(folder, None, "int8", runtime="torch")
     engine = load(folder, build(variant, "int8", "bf16"), "int8")
     tokens, _ = reference.encode_images(pixels)
     for each in (engine, reference):
-        fill(each, range(12), tokens)
+        fill_slots(each, range(12), tokens)
 
     found, expected = (all_scores(each, [DOG, CAT], 12) for each in (engine, reference))
 
     assert np.abs(found - expected).max() < PARITY_TOLERANCE * expected.std()
 
 
-def test_every_size_is_captured_and_the_copies_are_told(build, checkpoint, pixels):  # noqa: F811
+def test_every_size_is_captured_and_the_copies_are_told(build, checkpoint, pixels):
     engine = load(checkpoint, build("tiny", "int8", "bf16"), "int8")
     engine.warm_up()
-    fill(engine, range(3), engine.encode_images(pixels[:3])[0])
+    fill_slots(engine, range(3), engine.encode_images(pixels[:3])[0])
     all_scores(engine, [DOG], 3)
 
     copies = engine.last_copies()
@@ -113,9 +89,9 @@ def test_every_size_is_captured_and_the_copies_are_told(build, checkpoint, pixel
     assert 0 < copies.to_host_s < 1
 
 
-def test_with_one_size_a_logit_is_the_same_to_the_last_bit_in_any_company(build, checkpoint, pixels):  # noqa: F811
+def test_with_one_size_a_logit_is_the_same_to_the_last_bit_in_any_company(build, checkpoint, pixels):
     engine = load(checkpoint, build("tiny", "int8", "bf16"), "int8", fixed_buckets=True)
-    fill(engine, range(12), engine.encode_images(pixels)[0])
+    fill_slots(engine, range(12), engine.encode_images(pixels)[0])
     together = all_scores(engine, [DOG], 12)[0]
     queries = engine.encode_queries([DOG])
 
@@ -124,7 +100,7 @@ def test_with_one_size_a_logit_is_the_same_to_the_last_bit_in_any_company(build,
     np.testing.assert_array_equal(together, alone)
 
 
-def test_a_truncated_plan_is_refused(build, checkpoint):  # noqa: F811
+def test_a_truncated_plan_is_refused(build, checkpoint):
     directory = build("tiny", "int8", "bf16")
     plan = directory / "pair.plan"
     content = plan.read_bytes()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.trt.test_contract import CAT, DOG, all_scores, checkpoint, checkpoints, fill, numbers, pixels  # noqa: F401
+from engine_contract import CAT, DOG, all_scores, fill_slots, numbers
 from trt.load import load_engine
 from trt.slab.layout import STORAGES
 
@@ -15,7 +15,7 @@ BATCH_TOLERANCE, PARITY_TOLERANCE = 0.05, 0.2
 
 
 @pytest.fixture(params=STORAGES)
-def engine(request, torch_cuda, checkpoint):  # noqa: F811
+def engine(request, torch_cuda, checkpoint):
     return load(checkpoint, "cuda", request.param)
 
 
@@ -24,8 +24,8 @@ def load(folder, device, storage):
     return load_engine("torch", folder, storage=storage, num_threads=None, device=device, **sizes)
 
 
-def test_a_score_depends_on_its_batch_by_rounding_alone(engine, pixels):  # noqa: F811
-    fill(engine, range(12), engine.encode_images(pixels)[0])
+def test_a_score_depends_on_its_batch_by_rounding_alone(engine, pixels):
+    fill_slots(engine, range(12), engine.encode_images(pixels)[0])
 
     together = all_scores(engine, [DOG, CAT], 12)
 
@@ -35,29 +35,29 @@ def test_a_score_depends_on_its_batch_by_rounding_alone(engine, pixels):  # noqa
         np.testing.assert_allclose(scores, alone, atol=BATCH_TOLERANCE)
 
 
-def test_logits_are_close_to_those_of_the_processor(engine, checkpoint, pixels):  # noqa: F811
+def test_logits_are_close_to_those_of_the_processor(engine, checkpoint, pixels):
     reference = load(checkpoint, "cpu", engine.info.storage)
     tokens, _ = reference.encode_images(pixels)
     for each in (engine, reference):
-        fill(each, range(12), tokens)
+        fill_slots(each, range(12), tokens)
 
     found, expected = (all_scores(each, [DOG, CAT], 12) for each in (engine, reference))
 
     assert np.abs(found - expected).max() < PARITY_TOLERANCE * expected.std()
 
 
-def test_slots_are_rewritten_through_the_staging_ring(engine, pixels):  # noqa: F811
+def test_slots_are_rewritten_through_the_staging_ring(engine, pixels):
     tokens, _ = engine.encode_images(pixels)
-    fill(engine, range(12), tokens)
+    fill_slots(engine, range(12), tokens)
     before = all_scores(engine, [DOG], 12)
 
-    fill(engine, range(12), tokens[::-1])
+    fill_slots(engine, range(12), tokens[::-1])
 
     np.testing.assert_allclose(all_scores(engine, [DOG], 12)[0], before[0, ::-1], atol=BATCH_TOLERANCE)
 
 
-def test_the_time_of_copies_is_told(engine, pixels):  # noqa: F811
-    fill(engine, range(3), engine.encode_images(pixels[:3])[0])
+def test_the_time_of_copies_is_told(engine, pixels):
+    fill_slots(engine, range(3), engine.encode_images(pixels[:3])[0])
     all_scores(engine, [DOG], 3)
 
     copies = engine.last_copies()
@@ -66,8 +66,8 @@ def test_the_time_of_copies_is_told(engine, pixels):  # noqa: F811
     assert 0 < copies.to_host_s < 1
 
 
-def test_what_comes_back_is_replayed_by_a_cuda_graph_with_the_logits_of_the_first_time(engine, pixels):  # noqa: F811
-    fill(engine, range(12), engine.encode_images(pixels)[0])
+def test_what_comes_back_is_replayed_by_a_cuda_graph_with_the_logits_of_the_first_time(engine, pixels):
+    fill_slots(engine, range(12), engine.encode_images(pixels)[0])
     first = all_scores(engine, [DOG, CAT], 12)
     assert engine.num_graphs == 0
 
@@ -78,12 +78,12 @@ def test_what_comes_back_is_replayed_by_a_cuda_graph_with_the_logits_of_the_firs
     np.testing.assert_array_equal(again[1:], again[:1] * 2)
 
 
-def test_a_graph_reads_the_slab_as_it_is_when_it_is_replayed(engine, pixels):  # noqa: F811
+def test_a_graph_reads_the_slab_as_it_is_when_it_is_replayed(engine, pixels):
     tokens, _ = engine.encode_images(pixels)
-    fill(engine, range(12), tokens)
+    fill_slots(engine, range(12), tokens)
     before = [all_scores(engine, [DOG], 12) for _ in range(3)][-1]
     assert engine.num_graphs == 1
 
-    fill(engine, range(12), tokens[::-1])
+    fill_slots(engine, range(12), tokens[::-1])
 
     np.testing.assert_allclose(all_scores(engine, [DOG], 12)[0], before[0, ::-1], atol=BATCH_TOLERANCE)

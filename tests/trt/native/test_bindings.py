@@ -9,10 +9,16 @@ from bindings_environment import ROOT, run_mypy, run_python
 #: The environment is built by the first test that asks for it.
 pytestmark = [pytest.mark.tensorrt, pytest.mark.timeout(1800)]
 
-#: What is checked against the bindings' own types: whatever imports them, and what stands on that.
+#: The modules that import the bindings, and those that use them through these.
 CHECKED = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("cuda_*.py", "tensorrt_*.py", "plan*.py")
+    for pattern in (
+        "cuda/*.py",
+        "slab/device.py",
+        "runtimes/tensorrt_*.py",
+        "build/plan_builder.py",
+        "build/tensorrt_compiler.py",
+    )
     for path in (ROOT / "trt").glob(pattern)
 )
 

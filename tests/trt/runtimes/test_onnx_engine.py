@@ -13,8 +13,8 @@ from rich.progress import Progress
 from edje.model.weights import load_checkpoint
 from edje.optional import PackageMissing
 from engine_directories import FIRST_LIMIT_S, KINDS, MAX_IMAGES, MAX_PAIRS, copy_of, sample
-from trt.check.comparison import report_on, scored, torch_reference
 from trt.check.pairs import hold_pairs
+from trt.check.reporting import report_on, scored, torch_reference
 from trt.contract import EngineBroken, EngineMismatch, EngineUnavailable, LimitExceeded
 from trt.load import load_engine
 from trt.manifest import GraphFiles, digest_file, read_manifest, write_manifest

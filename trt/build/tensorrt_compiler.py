@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from trt.build.plan import TENSORRT_VERSION, PlanBuilder
+from trt.build.plan_builder import TENSORRT_VERSION, PlanBuilder
 from trt.contract import Engine
 from trt.cuda.context import CudaDevice, device_ordinal
 from trt.graphs import GRAPH_NAMES, graphs_of
@@ -14,8 +14,8 @@ from trt.load import open_tensorrt
 from trt.manifest import BuildOptions, BuiltOn, Manifest, digest_file
 
 
-class GpuPlanner:
-    """`trt.build.assemble.Planner` over TensorRT's builder."""
+class TensorRtCompiler:
+    """`trt.build.assemble.PlanCompiler` over TensorRT's builder."""
 
     def __init__(
         self, options: BuildOptions, *, device: str, timing_cache: Path | None, error_on_cache_miss: bool

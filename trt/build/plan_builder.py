@@ -16,7 +16,7 @@ from trt.contract import EngineError, EngineUnavailable
 from trt.graphs import GraphSpec
 from trt.manifest import BuildOptions, HardwareCompatibility
 from trt.profiles import Profile
-from trt.runtimes.tensorrt_plan import PlanLog
+from trt.runtimes.tensorrt_plan import TensorRtLog
 
 TENSORRT_VERSION: str = tensorrt.__version__
 _GIB = 1 << 30
@@ -46,7 +46,7 @@ class PlanBuilder:
         self._options = options
         self._timing_cache = timing_cache
         self._error_on_cache_miss = error_on_cache_miss
-        self._log = PlanLog()
+        self._log = TensorRtLog()
         try:
             self._builder = tensorrt.Builder(self._log)
         except TypeError as error:  # what the bindings make of a builder that is none

@@ -26,13 +26,13 @@ def recorder():
 
 @pytest.fixture
 def plan(recorder, monkeypatch):
-    """`trt.build.plan` over the recorded builder."""
+    """`trt.build.plan_builder` over the recorded builder."""
     gpu = Gpu()
     module = with_builder(tensorrt_module(gpu, lambda *_: None), recorder)
     with recorded_modules(gpu):
         monkeypatch.setitem(importlib.sys.modules, "tensorrt", module)
-        yield importlib.import_module("trt.build.plan")
-        importlib.sys.modules.pop("trt.build.plan", None)
+        yield importlib.import_module("trt.build.plan_builder")
+        importlib.sys.modules.pop("trt.build.plan_builder", None)
 
 
 @pytest.fixture

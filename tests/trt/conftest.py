@@ -1,0 +1,41 @@
+"""Small checkpoints of every encoder, and pictures to encode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edje.config import FirstStageConfig
+from edje.init import initialise
+from edje.model.variants import VARIANTS
+from engine_contract import LATE_FUSION
+
+FIRST_STAGE = FirstStageConfig(mean=0.3, std=0.1)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small checkpoint of every encoder; the names that end in `-scored` read first-stage scores."""
+    root = tmp_path_factory.mktemp("engines")
+    for name in ("tiny", *LATE_FUSION):
+        config = VARIANTS[name]
+        initialise(config, root / name, seed=1)
+        joint = replace(config.joint, first_stage=FIRST_STAGE)
+        initialise(replace(config, joint=joint), root / f"{name}-scored", seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoints: Path) -> Path:
+    return checkpoints / "tiny"
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Twelve different smooth pictures; a pooling head maps all noise to nearly the same tokens."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (12, 3, 4, 4), dtype=np.uint8)
+    return coarse.repeat(16, axis=2).repeat(16, axis=3)
