@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edje.checkpoint import read_config
-from edje.evaluation.subject import Subject
+from edje.evaluation.encoded_split import EncodedSplit
 from edje.text import Tokenizer
 from protocols.blob import BlobLayout, decode_blobs
 from trt.contract import PairScorer
@@ -27,35 +27,35 @@ _STAGED = 1024
 Scorer = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
 
 
-def torch_engine(subject: Subject) -> Scorer:
+def torch_engine(split: EncodedSplit) -> Scorer:
     """The torch runtime on a CPU."""
-    return engine_scorer(subject, "torch", "cpu")
+    return engine_scorer(split, "torch", "cpu")
 
 
-def engine_scorer(subject: Subject, runtime: Runtime, device: str) -> Scorer:
+def engine_scorer(split: EncodedSplit, runtime: Runtime, device: str) -> Scorer:
     """Load the checkpoint into an engine with a slot for every image, and score through it."""
-    if not subject.stored.blobs:
+    if not split.stored.blobs:
         raise SystemExit("an engine reads stored blobs: give --storage fp16, bf16, int8 or int4")
     engine = load_engine(
         runtime,
-        subject.checkpoint,
-        storage=subject.stored.storage,
-        num_slots=len(subject.image_ids),
+        split.checkpoint,
+        storage=split.stored.storage,
+        num_slots=len(split.image_ids),
         max_pairs=MAX_PAIRS,
         max_images=1,
         num_threads=None,
         device=device,
     )
-    _fill(engine, subject)
-    tokenizer = Tokenizer.load(subject.checkpoint)
+    _fill(engine, split)
+    tokenizer = Tokenizer.load(split.checkpoint)
 
     def score(captions: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.float32]:
         logits = np.empty(len(captions), np.float32)
         for start in range(0, len(captions), MAX_PAIRS):
             part = slice(start, start + MAX_PAIRS)
             names, numbers = np.unique(captions[part], return_inverse=True)
-            queries = engine.encode_queries([tokenizer.encode(subject.captions[name]) for name in names])
-            first_stage = subject.similarity[captions[part], images[part]] if engine.info.reads_first_stage else None
+            queries = engine.encode_queries([tokenizer.encode(split.captions[name]) for name in names])
+            first_stage = split.similarity[captions[part], images[part]] if engine.info.reads_first_stage else None
             logits[part] = engine.score_pairs(
                 queries, numbers.astype(np.int32), images[part].astype(np.int32), first_stage
             )
@@ -64,11 +64,11 @@ def engine_scorer(subject: Subject, runtime: Runtime, device: str) -> Scorer:
     return score
 
 
-def _fill(engine: PairScorer, subject: Subject) -> None:
-    config = read_config(subject.checkpoint)
-    layout = BlobLayout(subject.model_digest, config.adapter.num_tokens, config.joint.dim, subject.stored.storage)
-    for start in range(0, len(subject.stored.blobs), _STAGED):
-        blobs = subject.stored.blobs[start : start + _STAGED]
+def _fill(engine: PairScorer, split: EncodedSplit) -> None:
+    config = read_config(split.checkpoint)
+    layout = BlobLayout(split.model_digest, config.adapter.num_tokens, config.joint.dim, split.stored.storage)
+    for start in range(0, len(split.stored.blobs), _STAGED):
+        blobs = split.stored.blobs[start : start + _STAGED]
         slots = range(start, start + len(blobs))
         tokens, scales, rows = engine.slab.stage(slots)
         for error in decode_blobs(layout, blobs, tokens, scales, rows):

@@ -22,13 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from edje.calibration import Direction
 from edje.data.dataset import DataError, Problems
+from protocols.validation import first_problem
 
 #: Limits before parsing: a line of a million candidates is a mistake, not a list to rerank.
 MAX_LINE_BYTES = 16_000_000
 MAX_CANDIDATES = 100_000
 
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
-_FIELDS = ("query", "candidates", "image", "text", "score", "label")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,7 @@ def _parsed(raw: bytes, number: int) -> CandidateList:
     try:
         line = _Line.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _FIELDS)
-        raise ValueError(f"{where or 'the object'}: {first['msg']}") from error
+        raise ValueError(first_problem(error, root="the object")) from error
     query = _Content(text=line.query) if isinstance(line.query, str) else line.query
     if (query.text is None) == (query.image is None):
         raise ValueError("query: give a text or an image, and not both")

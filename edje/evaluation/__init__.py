@@ -1,5 +1,4 @@
-"""How well a model ranks: the published protocol, over any scorer, with intervals.
+"""How well a model ranks: the published protocol, over any scorer, with confidence intervals.
 
-`protocol`, `metrics`, `bootstrap`, `cascade` and `storage` are numpy alone; `subject` is where a checkpoint and its
-data come in.
+`encoded_split` loads a checkpoint and a dataset, `torch_scorers` runs the model; the other modules are numpy alone.
 """

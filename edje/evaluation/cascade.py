@@ -1,6 +1,6 @@
-"""A cascade: a cheap scorer sees every candidate, the full one only the best few, and the two are one scorer.
+"""A cascade of two scorers: a cheap one scores every candidate, a full one only the best few.
 
-Knows nothing of models; both stages are scorers like any other.
+Knows nothing of models; the result is a scorer like its two stages.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from edje.evaluation.protocol import Scorer, checked_scores
 class Cascade:
     """A scorer that gives the `budget` best candidates of each query, by `cheap`, the scores of `full`.
 
-    Those keep their full scores. The others come behind them in the order of their cheap scores, in even steps below
-    the lowest full score: a sum of the two scores would not keep the order once rounded. With a budget of 0 all
-    scores are cheap ones, with one of at least k all are full ones.
+    The other candidates follow in the order of their cheap scores, at even steps below the lowest full score. Adding
+    the two scores would not keep that order once rounded. With a budget of 0 all scores are cheap ones, with one of at
+    least k all are full ones.
     """
 
     cheap: Scorer
@@ -34,26 +34,26 @@ class Cascade:
         cheap = checked_scores(self.cheap, query_index, candidate_index)
         if self.budget == 0 or not cheap.size:
             return cheap
-        group, place = _places(query_index, cheap)
-        chosen = place < self.budget
+        group, rank = _ranks(query_index, cheap)
+        chosen = rank < self.budget
         scores = np.empty_like(cheap)
         scores[chosen] = checked_scores(self.full, query_index[chosen], candidate_index[chosen])
         lowest = np.full(group.max() + 1, np.inf, np.float32)
         np.minimum.at(lowest, group[chosen], scores[chosen])
         rest = ~chosen
         floor = lowest[group[rest]]
-        # At least 1, and more where float32 cannot tell 1 apart; the steps below may reach the next power of two.
+        # A step is at least 1, and larger where float32 rounds 1 away; the steps may cross the next power of two.
         step = np.maximum(np.float32(1.0), 4 * np.spacing(np.abs(floor)))
-        scores[rest] = floor - step * (place[rest] - self.budget + 1).astype(np.float32)
+        scores[rest] = floor - step * (rank[rest] - self.budget + 1).astype(np.float32)
         return scores
 
 
-def _places(query_index: NDArray[np.int64], scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each pair's query, numbered from 0, and its place among that query's pairs, best 0, ties in order."""
+def _ranks(query_index: NDArray[np.int64], scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each pair's query, numbered from 0, and the pair's rank among its query's pairs, best 0, ties in order."""
     _, group = np.unique(query_index, return_inverse=True)
     order = np.lexsort((-scores, group))  # stable
     sizes = np.bincount(group)
     starts = np.cumsum(sizes) - sizes
-    place = np.empty(len(scores), np.int64)
-    place[order] = np.arange(len(scores)) - starts[group[order]]
-    return group, place
+    rank = np.empty(len(scores), np.int64)
+    rank[order] = np.arange(len(scores)) - starts[group[order]]
+    return group, rank

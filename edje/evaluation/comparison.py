@@ -1,4 +1,4 @@
-"""First stage and reranked side by side: every metric with its interval, and that of the paired difference."""
+"""Compares first stage and reranking: every metric before and after, and their difference, with intervals."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edje.calibration import Direction
 from edje.evaluation.bootstrap import NUM_RESAMPLES, Interval, bootstrap_intervals
 from edje.evaluation.metrics import metric_columns, metric_names
 from edje.evaluation.protocol import (
@@ -19,12 +20,12 @@ from edje.evaluation.protocol import (
     reorder,
     score_top,
 )
-from edje.evaluation.task import Direction, RetrievalTask
+from edje.evaluation.task import RetrievalTask
 
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """One metric before and after reranking; `difference` is after minus before, over the same resamples."""
+    """One metric before and after reranking; `difference` is after minus before, of the same resamples."""
 
     metric: str
     first_stage: Interval
@@ -34,7 +35,7 @@ class MetricRow:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One direction at one depth."""
+    """All metrics of one direction at one k."""
 
     direction: Direction
     k: int
@@ -43,7 +44,7 @@ class Comparison:
     rows: tuple[MetricRow, ...]
 
     def row(self, metric: str) -> MetricRow:
-        """The row of a metric by name, such as `R@1`; raises `KeyError`."""
+        """The row of a metric, such as `R@1`. Raises `KeyError`."""
         for row in self.rows:
             if row.metric == metric:
                 return row
@@ -59,7 +60,7 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda num_queries: None,
 ) -> Comparison:
-    """Rerank the first stage's best k of every query and compare. Raises `EvaluationError`."""
+    """Rerank the first stage's best k of every query and compare both rankings. Raises `EvaluationError`."""
     [comparison] = evaluate_depths(task, scorer, [k], num_resamples=num_resamples, seed=seed, on_progress=on_progress)
     return comparison
 
@@ -75,7 +76,7 @@ def evaluate_depths(
 ) -> list[Comparison]:
     """As `evaluate` at several k, scoring each pair once.
 
-    Only for a scorer whose score depends on nothing but the pair; a cascade's depends on what else is in the list.
+    Only for a scorer whose scores depend on the pair alone; those of a cascade depend on the whole list.
     """
     before = first_stage(task, max(depths))
     scores = score_top(scorer, before.top, on_progress=on_progress)
@@ -90,7 +91,7 @@ def compare(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Comparison:
-    """Compare a first stage with what `(queries, k)` scores of its best k make of it."""
+    """Compare a first stage with its ranking after `(queries, k)` scores of its best k."""
     k = scores.shape[1]
     after = ranks_after(before, reorder(before.top[:, :k], scores))
     refuse_changed_recall(before.ranks, after, k)

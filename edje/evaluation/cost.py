@@ -1,6 +1,6 @@
-"""What a scorer computes, in GFLOP, and what a cascade of two does.
+"""The operations of a scorer, in GFLOP, and those of a cascade of two.
 
-Two operations to a multiply-add. What is spent offline, once per image, is not counted.
+A multiply-add counts as two operations. Work that is done offline, once per image, is not counted.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from edje.model.flops import Cost
 
 @dataclass(frozen=True, slots=True)
 class ScorerCost:
-    """Spent once for a query, and again for each of its pairs."""
+    """Operations per query, and per pair in addition."""
 
     gflop_per_query: float
     gflop_per_pair: float
 
     def per_pair_at(self, k: int) -> float:
-        """A pair's share of everything, where a query has k candidates: what scorers are compared by."""
+        """All operations per pair where a query has k candidates; the figure by which scorers are compared."""
         return self.gflop_per_pair + self.gflop_per_query / k
 
 
 def scorer_cost(cost: Cost) -> ScorerCost:
-    """From the operations that `edje.model.flops` counts."""
+    """The cost in GFLOP, from the operations that `edje.model.flops` counts."""
     return ScorerCost(cost.per_query / 1e9, cost.per_pair / 1e9)
 
 
 def cascade_cost(cheap: ScorerCost, full: ScorerCost, budget: int, k: int, *, shared_query: bool = False) -> ScorerCost:
-    """Both stages as one, where a query has k candidates and the `budget` best of them reach the full scorer.
+    """The cost of a cascade where a query has k candidates and the `budget` best of them reach the full scorer.
 
-    `shared_query` says that both read the same query states, so that the dearer of the two is spent once.
+    With `shared_query` both stages read the same query states, so only the more expensive of the two is counted.
     """
     per_query = [cheap.gflop_per_query] + ([full.gflop_per_query] if budget else [])
     share = min(budget, k) / k

@@ -1,6 +1,6 @@
-"""Reads which dataset is meant from a TOML file: a recipe with a table `data`, or that table alone.
+"""Reads the description of a dataset from a file: a recipe with a table `data`, or that table alone.
 
-The `recipe.json` that a training run leaves behind will do as well.
+TOML, or JSON such as the `recipe.json` of a training run.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ def _adapter() -> TypeAdapter[DataSpec]:
 
 
 def read_data_spec(path: Path) -> DataSpec:
-    """The dataset a file names, relative paths taken from the file's folder. Raises `DataError`."""
+    """The dataset that a file describes; relative paths start at the file's folder. Raises `DataError`."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise DataError(f"{path} is no {'JSON' if path.suffix == '.json' else 'TOML'} file: {error}") from error
+    except ValueError as error:  # invalid TOML or JSON, or not UTF-8
+        raise DataError(
+            f"{path} is not a valid {'JSON' if path.suffix == '.json' else 'TOML'} file: {error}"
+        ) from error
     try:
         return _adapter().validate_python(data_from(path.parent, content.get("data", content)))
     except ValidationError as error:
-        raise DataError(f"{path} does not name a dataset: {first_problem(error, root='the dataset')}") from error
+        raise DataError(f"{path} does not describe a dataset: {first_problem(error, root='the dataset')}") from error

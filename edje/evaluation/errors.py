@@ -1,22 +1,20 @@
-"""What can be wrong with an evaluation; each message is a sentence for whoever runs it.
+"""Errors of an evaluation; each message is a sentence for the person who runs it.
 
-Errors:
-
-    EvaluationError
-      TaskInvalid       similarities, positives and k do not fit together
-      ScoresUnusable    a scorer gave something that cannot be ranked
-      RecallChanged     R@k differs before and after reranking, which no permutation of k candidates can do
-      StorageImpossible the tokens cannot be held in the storage type asked for
-      ScorerUnknown     there is no such scorer, or it cannot be made
-      SubjectUnusable   checkpoint and data do not fit together
-      PlotImpossible    nothing to draw with, or nothing to draw
+EvaluationError
+  TaskInvalid        similarities, positives and k do not fit together
+  ScoresUnusable     a scorer's output cannot be ranked
+  RecallChanged      R@k differs before and after reranking, which no permutation of k candidates can do
+  StorageImpossible  the storage type cannot hold the tokens
+  ScorerUnknown      the scorer does not exist or cannot be made
+  SplitUnusable      checkpoint and data do not fit together
+  PlotImpossible     matplotlib is missing, or there is nothing to draw
 """
 
 from __future__ import annotations
 
 
 class EvaluationError(Exception):
-    """Root of what stops an evaluation."""
+    """Root of the errors that stop an evaluation."""
 
 
 class TaskInvalid(EvaluationError):
@@ -24,7 +22,7 @@ class TaskInvalid(EvaluationError):
 
 
 class ScoresUnusable(EvaluationError):
-    """A scorer gave something that cannot be ranked."""
+    """A scorer's output cannot be ranked."""
 
 
 class RecallChanged(EvaluationError):
@@ -32,16 +30,16 @@ class RecallChanged(EvaluationError):
 
 
 class StorageImpossible(EvaluationError):
-    """The tokens cannot be held in the storage type asked for."""
+    """The storage type cannot hold the tokens."""
 
 
 class ScorerUnknown(EvaluationError):
-    """There is no such scorer, or it cannot be made."""
+    """The scorer does not exist or cannot be made."""
 
 
-class SubjectUnusable(EvaluationError):
+class SplitUnusable(EvaluationError):
     """Checkpoint and data do not fit together."""
 
 
 class PlotImpossible(EvaluationError):
-    """Nothing to draw with, or nothing to draw."""
+    """Matplotlib is missing, or there is nothing to draw."""

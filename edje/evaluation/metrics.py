@@ -1,6 +1,6 @@
-"""Ranks of the positives to one value per query: recall, reciprocal rank, nDCG.
+"""Ranking metrics, one value per query: recall, reciprocal rank, nDCG, average precision.
 
-Knows nothing of scores, of images and of how the ranks came about.
+Computed from the ranks of the positives alone; knows neither scores nor images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NDCG_CUTOFF = 10
 
 @dataclass(frozen=True, slots=True)
 class PositiveRanks:
-    """Where the positives of each query ended up, best is 0; every query has at least one."""
+    """The ranks of each query's positives, the best rank being 0; every query has at least one positive."""
 
     num_queries: int
     query_index: NDArray[np.int64]  # (positives,)
@@ -36,12 +36,12 @@ def recall_at(ranks: PositiveRanks, cutoff: int) -> NDArray[np.float64]:
 
 
 def reciprocal_rank(ranks: PositiveRanks) -> NDArray[np.float64]:
-    """1 over the place, counted from 1, of the best positive: (queries,)."""
+    """1 over the rank of the best positive, the first rank being 1: (queries,)."""
     return 1.0 / (ranks.best() + 1)
 
 
 def ndcg_at(ranks: PositiveRanks, cutoff: int) -> NDArray[np.float64]:
-    """Gain of the positives among the first `cutoff`, over the gain had they all come first: (queries,)."""
+    """The discounted gain of the positives among the first `cutoff`, divided by the highest possible: (queries,)."""
     discounts = 1.0 / np.log2(np.arange(2, cutoff + 2))
     gains = np.where(ranks.rank < cutoff, discounts[np.minimum(ranks.rank, cutoff - 1)], 0.0)
     gained = np.bincount(ranks.query_index, weights=gains, minlength=ranks.num_queries)
@@ -50,8 +50,18 @@ def ndcg_at(ranks: PositiveRanks, cutoff: int) -> NDArray[np.float64]:
     return gained / ideal
 
 
+def average_precision(ranks: PositiveRanks) -> NDArray[np.float64]:
+    """The mean over the positives of the precision at their ranks: (queries,)."""
+    order = np.lexsort((ranks.rank, ranks.query_index))
+    queries, rank = ranks.query_index[order], ranks.rank[order]
+    num_positives = np.bincount(queries, minlength=ranks.num_queries)
+    num_before = np.arange(len(queries)) - np.repeat(np.cumsum(num_positives) - num_positives, num_positives)
+    precision = (num_before + 1) / (rank + 1)
+    return np.bincount(queries, weights=precision, minlength=ranks.num_queries) / num_positives
+
+
 def metric_names(k: int) -> list[str]:
-    """What `metric_columns` holds, in its order; R@k is among it because it must not change."""
+    """The names of the columns of `metric_columns`. R@k is one of them because reranking must not change it."""
     return [*(f"R@{cutoff}" for cutoff in _cutoffs(k)), "MRR", f"nDCG@{NDCG_CUTOFF}"]
 
 

@@ -1,7 +1,7 @@
-"""Quality against what it costs: per pair in computing, per image in bytes, per query in candidates.
+"""Plots of R@1 against cost: GFLOP per pair, bytes per image, candidates per query.
 
-Draws figures that somebody else computed. The same figures give the same file, byte for byte, with one version of
-matplotlib, which is imported when the first plot is drawn.
+Computes nothing. The same figures give the same file, byte for byte, with one version of matplotlib, which is imported
+when the first plot is drawn.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 from edje.evaluation.errors import PlotImpossible
 
-#: Okabe and Ito's colours, told apart with any colour vision, without their yellow, which is faint on white.
+#: Okabe and Ito's colours, distinct for any colour vision; their yellow is left out because it is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SUFFIXES = (".svg", ".png")
 _INCHES = (7.2, 4.4)
 _STYLE: dict[str, object] = {
-    "svg.hashsalt": "edje",  # names inside the file would otherwise be random
+    "svg.hashsalt": "edje",  # element ids are random otherwise
     "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so it is the same on every machine
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,8 +35,8 @@ _STYLE: dict[str, object] = {
     "figure.facecolor": "white",
     "savefig.dpi": 150,
 }
-#: Where a name may stand beside its point, in points, the first that is free; and how it is aligned.
-_PLACES = (
+#: Offsets of a name from its point, in points, and its alignment; the first free one is used.
+_OFFSETS = (
     (8, 4, "left"),
     (8, -12, "left"),
     (-8, 4, "right"),
@@ -46,30 +46,30 @@ _PLACES = (
     (-8, 20, "right"),
     (-8, -28, "right"),
 )
-#: Between a name and another scorer's point, in pixels: so that none seems to belong to two.
+#: Least distance between a name and another scorer's point, in pixels.
 _CLEARANCE = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A scorer: its name, what it costs, and R@1 as a fraction, once for each seed it was trained with."""
+    """A scorer: its name, its cost, and R@1 as a fraction for each seed it was trained with."""
 
     name: str
     x: float
     recalls: tuple[float, ...]
-    note: str = ""  # written beside a curve's point, such as a number of tokens
+    note: str = ""  # printed next to a curve's point, such as a number of tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points that belong together, in the order in which they are joined."""
+    """Points that are joined by a line, in this order."""
 
     name: str
     points: tuple[Point, ...]
 
 
 def quality_vs_cost(points: Sequence[Point], path: Path, *, title: str = "", first_stage: float | None = None) -> None:
-    """R@1 against GFLOP per pair, every point named; the first stage as a level. Writes `.svg` or `.png`."""
+    """Plot R@1 against GFLOP per pair, with named points and a line for the first stage; writes `.svg` or `.png`."""
     with _axes(path, points, title, "GFLOP per pair") as axes:
         axes.set_xscale("log")
         axes.margins(x=0.15, y=0.15)
@@ -82,7 +82,7 @@ def quality_vs_cost(points: Sequence[Point], path: Path, *, title: str = "", fir
 
 
 def quality_vs_bytes(curves: Sequence[Curve], path: Path, *, title: str = "", first_stage: float | None = None) -> None:
-    """R@1 against stored bytes per image, a curve per storage type, the points' notes beside them."""
+    """Plot R@1 against stored bytes per image, a curve per storage type, each point with its note."""
     with _axes(path, _all(curves), title, "bytes per image") as axes:
         axes.set_xscale("log", base=2)
         _draw_curves(axes, curves, first_stage)
@@ -97,7 +97,7 @@ def quality_vs_k(
     first_stage: float | None = None,
     scale: Literal["linear", "log"] = "linear",
 ) -> None:
-    """R@1 against the number of candidates that are reranked."""
+    """Plot R@1 against the number of candidates that are reranked."""
     with _axes(path, _all(curves), title, "candidates reranked, k") as axes:
         axes.set_xscale(scale)
         _draw_curves(axes, curves, first_stage)
@@ -108,7 +108,7 @@ def quality_vs_k(
 
 @contextmanager
 def _axes(path: Path, points: Sequence[Point], title: str, x_label: str) -> Iterator[Any]:
-    """Empty axes with their labels; what is drawn on them is written to `path`. Raises `PlotImpossible`."""
+    """Labelled empty axes; on leaving, the figure is written to `path`. Raises `PlotImpossible`."""
     _refuse(path, points)
     try:
         matplotlib = importlib.import_module("matplotlib")
@@ -120,7 +120,7 @@ def _axes(path: Path, points: Sequence[Point], title: str, x_label: str) -> Iter
     agg = importlib.import_module("matplotlib.backends.backend_agg")
     with matplotlib.rc_context(_STYLE):
         figure = figure_module.Figure(figsize=_INCHES, layout="constrained")
-        agg.FigureCanvasAgg(figure)  # no display is asked for, whatever the machine has
+        agg.FigureCanvasAgg(figure)  # works without a display
         axes = figure.add_subplot()
         axes.set(xlabel=x_label, ylabel="R@1, %")
         axes.set_title(title, loc="left")
@@ -135,9 +135,7 @@ def _refuse(path: Path, points: Sequence[Point]) -> None:
         raise PlotImpossible(f"there is nothing to draw in {path}")
     for point in points:
         if not point.recalls or not point.x > 0:
-            raise PlotImpossible(
-                f"the point {point.name!r} at {point.x:g} has no figure, or stands at no positive place"
-            )
+            raise PlotImpossible(f"the point {point.name!r} at {point.x:g} has no R@1, or its x is not positive")
 
 
 def _all(curves: Sequence[Curve]) -> list[Point]:
@@ -165,7 +163,7 @@ def _draw_curves(axes: Any, curves: Sequence[Curve], first_stage: float | None) 
 
 
 def _errorbar(axes: Any, points: Sequence[Point], number: int, *, joined: bool, label: str | None = None) -> None:
-    """Means, and bars from the worst to the best seed where there are several."""
+    """Draw means, with bars from the worst to the best seed if there are several seeds."""
     means = [100 * _mean(point) for point in points]
     below = [mean - 100 * min(point.recalls) for mean, point in zip(means, points, strict=True)]
     above = [100 * max(point.recalls) - mean for mean, point in zip(means, points, strict=True)]
@@ -198,7 +196,7 @@ def _level(axes: Any, first_stage: float) -> None:
 
 
 def _name_points(axes: Any, points: Sequence[Point]) -> None:
-    """Write each name where it covers no other name and no point, as far as there is such a place."""
+    """Print each name at the first offset that covers no other name or point, or else at the least crowded one."""
     figure = axes.figure
     figure.draw_without_rendering()
     centres = axes.transData.transform([(point.x, 100 * _mean(point)) for point in points])
@@ -206,20 +204,20 @@ def _name_points(axes: Any, points: Sequence[Point]) -> None:
     for number, point in enumerate(points):
         others = [centre for at, centre in enumerate(centres) if at != number]
         tries = []
-        for place in _PLACES:
-            text = _name(axes, point, number, place)
+        for offset in _OFFSETS:
+            text = _name(axes, point, number, offset)
             box = text.get_window_extent()
             text.remove()
             outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1)
             covered = sum(box.overlaps(name) for name in taken)
             crowded = sum(box.padded(_CLEARANCE).contains(x, y) for x, y in others)
-            tries.append(((outside, covered, crowded), place))
+            tries.append(((outside, covered, crowded), offset))
         best = min(tries, key=lambda one: one[0])[1]
         taken.append(_name(axes, point, number, best).get_window_extent())
 
 
-def _name(axes: Any, point: Point, number: int, place: tuple[int, int, str]) -> Any:
-    right, up, align = place
+def _name(axes: Any, point: Point, number: int, offset: tuple[int, int, str]) -> Any:
+    right, up, align = offset
     return axes.annotate(
         point.name,
         (point.x, 100 * _mean(point)),
@@ -231,7 +229,7 @@ def _name(axes: Any, point: Point, number: int, place: tuple[int, int, str]) -> 
 
 
 def _darkened(colour: str) -> str:
-    """Some of the colours are too light to be read on white."""
+    """A darker colour for text: some of the colours are too light to be read on white."""
     return "#" + "".join(f"{int(colour[at : at + 2], 16) * 6 // 10:02x}" for at in (1, 3, 5))
 
 

@@ -1,7 +1,7 @@
 """The published protocol: the first stage orders all candidates, a scorer reorders its best k.
 
-A reranked ranking is those k by score, then the rest as before. Ties keep the order they had. Knows nothing of
-models: whatever scores pairs can be judged.
+A reranked ranking is those k by score, then the rest in the first stage's order. Ties keep the first stage's order.
+Knows nothing of models: it takes any scorer of pairs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _CHUNK_VALUES = 4_000_000
 
 
 class Scorer(Protocol):
-    """Whatever scores pairs: a model in torch, a graph in ONNX Runtime, an engine, a table.
+    """A function that scores pairs: a model in torch, a graph in ONNX Runtime, an engine, a table.
 
     `scorer(query_index, candidate_index)` takes two int64 arrays `(P,)` and returns one float32 score per pair, higher
     is better, comparable among the candidates of one query. A call holds *all* candidates of each of its queries,
-    query after query, each query's in the order of the first stage.
+    query after query, the candidates of a query in the first stage's order.
     """
 
     def __call__(
@@ -38,7 +38,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FirstStage:
-    """What the first stage makes of a task."""
+    """The first stage's ranking of a task."""
 
     top: NDArray[np.int64]  # (queries, k) candidates, best first
     positives: NDArray[np.int64]  # (positives,) candidates
@@ -46,7 +46,7 @@ class FirstStage:
 
 
 def swapped(scorer: Scorer) -> Scorer:
-    """The same scorer with the parts exchanged: one of (caption, image) pairs as one of (image, caption) pairs."""
+    """The same scorer with its arguments exchanged: a scorer of (caption, image) pairs takes (image, caption) pairs."""
 
     def score(query_index: NDArray[np.int64], candidate_index: NDArray[np.int64]) -> NDArray[np.float32]:
         return scorer(candidate_index, query_index)
@@ -57,11 +57,11 @@ def swapped(scorer: Scorer) -> Scorer:
 def checked_scores(
     scorer: Scorer, query_index: NDArray[np.int64], candidate_index: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Call a scorer. Raises `ScoresUnusable` unless it gives one finite score per pair."""
+    """The scores of a call. Raises `ScoresUnusable` unless the scorer returns one finite score per pair."""
     scores = np.asarray(scorer(query_index, candidate_index))
     if scores.shape != query_index.shape or not np.issubdtype(scores.dtype, np.floating):
         raise ScoresUnusable(
-            f"the scorer gave {scores.dtype} of shape {scores.shape} for {len(query_index)} pairs; "
+            f"the scorer returned {scores.dtype} of shape {scores.shape} for {len(query_index)} pairs; "
             "expected one float32 per pair"
         )
     with np.errstate(over="ignore"):
@@ -71,13 +71,13 @@ def checked_scores(
         pair = bad[0]
         raise ScoresUnusable(
             f"the score of query {query_index[pair]} with candidate {candidate_index[pair]} is {scores[pair]}, "
-            f"which has no rank ({bad.size} such scores in this call)"
+            f"which cannot be ranked ({bad.size} such scores in this call)"
         )
     return scores
 
 
 def first_stage(task: RetrievalTask, k: int) -> FirstStage:
-    """Order all candidates by similarity. Raises `TaskInvalid` for a k that the candidates do not allow."""
+    """All candidates ordered by similarity. Raises `TaskInvalid` for a k that exceeds the candidates."""
     refuse_depth(k, task.num_candidates)
     by_query = np.argsort(task.positive_query, kind="stable")
     queries, candidates = task.positive_query[by_query], task.positive_candidate[by_query]
@@ -87,17 +87,17 @@ def first_stage(task: RetrievalTask, k: int) -> FirstStage:
     for start in range(0, task.num_queries, step):
         order = np.argsort(-task.similarity[start : start + step], axis=1, kind="stable")
         top[start : start + step] = order[:, :k]
-        place = np.empty_like(order)
-        np.put_along_axis(place, order, np.broadcast_to(np.arange(task.num_candidates), order.shape), axis=1)
+        rank = np.empty_like(order)
+        np.put_along_axis(rank, order, np.broadcast_to(np.arange(task.num_candidates), order.shape), axis=1)
         first, last = np.searchsorted(queries, [start, start + len(order)])
-        ranks[first:last] = place[queries[first:last] - start, candidates[first:last]]
+        ranks[first:last] = rank[queries[first:last] - start, candidates[first:last]]
     return FirstStage(top, candidates, PositiveRanks(task.num_queries, queries, ranks))
 
 
 def score_top(
     scorer: Scorer, top: NDArray[np.int64], *, on_progress: Callable[[int], None] = lambda num_queries: None
 ) -> NDArray[np.float32]:
-    """Score `(queries, k)` candidates; `on_progress` hears how many queries each call has finished."""
+    """The scores of `(queries, k)` candidates. Calls `on_progress` with the number of queries that were just scored."""
     num_queries, k = top.shape
     scores = np.empty(top.shape, np.float32)
     step = max(1, PAIRS_PER_CALL // k)
@@ -110,15 +110,15 @@ def score_top(
 
 
 def reorder(top: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.int64]:
-    """`(queries, k)` candidates by their `(queries, k)` scores, best first, ties in their order."""
+    """`(queries, k)` candidates ordered by their `(queries, k)` scores, best first; ties keep their order."""
     return np.take_along_axis(top, np.argsort(-scores, axis=1, kind="stable"), axis=1)
 
 
 def ranks_after(before: FirstStage, new_top: NDArray[np.int64]) -> PositiveRanks:
-    """Where the positives are once `(queries, k)` candidates stand first and the rest follows as before.
+    """The ranks of the positives when `(queries, k)` candidates come first and the others keep their order.
 
-    Takes the new order as it is, so that one which is no reordering (a reply with a candidate too many, say) shows in
-    `refuse_changed_recall`.
+    Does not check that `new_top` is a permutation; `refuse_changed_recall` finds one that is not, such as a reply with
+    a candidate too many.
     """
     k = new_top.shape[1]
     ranks = before.ranks
@@ -128,7 +128,7 @@ def ranks_after(before: FirstStage, new_top: NDArray[np.int64]) -> PositiveRanks
 
 
 def refuse_changed_recall(before: PositiveRanks, after: PositiveRanks, k: int) -> None:
-    """Raise `RecallChanged` if any query's hit among the first k came or went: reordering k candidates cannot do it."""
+    """Raise `RecallChanged` if R@k of any query changed: reordering k candidates cannot change it."""
     hits_before, hits_after = recall_at(before, k), recall_at(after, k)
     changed = np.flatnonzero(hits_before != hits_after)
     if changed.size:

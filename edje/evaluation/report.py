@@ -1,6 +1,6 @@
-"""An evaluation as something to keep: a table in the terminal, Markdown, and a JSON document that reads back.
+"""The report of an evaluation: a table in the terminal, Markdown, and a JSON document that can be read again.
 
-All figures are fractions in JSON and per cent in the tables, with the 95 % interval behind them.
+Figures are fractions in JSON and per cent in the tables, followed by their 95 % intervals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEADINGS = ("first stage", "reranked", "difference")
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One direction at one k, and what scoring it costs; None where the scorer does not say."""
+    """One direction at one k, and the scorer's cost; None where the cost is unknown."""
 
     comparison: Comparison
     cost: ScorerCost | None
@@ -33,7 +33,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was judged, how, and what came out."""
+    """The model and data of an evaluation, its settings and its results."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -60,20 +60,20 @@ def _adapter() -> TypeAdapter[Report]:
 
 
 def to_json(report: Report) -> str:
-    """The whole report in one line."""
+    """The report as one line of JSON."""
     return json.dumps(asdict(report), allow_nan=False)
 
 
 def read_report(text: str) -> Report:
-    """The inverse of `to_json`. Raises `ValueError` for anything else."""
+    """The inverse of `to_json`. Raises `ValueError` for other text."""
     report = _adapter().validate_json(text)
     if report.schema_version != SCHEMA_VERSION:
-        raise ValueError(f"a report of version {report.schema_version}; this reads version {SCHEMA_VERSION}")
+        raise ValueError(f"a report of version {report.schema_version}; this program reads version {SCHEMA_VERSION}")
     return report
 
 
 def to_markdown(report: Report) -> str:
-    """One table per direction and k, under a line that says what was judged."""
+    """A line about model, data and settings, then one table per direction and k."""
     parts = [" · ".join(_facts(report))]
     for result in report.results:
         lines = [f"**{_title(result)}**", "", f"| % | {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|"]
@@ -83,7 +83,7 @@ def to_markdown(report: Report) -> str:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The same as tables in a terminal."""
+    """Print the content of `to_markdown` as tables in a terminal."""
     console.print(Text(", ".join(_facts(report))), soft_wrap=True)
     for result in report.results:
         console.print(Text(f"\n{_title(result)}"), soft_wrap=True)
@@ -126,7 +126,7 @@ def _cells(comparison: Comparison) -> list[tuple[str, str, str, str]]:
 
 
 def _percent(interval: Interval, *, sign: str = "") -> str:
-    # Adding nothing turns a negative zero into a plain one.
+    # Adding zero turns a negative zero into a positive one.
     value, low, high = (
         f"{round(100 * each, 1) + 0.0:{sign}.1f}" for each in (interval.value, interval.low, interval.high)
     )

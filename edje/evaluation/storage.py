@@ -1,6 +1,6 @@
-"""Visual tokens as the service would store them and its engine would see them: encoded, decoded, dequantised.
+"""Visual tokens as the service stores them and its engine reads them: encoded, decoded, dequantised.
 
-Goes through the very code that writes and reads the store's blobs, so what is judged is what is served.
+Uses the code that writes and reads the store's blobs, so that an evaluation judges what is served.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from edje.evaluation.errors import StorageImpossible
 from protocols.blob import BlobLayout, decode_blobs, dequantize, encode_blob
 from protocols.quantize import StorageType
 
-#: `none` is the model's own float32, which the service cannot store: what rounding costs is seen beside it.
+#: `none` is the model's float32, which the service cannot store; it shows the cost of rounding.
 Storage = Literal["none", "fp16", "bf16", "int8", "int4"]
 
-#: An evaluation names images by number; the blob's field for the file's own hash is filled with zeros.
+#: The blob's field for the image file's hash; an evaluation names images by number.
 _NO_SHA256 = bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTokens:
-    """The tokens of all images, rounded as their storage type rounds, and what one image costs."""
+    """The tokens of all images, rounded as their storage type rounds, and the size of one image."""
 
     storage: Storage
     tokens: NDArray[np.float32]  # (images, m, d), dequantised
     blobs: tuple[bytes, ...]  # of the same images, for an engine that reads blobs; empty for `none`
     payload_bytes_per_image: int  # values and scales
-    blob_bytes_per_image: int | None  # as one value in the store; None for `none`
+    blob_bytes_per_image: int | None  # of the value in the store; None for `none`
 
 
 def store_tokens(tokens: NDArray[np.float32], storage: Storage, model_digest: str) -> StoredTokens:
-    """Round `(images, m, d)` tokens as a storage type does. Raises `StorageImpossible`, naming the image."""
+    """Round `(images, m, d)` tokens as a storage type does. Raises `StorageImpossible`, which names the image."""
     num_images, num_tokens, token_dim = tokens.shape
     if storage == "none":
         _refuse_not_finite(tokens)

@@ -1,21 +1,19 @@
-"""What is searched: queries, candidates, first-stage similarities, and which candidates are right."""
+"""A retrieval task: queries, candidates, first-stage similarities, and which candidates are positives."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edje.calibration import Direction
 from edje.evaluation.errors import TaskInvalid
-
-Direction = Literal["text-to-image", "image-to-text"]
 
 
 @dataclass(frozen=True, slots=True)
 class RetrievalTask:
-    """One direction of retrieval. Queries with the same `cluster` share an image and are resampled together.
+    """One direction of retrieval. Queries of one `cluster` share an image and are resampled together.
 
     Raises `TaskInvalid` for similarities that are not finite, a query without a positive, or indices out of range.
     """
@@ -45,12 +43,12 @@ class RetrievalTask:
             raise TaskInvalid("a positive is named twice: it would count twice in nDCG")
         without = np.flatnonzero(np.bincount(self.positive_query, minlength=num_queries) == 0)
         if without.size:
-            raise TaskInvalid(f"query {without[0]} has no right candidate ({without.size} such queries)")
+            raise TaskInvalid(f"query {without[0]} has no positive ({without.size} such queries)")
         for query, row in enumerate(self.similarity):  # by row: no second matrix of this size
             if not np.isfinite(row).all():
                 candidate = int(np.flatnonzero(~np.isfinite(row))[0])
                 raise TaskInvalid(
-                    f"the first stage gives query {query} with candidate {candidate} {row[candidate]}, not a number"
+                    f"the first stage's similarity of query {query} and candidate {candidate} is {row[candidate]}"
                 )
 
     @property
@@ -61,17 +59,23 @@ class RetrievalTask:
     def num_candidates(self) -> int:
         return int(self.similarity.shape[1])
 
+    def is_positive(self, candidates: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of `(queries, k)` candidates, a row per query, are positives of their query."""
+        positives = self.positive_query * self.num_candidates + self.positive_candidate
+        rows = np.arange(self.num_queries)[:, None] * self.num_candidates
+        return np.isin(rows + candidates, positives)
+
 
 def text_to_image(
     similarity: NDArray[np.float32],
     image_of_caption: NDArray[np.int64],
     group_of_image: NDArray[np.int64] | None = None,
 ) -> RetrievalTask:
-    """(captions, images) similarities: each caption is a query, its own image the one positive.
+    """The task of (captions, images) similarities in which each caption is a query and its image the one positive.
 
-    Images of one group were made to be confused with each other, and are resampled together.
+    Images of one group were made to be confused with each other; their captions are resampled together.
     """
-    _fits(similarity, image_of_caption)
+    _check_shapes(similarity, image_of_caption)
     captions = np.arange(len(image_of_caption))
     groups = np.arange(similarity.shape[1]) if group_of_image is None else group_of_image
     return RetrievalTask("text-to-image", similarity, captions, image_of_caption, cluster=groups[image_of_caption])
@@ -82,21 +86,24 @@ def image_to_text(
     image_of_caption: NDArray[np.int64],
     group_of_image: NDArray[np.int64] | None = None,
 ) -> RetrievalTask:
-    """(captions, images) similarities: each image is a query, all its captions are positives. Groups as above."""
-    _fits(similarity, image_of_caption)
+    """The task of (captions, images) similarities in which each image is a query and all its captions are positives.
+
+    Groups are those of `text_to_image`.
+    """
+    _check_shapes(similarity, image_of_caption)
     captions = np.arange(len(image_of_caption))
-    turned = np.ascontiguousarray(similarity.T)
-    groups = np.arange(len(turned)) if group_of_image is None else group_of_image
-    return RetrievalTask("image-to-text", turned, image_of_caption, captions, cluster=groups)
+    transposed = np.ascontiguousarray(similarity.T)
+    groups = np.arange(len(transposed)) if group_of_image is None else group_of_image
+    return RetrievalTask("image-to-text", transposed, image_of_caption, captions, cluster=groups)
 
 
 def refuse_depth(k: int, num_candidates: int) -> None:
-    """Raise `TaskInvalid` for a k that so many candidates do not allow."""
+    """Raise `TaskInvalid` for a k that is not between 1 and the number of candidates."""
     if not 1 <= k <= num_candidates:
         raise TaskInvalid(f"k = {k} with {num_candidates} candidates: choose k from 1 to {num_candidates}")
 
 
-def _fits(similarity: NDArray[np.float32], image_of_caption: NDArray[np.int64]) -> None:
+def _check_shapes(similarity: NDArray[np.float32], image_of_caption: NDArray[np.int64]) -> None:
     if similarity.ndim != 2 or len(similarity) != len(image_of_caption):
         raise TaskInvalid(
             f"similarities of shape {similarity.shape} for {len(image_of_caption)} captions: "

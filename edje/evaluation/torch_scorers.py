@@ -1,6 +1,6 @@
 """A checkpoint's model as scorers of (caption, image) pairs, in torch.
 
-Captions of one length share a batch, so nothing is padded and a score does not depend on its neighbours' lengths.
+Only captions of one length share a batch, so nothing is padded and a score does not depend on other captions' lengths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edje.model.edje import Edje
 from edje.model.flops import Cost, cost_of
 from edje.model.late_fusion import ApartEncoder, TokenMatch
 
-#: A batch that keeps two cores or one GPU busy without much memory: 256 x 96 tokens x 1,536 hidden values are 150 MB.
+#: Enough pairs to keep two cores or one GPU busy: 256 x 96 tokens x 1,536 hidden values are 150 MB.
 BATCH_PAIRS = 256
 BATCH_CAPTIONS = 256
 #: Token similarities held at a time: 64 MB.
@@ -29,9 +29,9 @@ _ScorePairs = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class TorchScorers:
-    """Text states and visual tokens of everything that is searched, and what scores their pairs.
+    """Text states and visual tokens of a split, and the scorers of their pairs.
 
-    A caption is encoded when it is first asked for, and once.
+    Each caption is encoded once, when a pair first needs it.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TorchScorers:
         self._tokens = torch.from_numpy(tokens).to(self._device)
         self._text_ids = text_ids
         self._lengths = np.array([len(ids) for ids in text_ids])
-        self._rows = np.empty(len(text_ids), np.int64)  # place among the captions of the same length
+        self._rows = np.empty(len(text_ids), np.int64)  # index among the captions of the same length
         for length in np.unique(self._lengths):
             captions = np.flatnonzero(self._lengths == length)
             self._rows[captions] = np.arange(len(captions))
@@ -61,7 +61,7 @@ class TorchScorers:
     def joint(
         self, similarity: NDArray[np.float32]
     ) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
-        """The model's logit, with `(captions, images)` first-stage similarities for a head that reads them."""
+        """A scorer that returns the model's logits; `similarity` (captions, images) is for a head that reads it."""
 
         def score(text: Tensor, visual: Tensor, first_stage: Tensor | None) -> Tensor:
             return self._model.score(text, visual, None, first_stage)
@@ -69,9 +69,9 @@ class TorchScorers:
         return lambda captions, images: self._by_length(score, captions, images, similarity)
 
     def late_interaction(self) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
-        """The similarity of tokens alone; only where `has_late_interaction`."""
+        """A scorer that returns the late interaction alone; requires `has_late_interaction`."""
         match = self._match
-        assert match is not None, "asked for by has_late_interaction"
+        assert match is not None, "the caller checks has_late_interaction"
 
         def score(text: Tensor, visual: Tensor, first_stage: Tensor | None) -> Tensor:
             return match.pairs(text, visual, None)
@@ -80,9 +80,9 @@ class TorchScorers:
 
     @torch.no_grad()
     def late_interaction_matrix(self) -> NDArray[np.float32]:
-        """Late interaction of everything with everything, (captions, images): a first stage of its own."""
+        """The late interaction of every caption with every image, (captions, images), for use as a first stage."""
         match = self._match
-        assert match is not None, "asked for by has_late_interaction"
+        assert match is not None, "the caller checks has_late_interaction"
         num_images, num_visual = self._tokens.shape[:2]
         matrix = np.empty((len(self._lengths), num_images), np.float32)
         for length in map(int, np.unique(self._lengths)):
@@ -115,7 +115,7 @@ class TorchScorers:
         return scores
 
     def _encoded(self, length: int, captions: NDArray[np.int64]) -> Tensor:
-        """The states of all captions of this length, of which these at least are known."""
+        """(captions of this length, length, d) states; computes the missing ones among `captions`."""
         missing = np.unique(captions[~self._is_encoded[captions]])
         for start in range(0, len(missing), BATCH_CAPTIONS):
             some = missing[start : start + BATCH_CAPTIONS]
@@ -133,7 +133,7 @@ class TorchScorers:
 
 
 def joint_cost(config: JointConfig, text_lengths: Sequence[int], num_visual: int) -> ScorerCost:
-    """The mean cost over captions of these lengths, [CLS] and [SEP] included."""
+    """The mean cost of a pair over captions of these lengths, [CLS] and [SEP] included."""
     costs = [cost_of(config, length, num_visual) for length in text_lengths]
     num = len(costs)
     mean = Cost(
@@ -145,5 +145,5 @@ def joint_cost(config: JointConfig, text_lengths: Sequence[int], num_visual: int
 
 
 def late_interaction_cost(config: JointConfig, text_lengths: Sequence[int], num_visual: int) -> ScorerCost:
-    """That of the late interaction alone, in an encoder that has one."""
+    """The mean cost of the late interaction alone, in an encoder that has one."""
     return joint_cost(replace(config, kind="maxsim", num_layers=0), text_lengths, num_visual)

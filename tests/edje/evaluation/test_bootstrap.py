@@ -1,4 +1,4 @@
-"""Intervals: clusters, pairs, seeds, and that they hold what they promise."""
+"""Bootstrap intervals: clusters, paired differences, seeds, and their coverage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def hits(rate, shape, seed):
     return (np.random.default_rng(seed).random(shape) < rate).astype(np.float64)
 
 
-def test_the_same_seed_gives_the_same_interval_and_another_one_another():
+def test_the_interval_depends_on_the_seed_alone():
     columns = hits(0.3, (200, 1), 0)
 
     def interval(seed):
@@ -46,7 +46,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_approximation():
     assert interval.high == pytest.approx(interval.value + half, abs=0.1 * half)
 
 
-def test_ninety_five_of_a_hundred_intervals_hold_the_true_rate_when_captions_share_images():
+def test_95_of_100_intervals_cover_the_true_rate_if_captions_share_images():
     generator = np.random.default_rng(7)
     num_images, num_captions, num_trials = 100, 5, 400
     cluster = np.repeat(np.arange(num_images), num_captions)
@@ -63,7 +63,7 @@ def test_ninety_five_of_a_hundred_intervals_hold_the_true_rate_when_captions_sha
     assert covered_if_independent / num_trials < 0.88  # what the clusters are for
 
 
-def test_the_interval_of_a_difference_is_that_of_the_pairs():
+def test_the_interval_of_a_difference_is_that_of_the_paired_differences():
     before = hits(0.5, (1_000,), 0)
     after = np.maximum(before, hits(0.02, (1_000,), 1))  # only ever better
 
@@ -73,13 +73,13 @@ def test_the_interval_of_a_difference_is_that_of_the_pairs():
     assert first.high > second.low  # which the two intervals alone would not show
 
 
-def test_one_cluster_leaves_nothing_to_resample():
+def test_with_one_cluster_the_interval_has_no_width():
     [interval] = bootstrap_intervals(np.array([[0.0], [1.0]]), np.array([4, 4]))
 
     assert (interval.low, interval.value, interval.high) == (0.5, 0.5, 0.5)
 
 
-def test_resamples_in_pieces_are_the_same_resamples(monkeypatch):
+def test_drawing_in_parts_gives_the_same_resamples(monkeypatch):
     columns = hits(0.3, (60, 2), 0)
     whole = bootstrap_intervals(columns, np.arange(60), num_resamples=100)
 
@@ -89,6 +89,6 @@ def test_resamples_in_pieces_are_the_same_resamples(monkeypatch):
 
 
 @pytest.mark.parametrize(("num_resamples", "confidence"), [(0, 0.95), (10, 0.0), (10, 1.0)])
-def test_an_interval_of_nothing_is_refused(num_resamples, confidence):
+def test_no_resamples_and_an_impossible_confidence_are_refused(num_resamples, confidence):
     with pytest.raises(ValueError, match="no interval"):
         bootstrap_intervals(np.ones((2, 1)), np.arange(2), num_resamples=num_resamples, confidence=confidence)

@@ -1,4 +1,4 @@
-"""Two scorers as one, with a budget."""
+"""A cascade: a cheap scorer, and a full one within a budget."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ordered(scores):
 
 @settings(deadline=None, max_examples=25)
 @given(two_tables())
-def test_a_budget_of_all_candidates_is_the_full_scorer(tables):
+def test_with_a_budget_of_all_candidates_the_scores_are_the_full_scorers(tables):
     cheap, full = tables
 
     scores = Cascade(scorer_of(cheap), scorer_of(full), budget=full.shape[1])(*pairs_of(full))
@@ -52,7 +52,7 @@ def test_a_budget_of_all_candidates_is_the_full_scorer(tables):
 
 @settings(deadline=None, max_examples=25)
 @given(two_tables())
-def test_a_budget_of_nothing_is_the_cheap_scorer(tables):
+def test_with_a_budget_of_zero_the_scores_are_the_cheap_scorers(tables):
     cheap, full = tables
     asked = []
 
@@ -64,7 +64,7 @@ def test_a_budget_of_nothing_is_the_cheap_scorer(tables):
 
 @settings(deadline=None, max_examples=120)
 @given(two_tables(), st.integers(1, 8))
-def test_the_best_by_the_cheap_score_come_first_by_the_full_score_and_then_the_rest(tables, budget):
+def test_the_best_by_cheap_score_come_first_in_the_full_order_then_the_rest_in_the_cheap_order(tables, budget):
     cheap, full = tables
 
     scores = Cascade(scorer_of(cheap), scorer_of(full), budget)(*pairs_of(full)).reshape(full.shape)
@@ -77,7 +77,7 @@ def test_the_best_by_the_cheap_score_come_first_by_the_full_score_and_then_the_r
     assert ordered(scores) == expected
 
 
-def test_the_full_scorer_is_asked_once_for_the_budget_of_each_query_and_grouped_by_query():
+def test_the_full_scorer_is_called_once_with_the_budget_of_each_query_query_by_query():
     cheap, asked = np.array([[3, 1, 2], [1, 3, 2]], np.float32), []
 
     Cascade(scorer_of(cheap), scorer_of(cheap, asked), budget=2)(*pairs_of(cheap))
@@ -88,7 +88,7 @@ def test_the_full_scorer_is_asked_once_for_the_budget_of_each_query_and_grouped_
 
 
 @pytest.mark.parametrize("bad_stage", [0, 1])
-def test_a_stage_that_gives_no_number_is_refused_by_the_name_of_the_pair(bad_stage):
+def test_the_error_for_a_score_that_is_not_finite_names_the_pair(bad_stage):
     tables = [np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)]
     tables[bad_stage][1, 0] = np.nan
 

@@ -1,4 +1,4 @@
-"""`python -m edje.evaluate`, whole: an untrained checkpoint on a few drawn scenes, with scorers of every kind."""
+"""The command `python -m edje.evaluate`: an untrained checkpoint on a few drawn scenes, with every kind of scorer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from edje.evaluate import main
 from edje.evaluation.cascade import Cascade
 from edje.evaluation.cost import ScorerCost
 from edje.evaluation.data_file import read_data_spec
-from edje.evaluation.errors import ScorerUnknown, SubjectUnusable
+from edje.evaluation.encoded_split import encode_split
+from edje.evaluation.errors import ScorerUnknown, SplitUnusable
 from edje.evaluation.report import read_report
 from edje.evaluation.scorers import cost_of_scorer, make_scorer
-from edje.evaluation.subject import load_subject
 from edje.images import ImageError
 from edje.init import initialise
 from edje.model.variants import VARIANTS
@@ -28,21 +28,21 @@ NUM_GROUPS = 3
 ORACLE = """
 import numpy as np
 
-def factory(subject):
-    assert len(subject.stored.blobs) == len(subject.image_ids)
-    return lambda captions, images: (subject.image_of_caption[captions] == images).astype(np.float32)
+def factory(split):
+    assert len(split.stored.blobs) == len(split.image_ids)
+    return lambda captions, images: (split.image_of_caption[captions] == images).astype(np.float32)
 
-def broken(subject):
+def broken(split):
     return lambda captions, images: np.full(len(captions), np.nan, np.float32)
 
-def nothing(subject):
+def nothing(split):
     return None
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint, data, similarities that know nothing, and a module of scorers."""
+    """A checkpoint, data, random similarities, and a module of scorers."""
     folder = tmp_path_factory.mktemp("evaluation")
     initialise(VARIANTS["tiny"], folder / "model", seed=0)
     (folder / "scenes.toml").write_text(f'[data]\nkind = "scenes"\ntest_groups = {NUM_GROUPS}\n')
@@ -58,7 +58,7 @@ def scenes():
 
 
 def load(folder, dataset, storage="int8", **options):
-    return load_subject(folder / "model", dataset, "test", storage, features=folder / "features", **options)
+    return encode_split(folder / "model", dataset, "test", storage, features=folder / "features", **options)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def evaluate(folder, monkeypatch):
     return run
 
 
-def test_a_scorer_that_knows_the_answer_finds_all_that_the_first_stage_offers(evaluate, folder):
+def test_a_perfect_scorer_ranks_first_every_positive_among_the_candidates(evaluate, folder):
     done = evaluate("--scorer", "scorers_of_this_test:factory", "--out", folder / "report.json", "--k", "12")
 
     assert done.exit_code == 0, done.output
@@ -95,7 +95,7 @@ def test_a_scorer_that_knows_the_answer_finds_all_that_the_first_stage_offers(ev
     assert (report.payload_bytes_per_image, report.storage) == (16 * 64 + 16 * 4, "int8")
 
 
-def test_the_models_own_scorer_says_what_it_costs_and_that_it_is_untrained(evaluate, folder):
+def test_the_report_of_the_models_scorer_states_its_cost_and_that_the_model_is_untrained(evaluate, folder):
     done = evaluate("--direction", "text-to-image", "--storage", "none", "--markdown", folder / "report.md")
 
     assert done.exit_code == 0, done.output
@@ -106,7 +106,7 @@ def test_the_models_own_scorer_says_what_it_costs_and_that_it_is_untrained(evalu
     assert result["cost"]["gflop_per_pair"] > 0
 
 
-def test_a_score_that_is_not_finite_ends_with_a_sentence(evaluate):
+def test_a_score_that_is_not_finite_ends_the_command_with_a_sentence(evaluate):
     done = evaluate("--scorer", "scorers_of_this_test:broken")
 
     assert done.exit_code == 1
@@ -124,7 +124,7 @@ def test_a_score_that_is_not_finite_ends_with_a_sentence(evaluate):
         ("cascade:2", "needs a model with a late interaction"),
     ],
 )
-def test_a_scorer_that_cannot_be_made_ends_with_a_sentence(evaluate, scorer, words):
+def test_a_scorer_that_cannot_be_made_ends_the_command_with_a_sentence(evaluate, scorer, words):
     done = evaluate("--scorer", scorer, "--direction", "text-to-image")
 
     assert done.exit_code == 1
@@ -139,13 +139,13 @@ def test_a_depth_beyond_the_candidates_is_refused_before_anything_is_computed(ev
 
 
 @pytest.mark.parametrize(
-    "options", [("--scorer", "nobody"), ("--scorer", "cascade:x"), ("--out", "/nowhere/at/all.json")]
+    "options", [("--scorer", "unknown"), ("--scorer", "cascade:x"), ("--out", "/nowhere/at/all.json")]
 )
-def test_a_command_that_makes_no_sense_ends_with_2(evaluate, options):
+def test_an_invalid_command_line_exits_with_2(evaluate, options):
     assert evaluate(*options).exit_code == 2
 
 
-def test_the_wrong_similarities_are_refused(evaluate, folder):
+def test_similarities_of_another_shape_are_refused(evaluate, folder):
     np.save(folder / "small.npy", np.zeros((3, 3), np.float32))
 
     done = evaluate("--first-stage", folder / "small.npy")
@@ -156,16 +156,20 @@ def test_the_wrong_similarities_are_refused(evaluate, folder):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("kind = ", "no TOML"), ("[data]\nkind = 'films'", "films"), ("[data]\nkind = 'scenes'\ncolour = 1", "colour")],
+    [
+        ("kind = ", "not a valid TOML"),
+        ("[data]\nkind = 'films'", "films"),
+        ("[data]\nkind = 'scenes'\ncolour = 1", "colour"),
+    ],
 )
-def test_a_data_file_that_names_no_dataset_is_told_in_a_sentence(content, words, tmp_path):
+def test_a_file_that_describes_no_dataset_is_reported_in_a_sentence(content, words, tmp_path):
     (tmp_path / "data.toml").write_text(content)
 
     with pytest.raises(DataError, match=words):
         read_data_spec(tmp_path / "data.toml")
 
 
-def test_the_data_table_may_stand_alone_or_in_a_recipe(tmp_path):
+def test_a_file_holds_the_data_table_alone_or_in_a_recipe(tmp_path):
     (tmp_path / "alone.toml").write_text('kind = "scenes"\nseed = 3\n')
     (tmp_path / "recipe.toml").write_text('name = "x"\n[data]\nkind = "scenes"\nseed = 3\n[model]\n')
 
@@ -192,12 +196,12 @@ def test_an_image_that_does_not_decode_stops_the_evaluation(folder):
 
 
 def test_images_without_captions_are_refused(folder):
-    with pytest.raises(SubjectUnusable, match="every image needs a caption"):
+    with pytest.raises(SplitUnusable, match="every image needs a caption"):
         load(folder, replace(scenes(), images=(CaptionedImage("a", ()),)))
 
 
-def test_a_first_stage_that_the_checkpoint_does_not_have_is_refused(folder):
-    with pytest.raises(SubjectUnusable, match="give the similarities as a"):
+def test_maxsim_as_first_stage_needs_a_late_interaction(folder):
+    with pytest.raises(SplitUnusable, match="no late interaction to search with"):
         load(folder, scenes(), first_stage="maxsim")
 
 
@@ -205,23 +209,23 @@ def test_a_model_with_a_late_interaction_has_a_cheap_scorer_a_cascade_and_a_firs
     tiny = VARIANTS["tiny"]
     joint = replace(tiny.joint, kind="minimal", num_layers=1, text_layers=1, visual_layers=1, match_dim=16)
     initialise(replace(tiny, joint=joint), tmp_path / "model", seed=0)
-    subject = load(tmp_path, scenes(), first_stage="maxsim", storage="fp16")
-    captions, images = (indices.ravel() for indices in np.indices(subject.similarity.shape))
+    split = load(tmp_path, scenes(), first_stage="maxsim", storage="fp16")
+    captions, images = (indices.ravel() for indices in np.indices(split.similarity.shape))
 
-    cheap = make_scorer("maxsim", subject, "text-to-image")
-    cascade = make_scorer("cascade:3", subject, "image-to-text")
+    cheap = make_scorer("maxsim", split, "text-to-image")
+    cascade = make_scorer("cascade:3", split, "image-to-text")
 
-    assert cheap(captions, images) == pytest.approx(subject.similarity.ravel(), abs=1e-4)
+    assert cheap(captions, images) == pytest.approx(split.similarity.ravel(), abs=1e-4)
     assert isinstance(cascade, Cascade)
-    full_cost, cheap_cost, both = (cost_of_scorer(name, subject, 6) for name in ("torch", "maxsim", "cascade:3"))
+    full_cost, cheap_cost, both = (cost_of_scorer(name, split, 6) for name in ("torch", "maxsim", "cascade:3"))
     assert 0 < cheap_cost.gflop_per_pair < full_cost.gflop_per_pair
     assert both.gflop_per_pair == pytest.approx(cheap_cost.gflop_per_pair + full_cost.gflop_per_pair / 2)
-    assert len(set(subject.group_of_image)) == NUM_GROUPS
+    assert len(set(split.group_of_image)) == NUM_GROUPS
 
 
-def test_a_score_does_not_depend_on_the_other_pairs_of_the_call(folder):
-    subject = load(folder, scenes(), first_stage=str(folder / "similarity.npy"))
-    scorer = make_scorer("torch", subject, "text-to-image")
+def test_a_score_does_not_depend_on_the_other_pairs_of_a_call(folder):
+    split = load(folder, scenes(), first_stage=str(folder / "similarity.npy"))
+    scorer = make_scorer("torch", split, "text-to-image")
     captions, images = np.arange(40), np.arange(40) % 12
 
     together = scorer(captions, images)
@@ -231,15 +235,15 @@ def test_a_score_does_not_depend_on_the_other_pairs_of_the_call(folder):
 
 
 class TwoScorers:
-    """A subject that takes note of who is asked for which pairs."""
+    """A split that records which scorer is called with which pairs."""
 
     def __init__(self):
-        self.asked = []
+        self.calls = []
         self.costs = {"torch": ScorerCost(0.0, 1.0)}
 
     def _made(self, name):
         def score(captions, images):
-            self.asked.append((name, captions.tolist(), images.tolist()))
+            self.calls.append((name, captions.tolist(), images.tolist()))
             return images.astype(np.float32)
 
         return score
@@ -249,21 +253,21 @@ class TwoScorers:
         return {"torch": lambda: self._made("torch"), "maxsim": lambda: self._made("maxsim")}
 
 
-def test_a_scorer_takes_captions_first_whoever_is_the_query():
-    subject = TwoScorers()
+def test_a_scorer_takes_captions_first_in_both_directions():
+    split = TwoScorers()
 
-    make_scorer("torch", subject, "text-to-image")(np.array([1]), np.array([2]))
-    make_scorer("torch", subject, "image-to-text")(np.array([1]), np.array([2]))
-    make_scorer("cascade:1", subject, "image-to-text")(np.array([1]), np.array([2]))
+    make_scorer("torch", split, "text-to-image")(np.array([1]), np.array([2]))
+    make_scorer("torch", split, "image-to-text")(np.array([1]), np.array([2]))
+    make_scorer("cascade:1", split, "image-to-text")(np.array([1]), np.array([2]))
 
-    assert subject.asked == [("torch", [1], [2]), ("torch", [2], [1]), ("maxsim", [2], [1]), ("torch", [2], [1])]
+    assert split.calls == [("torch", [1], [2]), ("torch", [2], [1]), ("maxsim", [2], [1]), ("torch", [2], [1])]
 
 
-def test_an_unknown_scorer_is_told_with_the_known_ones():
+def test_the_error_for_an_unknown_scorer_lists_the_known_ones():
     with pytest.raises(ScorerUnknown, match=r"unknown scorer 'best': choose torch, maxsim, cascade:BUDGET"):
         make_scorer("best", TwoScorers(), "text-to-image")
 
 
-def test_who_does_not_say_what_it_costs_has_no_cost():
+def test_a_scorer_without_a_known_cost_has_none():
     assert cost_of_scorer("some.module:factory", TwoScorers(), 10) is None
     assert cost_of_scorer("cascade:3", TwoScorers(), 10) is None

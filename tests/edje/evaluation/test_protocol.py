@@ -1,4 +1,4 @@
-"""The retrieval protocol and its metrics, against a slow restatement in plain Python."""
+"""The retrieval protocol and its metrics, compared with a slow implementation in plain Python."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def plain_metrics(similarity, scores, is_positive, k):
 
 @settings(deadline=None, max_examples=60)
 @given(retrievals(), st.booleans())
-def test_every_metric_is_what_loops_over_lists_give(retrieval, is_image_query):
+def test_every_metric_equals_that_of_the_plain_implementation(retrieval, is_image_query):
     similarity, scores, image_of_caption, k = retrieval
     is_own = image_of_caption[:, None] == np.arange(similarity.shape[1])
     make, turn = (image_to_text, np.transpose) if is_image_query else (text_to_image, np.asarray)
@@ -83,7 +83,7 @@ def test_every_metric_is_what_loops_over_lists_give(retrieval, is_image_query):
 
 @settings(deadline=None, max_examples=25)
 @given(retrievals())
-def test_recall_at_the_depth_of_reranking_stays_what_it_was(retrieval):
+def test_recall_at_the_depth_of_reranking_does_not_change(retrieval):
     similarity, scores, image_of_caption, k = retrieval
 
     row = evaluate(text_to_image(similarity, image_of_caption), table_scorer(scores), k, num_resamples=20).row(f"R@{k}")
@@ -94,7 +94,7 @@ def test_recall_at_the_depth_of_reranking_stays_what_it_was(retrieval):
 
 @settings(deadline=None, max_examples=25)
 @given(retrievals())
-def test_several_depths_at_once_give_what_each_gives_alone(retrieval):
+def test_several_depths_at_once_give_the_results_of_each_alone(retrieval):
     similarity, scores, image_of_caption, k = retrieval
     task, scorer = text_to_image(similarity, image_of_caption), table_scorer(scores)
 
@@ -105,7 +105,7 @@ def test_several_depths_at_once_give_what_each_gives_alone(retrieval):
 
 @settings(deadline=None, max_examples=25)
 @given(retrievals())
-def test_equal_scores_leave_the_first_stage_as_it_is(retrieval):
+def test_equal_scores_keep_the_first_stages_order(retrieval):
     similarity, scores, image_of_caption, k = retrieval
 
     comparison = evaluate(text_to_image(similarity, image_of_caption), table_scorer(0 * scores), k, num_resamples=3)
@@ -119,7 +119,7 @@ def test_ties_of_the_first_stage_keep_the_candidates_order():
     assert first_stage(task, 4).top.tolist() == [[1, 3, 0, 2]] * 4
 
 
-def test_an_image_counts_as_found_when_any_of_its_captions_is_first():
+def test_an_image_counts_as_found_if_any_of_its_captions_is_first():
     similarity = np.array([[0.9, 0.0], [0.0, 0.0], [0.5, 0.8], [0.5, 0.9]], np.float32)
 
     comparison = evaluate(image_to_text(similarity, np.array([0, 0, 1, 1])), table_scorer(similarity.T), 2)
@@ -130,7 +130,7 @@ def test_an_image_counts_as_found_when_any_of_its_captions_is_first():
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
-def test_a_score_that_is_not_finite_is_refused_by_the_name_of_its_pair(bad):
+def test_the_error_for_a_score_that_is_not_finite_names_the_pair(bad):
     scores = np.zeros((3, 3), np.float32)
     scores[1, 2] = float(bad)
 
@@ -148,21 +148,21 @@ def test_a_score_that_is_not_finite_is_refused_by_the_name_of_its_pair(bad):
     ],
     ids=["too many", "a column", "integers", "nothing"],
 )
-def test_a_scorer_that_does_not_give_one_number_per_pair_is_refused(answer):
+def test_a_scorer_must_return_one_number_per_pair(answer):
     with pytest.raises(ScoresUnusable, match="expected one float32 per pair"):
         evaluate(text_to_image(np.eye(3, dtype=np.float32), np.arange(3)), lambda q, c: answer(q), 2)
 
 
-def test_a_first_stage_that_is_not_finite_is_refused_by_the_name_of_its_pair():
+def test_the_error_for_a_similarity_that_is_not_finite_names_the_pair():
     similarity = np.eye(3, dtype=np.float32)
     similarity[2, 1] = np.nan
 
-    with pytest.raises(TaskInvalid, match="query 2 with candidate 1 nan"):
+    with pytest.raises(TaskInvalid, match="query 2 and candidate 1 is nan"):
         text_to_image(similarity, np.arange(3))
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_a_depth_that_the_candidates_do_not_allow_is_refused(k):
+def test_a_depth_beyond_the_candidates_is_refused(k):
     with pytest.raises(TaskInvalid, match=f"k = {k} with 3 candidates: choose k from 1 to 3"):
         first_stage(text_to_image(np.eye(3, dtype=np.float32), np.arange(3)), k)
 
@@ -176,8 +176,8 @@ def test_images_of_one_group_are_resampled_together():
     assert text_to_image(similarity, image_of_caption).cluster.tolist() == [0, 0, 1, 2]
 
 
-def test_a_query_without_a_right_candidate_is_refused():
-    with pytest.raises(TaskInvalid, match="query 2 has no right candidate"):
+def test_a_query_without_a_positive_is_refused():
+    with pytest.raises(TaskInvalid, match="query 2 has no positive"):
         image_to_text(np.zeros((2, 3), np.float32), np.array([0, 1]))
 
 
@@ -185,19 +185,19 @@ def test_a_query_without_a_right_candidate_is_refused():
     ("queries", "candidates", "words"),
     [([0, 1, 5], [0, 0, 0], "query outside"), ([0, 1], [0, 9], "candidate outside"), ([0, 1, 1], [0, 1, 1], "twice")],
 )
-def test_positives_that_cannot_be_are_refused(queries, candidates, words):
+def test_impossible_positives_are_refused(queries, candidates, words):
     with pytest.raises(TaskInvalid, match=words):
         RetrievalTask(
             "text-to-image", np.zeros((2, 2), np.float32), np.array(queries), np.array(candidates), np.arange(2)
         )
 
 
-def test_similarities_that_do_not_fit_the_captions_are_refused():
+def test_similarities_of_a_shape_that_does_not_fit_the_captions_are_refused():
     with pytest.raises(TaskInvalid, match="one row per caption"):
         text_to_image(np.zeros((2, 3), np.float32), np.array([0, 1, 2]))
 
 
-def test_a_ranking_with_another_hit_within_its_depth_is_refused():
+def test_a_ranking_that_changes_recall_at_its_depth_is_refused():
     task = text_to_image(np.eye(4, dtype=np.float32)[[0, 1, 2, 2]], np.arange(4))
     before = first_stage(task, 2)
     refuse_changed_recall(before.ranks, ranks_after(before, before.top[:, ::-1]), 2)
@@ -241,11 +241,11 @@ def test_large_tables_are_sorted_in_pieces_with_the_same_result(monkeypatch):
     assert (whole.ranks.rank == pieces.ranks.rank).all()
 
 
-def test_reordering_keeps_ties_where_they_were():
+def test_reordering_keeps_the_order_of_ties():
     assert reorder(np.array([[7, 8, 9]]), np.array([[1, 2, 1]], np.float32)).tolist() == [[8, 7, 9]]
 
 
-def test_recall_at_an_unusual_depth_is_reported_beside_the_usual_ones():
+def test_recall_at_an_unusual_depth_is_reported_with_the_usual_ones():
     ranks = PositiveRanks(1, np.array([0]), np.array([12]))
 
     assert metric_names(20) == ["R@1", "R@5", "R@10", "R@20", "MRR", "nDCG@10"]
@@ -253,14 +253,14 @@ def test_recall_at_an_unusual_depth_is_reported_beside_the_usual_ones():
     assert metric_columns(ranks, 20).tolist() == [[0, 0, 0, 1, 1 / 13, 0]]
 
 
-def test_a_metric_that_was_not_measured_is_told_with_those_that_were():
+def test_the_error_for_an_unknown_metric_lists_the_measured_ones():
     comparison = evaluate(text_to_image(np.eye(2, dtype=np.float32), np.arange(2)), table_scorer(np.eye(2)), 1)
 
     with pytest.raises(KeyError, match=r"no R@3 among R@1, R@5"):
         comparison.row("R@3")
 
 
-def test_the_core_does_not_import_torch():
+def test_the_numpy_modules_do_not_import_torch():
     modules = ", ".join(f"edje.evaluation.{name}" for name in ("comparison", "cascade", "storage", "report", "plots"))
     script = f"import sys, {modules}; print([name for name in ('torch', 'matplotlib') if name in sys.modules])"
 

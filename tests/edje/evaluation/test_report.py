@@ -1,4 +1,4 @@
-"""Reports read back, tables, and plots that are the same file each time."""
+"""Reports that can be read again, tables, and reproducible plots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edje.model.flops import Cost
 
 @pytest.fixture(scope="module")
 def report():
-    """Three images, of which the first stage finds one and the scorer all."""
+    """Three images; the first stage finds one of them, the scorer all."""
     similarity = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0]], np.float32)
     right = np.eye(3, dtype=np.float32)
     task = text_to_image(similarity, np.arange(3))
@@ -45,7 +45,7 @@ def report():
     )
 
 
-def test_a_report_is_one_line_of_json_that_reads_back(report):
+def test_a_report_is_one_line_of_json_that_can_be_read_again(report):
     text = to_json(report)
 
     assert "\n" not in text
@@ -55,17 +55,17 @@ def test_a_report_is_one_line_of_json_that_reads_back(report):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 2}, "version 2; this reads version 1"),
+        ({"schema_version": 2}, "version 2; this program reads version 1"),
         ({"colour": "blue"}, "colour"),
         ({"results": [{"comparison": 1}]}, "comparison"),
     ],
 )
-def test_something_else_is_not_read_as_a_report(report, change, words):
+def test_other_text_is_not_read_as_a_report(report, change, words):
     with pytest.raises(ValueError, match=words):
         read_report(json.dumps(json.loads(to_json(report)) | change))
 
 
-def test_markdown_shows_both_sides_and_what_was_judged(report):
+def test_markdown_shows_both_rankings_and_names_model_and_data(report):
     text = to_markdown(report)
 
     assert "| R@1 | 33.3 [0.0, 100.0] | 100.0 [100.0, 100.0] | +66.7 [+0.0, +100.0] |" in text
@@ -74,11 +74,11 @@ def test_markdown_shows_both_sides_and_what_was_judged(report):
     assert "UNTRAINED" not in text
 
 
-def test_untrained_weights_are_called_so(report):
+def test_a_report_says_that_weights_are_untrained(report):
     assert "UNTRAINED" in to_markdown(replace(report, trained=False))
 
 
-def test_the_terminal_shows_a_table_and_takes_no_name_for_markup(report):
+def test_the_terminal_shows_a_table_and_prints_names_that_look_like_markup(report):
     shown_to = io.StringIO()
 
     print_report(report, Console(width=100, file=shown_to))
@@ -88,11 +88,11 @@ def test_the_terminal_shows_a_table_and_takes_no_name_for_markup(report):
     assert "+66.7 [+0.0, +100.0]" in shown
 
 
-def test_operations_become_gflop():
+def test_operations_are_converted_to_gflop():
     assert scorer_cost(Cost(per_pair=3_650_000_000, per_query=20_000_000, per_image=1)) == ScorerCost(0.02, 3.65)
 
 
-def test_a_pair_bears_its_share_of_what_its_query_costs():
+def test_the_cost_of_a_pair_includes_its_share_of_the_query():
     assert ScorerCost(gflop_per_query=2.0, gflop_per_pair=0.1).per_pair_at(20) == pytest.approx(0.2)
 
 
@@ -100,7 +100,7 @@ def test_a_pair_bears_its_share_of_what_its_query_costs():
     ("budget", "shared", "per_query", "per_pair"),
     [(5, False, 0.5, 1.01), (5, True, 0.3, 1.01), (0, False, 0.2, 0.01), (50, False, 0.5, 4.01)],
 )
-def test_a_cascade_costs_the_cheap_scorer_everywhere_and_the_full_one_within_its_budget(
+def test_a_cascade_costs_the_cheap_scorer_for_all_and_the_full_one_within_its_budget(
     budget, shared, per_query, per_pair
 ):
     cost = cascade_cost(ScorerCost(0.2, 0.01), ScorerCost(0.3, 4.0), budget, k=20, shared_query=shared)
@@ -122,7 +122,7 @@ DRAW = {
 
 
 @pytest.mark.parametrize("kind", DRAW)
-def test_a_plot_is_the_same_file_each_time(kind, tmp_path):
+def test_the_same_figures_give_the_same_file(kind, tmp_path):
     pytest.importorskip("matplotlib")
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
 
@@ -134,7 +134,7 @@ def test_a_plot_is_the_same_file_each_time(kind, tmp_path):
     assert "R@1, %" in first.read_text()
 
 
-def test_a_plot_can_be_a_picture(tmp_path):
+def test_a_plot_can_be_a_png(tmp_path):
     pytest.importorskip("matplotlib")
 
     DRAW["cost"](tmp_path / "plot.png")
@@ -167,16 +167,16 @@ def test_names_of_neighbouring_points_do_not_cover_each_other(tmp_path, monkeypa
     [
         (POINTS, "plot.pdf", r"neither \.svg nor \.png"),
         ([], "plot.svg", "nothing to draw"),
-        ([Point("free", 0.0, (0.5,))], "plot.svg", "no positive place"),
+        ([Point("free", 0.0, (0.5,))], "plot.svg", "x is not positive"),
         ([Point("unknown", 1.0, ())], "plot.svg", "'unknown'"),
     ],
 )
-def test_what_cannot_be_drawn_is_told_in_a_sentence(points, name, words, tmp_path):
+def test_figures_that_cannot_be_drawn_are_reported_in_a_sentence(points, name, words, tmp_path):
     with pytest.raises(PlotImpossible, match=words):
         quality_vs_cost(points, tmp_path / name)
 
 
-def test_without_matplotlib_a_plot_says_how_to_get_it(tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     with pytest.raises(PlotImpossible, match=r"pip install 'edje-rerank\[train\]'"):

@@ -1,4 +1,4 @@
-"""Tokens as an engine would see them after the store, bit for bit, in every storage type."""
+"""Stored tokens equal, bit for bit, those that an engine reads, in every storage type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STORAGES = get_args(StorageType)
 @pytest.mark.parametrize("storage", STORAGES)
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**32), st.sampled_from([1e-30, 1e-3, 1.0, 1e3]))
-def test_the_tokens_are_those_of_the_engines_own_dequantisation(storage, seed, size):
+def test_the_tokens_equal_those_of_the_engines_dequantisation(storage, seed, size):
     tokens = (size * np.random.default_rng(seed).standard_t(3, (3, 4, 32))).astype(np.float32).clip(-6e4, 6e4)
     tokens[seed % 3, seed % 4] = 0  # a token of zeros has scale 0
     stored = store_tokens(tokens, storage, "digest")
@@ -39,7 +39,7 @@ def test_the_tokens_are_those_of_the_engines_own_dequantisation(storage, seed, s
 @pytest.mark.parametrize(
     ("storage", "payload"), [("fp16", 49_152), ("bf16", 49_152), ("int8", 24_576 + 256), ("int4", 12_288 + 1_536)]
 )
-def test_an_image_of_the_paper_costs_what_the_wire_contract_says(storage, payload):
+def test_the_size_of_an_image_of_the_paper_is_that_of_the_wire_contract(storage, payload):
     stored = store_tokens(np.ones((2, 64, 384), np.float32), storage, "0123456789abcdef")
 
     assert stored.payload_bytes_per_image == payload
@@ -47,7 +47,7 @@ def test_an_image_of_the_paper_costs_what_the_wire_contract_says(storage, payloa
     assert payload < stored.blob_bytes_per_image < payload + 200
 
 
-def test_without_storage_the_tokens_are_the_models_own():
+def test_without_storage_the_tokens_are_those_of_the_model():
     tokens = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
 
     stored = store_tokens(tokens, "none", "digest")
@@ -57,7 +57,7 @@ def test_without_storage_the_tokens_are_the_models_own():
 
 
 @pytest.mark.parametrize("storage", ["none", *STORAGES])
-def test_tokens_that_are_not_finite_are_refused_by_the_number_of_their_image(storage):
+def test_the_error_for_tokens_that_are_not_finite_names_the_image(storage):
     tokens = np.zeros((3, 2, 32), np.float32)
     tokens[1, 0, 5] = np.nan
 
@@ -70,11 +70,11 @@ def test_tokens_too_large_for_half_precision_are_refused():
         store_tokens(np.full((1, 2, 32), 1e6, np.float32), "fp16", "digest")
 
 
-def test_a_width_that_int4_cannot_hold_is_refused():
+def test_a_token_width_that_int4_cannot_store_is_refused():
     with pytest.raises(StorageImpossible, match="multiple of 32"):
         store_tokens(np.zeros((1, 2, 40), np.float32), "int4", "digest")
 
 
-def test_an_unknown_storage_type_is_told_with_the_known_ones():
+def test_the_error_for_an_unknown_storage_type_lists_the_known_ones():
     with pytest.raises(StorageImpossible, match=r"unknown storage 'fp4'.*none, fp16, bf16, int8, int4"):
         store_tokens(np.zeros((1, 2, 32), np.float32), "fp4", "digest")
