@@ -34,10 +34,15 @@ MAY_IMPORT = {
 ONLY_IN = {
     "kafka": "workers/bus/",
     "redis": "workers/store/client.py",
+    "psycopg": "workers/index/client.py",
+    "pgvector": "workers/index/client.py",
 }
 #: The modules that put a program together, and so alone say which adapter stands behind a port.
 ROOTS = {f"workers/{name}.py" for name in ("runtime", "client", "publish/__main__")}
-ADAPTERS = {f"workers.bus.{name}" for name in ("inbox", "outbox", "transactions", "reader")} | {"workers.store.client"}
+ADAPTERS = {f"workers.bus.{name}" for name in ("inbox", "outbox", "transactions", "reader")} | {
+    "workers.store.client",
+    "workers.index.client",
+}
 #: The two workers and what they share: neither knows the other, and what they share knows neither.
 WORKERS = ("ingest", "rerank")
 HEAVY = ["kafka", "redis", "tensorrt", "pycuda", "torch"]
