@@ -2,8 +2,8 @@
 
 Run: python benchmarks/span_tree.py [--write]
 
-Three requests with a traceparent each wait for a rerank worker (real Kafka and Redis, an engine that sleeps 0.1 ms a
-pair) which keeps its spans in a file. Prints a tree for every trace in it, letters in place of what links point to;
+A rerank worker (real Kafka and Redis, an engine that sleeps 0.1 ms per pair) handles three requests, each with a
+traceparent, and writes its spans to a file. The output has one tree per trace and letters for the targets of links;
 `--write` puts it into the document. The last line of output is one JSON document.
 """
 
@@ -28,11 +28,11 @@ from workers.traces.reading import Span, read_spans
 DOCUMENT = ROOT / "docs" / "reference" / "telemetry.md"
 DRAWING = re.compile(r"(<!-- drawing begins -->\n```text\n).*?(```\n<!-- drawing ends -->)", re.DOTALL)
 NUM_REQUESTS, CANDIDATES = 3, 8
-SAID = (names.CONVERSATION, names.STATUS, names.PAIRS, names.MESSAGES, names.DB_BATCH, names.REQUEST_IDS)
+SHOWN = (names.CONVERSATION, names.STATUS, names.PAIRS, names.MESSAGES, names.DB_BATCH, names.REQUEST_IDS)
 
 
 def recorded(bench: Bench) -> list[Span]:
-    """What a worker says of the three requests."""
+    """Return the spans that a worker writes for the three requests."""
     topics = RerankTopics(bench.services.brokers)
     for number in range(NUM_REQUESTS):
         images = bench.images[number * CANDIDATES : (number + 1) * CANDIDATES]
@@ -43,7 +43,7 @@ def recorded(bench: Bench) -> list[Span]:
             request_json(request_id, images),
             request_id.encode(),
             headers=[("traceparent", parent)],
-            partition=0,  # so that one poll brings them
+            partition=0,  # one poll returns all of them
         )
     topics.producer.flush()
     with tempfile.TemporaryDirectory() as folder:
@@ -53,12 +53,12 @@ def recorded(bench: Bench) -> list[Span]:
             topics.replies(NUM_REQUESTS)
         spans = read_spans([path]).spans
     topics.close()
-    # Topics of a benchmark are unique; in the drawing they have their names.
+    # The benchmark's topics have a unique prefix; the drawing leaves it out.
     return [replace(span, name=span.name.replace(topics.prefix, "")) for span in spans]
 
 
 def drawing(spans: list[Span]) -> str:
-    """A tree for each trace."""
+    """Return one tree per trace as text."""
     by_time = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
     known = {span.key for span in spans}
     children: dict[tuple[str, str], list[Span]] = defaultdict(list)
@@ -68,7 +68,7 @@ def drawing(spans: list[Span]) -> str:
         (children[above] if above in known else tops).append(span)
     linked = {link for span in spans for link in span.links}
     letters = dict(zip((span.key for span in by_time if span.key in linked), ascii_uppercase, strict=False))
-    # A poll links to the producers' spans, which are known here as what the processing has above it.
+    # A poll links to the producers' spans: the parents of the process spans.
     for span in by_time:
         if span.name.startswith("process "):
             letters[span.trace_id, span.parent_id or ""] = f"parent of {letters[span.key]}"
@@ -90,14 +90,14 @@ def _grow(tree: Tree, span: Span, children: dict, began_ns: int, letters: dict) 
 def _label(span: Span, began_ns: int, letters: dict) -> str:
     letter = f"({letters[span.key]}) " if span.key in letters else ""
     start_ms, took_ms = (span.start_ns - began_ns) / 1e6, (span.end_ns - span.start_ns) / 1e6
-    said = [
+    shown = [
         f"{name.name.rpartition('.')[2]}={_text(span.attributes[name.name])}"
-        for name in SAID
+        for name in SHOWN
         if name.name in span.attributes
     ]
-    links = sorted(letters.get(link, "elsewhere") for link in span.links)
+    links = sorted(letters.get(link, "unknown") for link in span.links)
     arrow = f"  -> {', '.join(links)}" if links else ""
-    return f"{letter}{span.name}  {start_ms:.2f} ms + {took_ms:.2f} ms  {' '.join(said)}{arrow}"
+    return f"{letter}{span.name}  {start_ms:.2f} ms + {took_ms:.2f} ms  {' '.join(shown)}{arrow}"
 
 
 def _text(value: object) -> str:

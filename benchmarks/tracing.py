@@ -1,13 +1,12 @@
-"""What tracing costs: two workers, with and without it, drain equal backlogs side by side.
+"""Measures the cost of tracing: two workers, with and without it, drain equal backlogs side by side.
 
 Run: python benchmarks/tracing.py [--repeats 5] [--ratio 0.1] [--case hot|cold] [--null] [--quick]
 
-As in benchmarks/service.py: 100 candidates a request, int8 blobs of 64 x 384, an engine that computes nothing, so that
-whatever is not tracing is as cheap as it gets. Sampled requests go to an OTLP endpoint in a process of its own that
-reads and forgets them, and metrics with them. What is compared is the processor time that each worker takes for a
-request, which bounds how many it serves. Rates of workers that run one after the other differ by more than tracing
-costs; side by side whatever the machine does meets both alike. `--null` compares two workers without tracing: how far
-to believe the rest. The last line of output is one JSON document.
+As in benchmarks/service.py: 100 candidates per request, int8 blobs of 64 x 384, and an engine that computes nothing,
+so that everything except tracing is cheap. Spans of sampled requests and metrics go to an OTLP endpoint in a separate
+process that discards them. The compared figure is each worker's processor time per request. The workers run side by
+side, because rates of consecutive runs differ by more than the cost of tracing. `--null` compares two workers without
+tracing and shows the error of the method. The last line of output is one JSON document.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import psutil
 from harness import CANDIDATES, Bench, RerankTopics, bench, rerank_worker
 from service import COLD_SLOTS, HOT_IMAGES, NUM_IMAGES
 
-#: Answers every request with success, which is all that an exporter asks for.
+#: An HTTP server that answers every request with success and discards its body.
 SINK = """
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Sink(BaseHTTPRequestHandler):
@@ -46,13 +45,13 @@ CASES = {
     "cold": {"num_requests": 3000, "num_images": NUM_IMAGES, "num_slots": COLD_SLOTS},
     "hot": {"num_requests": 6000, "num_images": HOT_IMAGES, "num_slots": NUM_IMAGES},
 }
-#: Requests that are published for the one before the other has as many.
+#: Requests published for one worker before the other worker gets as many.
 TURN = 500
 
 
 @contextmanager
 def sink() -> Iterator[str]:
-    """The address of an OTLP endpoint that forgets."""
+    """Yield the address of an OTLP endpoint that discards what it receives."""
     process = subprocess.Popen([sys.executable, "-c", SINK], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -64,7 +63,7 @@ def sink() -> Iterator[str]:
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """These variables for whatever is started meanwhile."""
+    """Set these environment variables within the block."""
     os.environ.update(variables)
     try:
         yield
@@ -76,7 +75,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 def drained_side_by_side(
     bench: Bench, tracing: Mapping[str, str], *, num_requests: int, num_images: int, num_slots: int
 ) -> dict[str, float]:
-    """Milliseconds of processor time for a request: of a worker without tracing, "off", and of one with it, "on"."""
+    """Return milliseconds of processor time per request of the worker without tracing ("off") and with it ("on")."""
     images = bench.images[:num_images]
     windows = [images[start : start + CANDIDATES] for start in range(0, num_images, CANDIDATES)]
     slot_bytes = bench.layout.token_bytes + bench.layout.scale_bytes
@@ -87,7 +86,7 @@ def drained_side_by_side(
             with environment(tracing if name == "on" else {}):
                 worker = rerank_worker(bench, of_worker.prefix, slab_bytes=num_slots * slot_bytes)
                 workers[name] = stack.enter_context(worker)
-        # First every image once, so that what a start costs, and filling a slab, is not counted.
+        # First request every image once, so that start-up and filling the slab are not counted.
         for of_worker in topics.values():
             of_worker.publish([(f"w-{number}", window) for number, window in enumerate(windows)])
         while any(of_worker.num_replies() < len(windows) for of_worker in topics.values()):
@@ -98,19 +97,19 @@ def drained_side_by_side(
             order = list(topics.values()) if start // TURN % 2 else list(topics.values())[::-1]
             for of_worker in order:
                 of_worker.publish([(f"r-{number}", windows[number % len(windows)]) for number in numbers])
-        taken: dict[str, float] = {}
-        while len(taken) < len(workers):
-            for name in workers.keys() - taken.keys():
+        used_ms: dict[str, float] = {}
+        while len(used_ms) < len(workers):
+            for name in workers.keys() - used_ms.keys():
                 if topics[name].num_replies() >= len(windows) + num_requests:
-                    taken[name] = (cpu_s(workers[name]) - began_s[name]) / num_requests * 1000
+                    used_ms[name] = (cpu_s(workers[name]) - began_s[name]) / num_requests * 1000
             time.sleep(0.02)
     for of_worker in topics.values():
         of_worker.close()
-    return taken
+    return used_ms
 
 
 def cpu_s(worker: subprocess.Popen) -> float:
-    """What the process has used of the processors so far."""
+    """Return the processor time that the process has used, in seconds."""
     times = psutil.Process(worker.pid).cpu_times()
     return times.user + times.system
 
@@ -119,9 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="the median counts")
     parser.add_argument("--ratio", type=float, default=0.1, help="share of the requests that is sampled")
-    parser.add_argument("--case", choices=CASES, default="hot", help="whether the images have to be fetched")
-    parser.add_argument("--null", action="store_true", help="compare two workers that are alike")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that it runs")
+    parser.add_argument("--case", choices=CASES, default="hot", help="cold: images come from Redis; hot: from the slab")
+    parser.add_argument("--null", action="store_true", help="compare two workers without tracing")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, as a smoke test")
     arguments = parser.parse_args()
     case = dict(CASES[arguments.case])
     case["num_requests"] //= 10 if arguments.quick else 1
@@ -134,10 +133,10 @@ def main() -> None:
         }
         for _ in range(arguments.repeats):
             runs.append(drained_side_by_side(ready, {} if arguments.null else tracing, **case))
-            print(", ".join(f"{name} {taken_ms:.3f} ms/request" for name, taken_ms in runs[-1].items()), flush=True)
+            print(", ".join(f"{name} {each_ms:.3f} ms/request" for name, each_ms in runs[-1].items()), flush=True)
     costs = sorted(run["on"] / run["off"] - 1 for run in runs)
     cost = statistics.median(costs)
-    what = "none at all" if arguments.null else f"{arguments.ratio:.0%} of the requests"
+    what = "nothing" if arguments.null else f"{arguments.ratio:.0%} of the requests"
     print(f"tracing {what}: {cost:.1%} of a worker's processor time ({costs[0]:.1%} to {costs[-1]:.1%})")
     result = {
         "case": arguments.case,

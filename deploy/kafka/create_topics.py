@@ -1,9 +1,9 @@
-"""Creates the topics of topics.toml where they are missing and gives those that exist its settings.
+"""Creates the missing topics of topics.toml and applies its settings to the existing ones.
 
-    python deploy/kafka/create_topics.py --replication-factor 1 --topic-prefix team-a.
+Run: python deploy/kafka/create_topics.py [--replication-factor 1] [--topic-prefix team-a.]
 
-Reaches Kafka as the workers do (KAFKA_BROKERS and the other KAFKA_* settings). Never changes the partitions of a topic
-that exists: with their number changes where a key goes. Knows no topic by name.
+Connects to Kafka with the workers' settings (KAFKA_BROKERS and the other KAFKA_* variables). Never changes the number of
+partitions of an existing topic, because keys would move to other partitions.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TABLE = Path(__file__).with_name("topics.toml")
 
 
 def wanted_topics(table: dict[str, Any], prefix: str, replication_factor: int) -> dict[str, dict[str, Any]]:
-    """Each topic's options, as Kafka's admin client takes them."""
+    """Return the options of each topic in the form of Kafka's admin client."""
     topics = {}
-    for name, own in table["topics"].items():
-        configs = table["every_topic"] | {key: value for key, value in own.items() if key != "partitions"}
-        # With one copy less than that no message could be written while a broker is away, with one copy none at all.
+    for name, options in table["topics"].items():
+        configs = table["every_topic"] | {key: value for key, value in options.items() if key != "partitions"}
+        # min.insync.replicas must be below the replication factor, so that writes continue while one broker is down.
         configs["min.insync.replicas"] = max(1, min(configs["min.insync.replicas"], replication_factor - 1))
         topics[f"{prefix}{name}"] = {
-            "num_partitions": own["partitions"],
+            "num_partitions": options["partitions"],
             "replication_factor": replication_factor,
             "configs": {key: str(value) for key, value in configs.items()},
         }
@@ -42,32 +42,34 @@ def wanted_topics(table: dict[str, Any], prefix: str, replication_factor: int) -
 
 
 def create(admin: KafkaAdminClient, topics: dict[str, dict[str, Any]]) -> list[str]:
-    """Create and configure; returns a sentence for each topic."""
+    """Create and configure the topics; return one sentence for each."""
     present = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(sorted(admin.list_topics()))}
     missing = {name: options for name, options in topics.items() if name not in present}
     if missing:
         admin.create_topics(missing, wait_for_metadata=True)
-    there = {name: options for name, options in topics.items() if name in present}
-    if there:
+    existing = {name: options for name, options in topics.items() if name in present}
+    if existing:
         admin.alter_configs(
-            [ConfigResource(ConfigResourceType.TOPIC, name, options["configs"]) for name, options in there.items()]
+            [ConfigResource(ConfigResourceType.TOPIC, name, options["configs"]) for name, options in existing.items()]
         )
-    return [_told(name, options["num_partitions"], present.get(name)) for name, options in topics.items()]
+    return [_sentence(name, options["num_partitions"], present.get(name)) for name, options in topics.items()]
 
 
-def _told(name: str, wanted: int, present: int | None) -> str:
+def _sentence(name: str, wanted: int, present: int | None) -> str:
     if present is None:
         return f"{name}: created with {wanted} partitions"
     if present == wanted:
-        return f"{name}: was there; its settings are those of {TABLE.name}"
-    return f"{name}: has {present} partitions and keeps them, because keys would move; {TABLE.name} says {wanted}"
+        return f"{name}: exists; the settings of {TABLE.name} are applied"
+    return f"{name}: exists with {present} partitions, {TABLE.name} says {wanted}; kept, because keys would move"
 
 
 def main(
-    replication_factor: Annotated[int | None, typer.Option(min=1, help="Copies of each; else topics.toml's.")] = None,
-    topic_prefix: Annotated[str, typer.Option(help="Put in front of every topic's name.")] = "",
+    replication_factor: Annotated[
+        int | None, typer.Option(min=1, help="Replicas of each topic; default: topics.toml's.")
+    ] = None,
+    topic_prefix: Annotated[str, typer.Option(help="Prefix of all topic names.")] = "",
 ) -> None:
-    """Create the topics that are missing; ends with 1 and a sentence if Kafka does not let it."""
+    """Create the missing topics. Exits with 1 and a sentence if Kafka refuses."""
     table = tomllib.loads(TABLE.read_text())
     topics = wanted_topics(table, topic_prefix, replication_factor or table["replication_factor"])
     try:

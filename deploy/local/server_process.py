@@ -1,6 +1,6 @@
-"""One server process: start, stop, kill, freeze, and start again on the same port with the same data.
+"""Runs one server process: start, stop, kill, freeze, and restart on the same port with the same data.
 
-Knows processes and ports; knows nothing of Kafka or Redis.
+Knows processes and ports, and no particular server.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-#: Below the range that Linux and macOS hand out for outgoing connections. A client that keeps trying the port of a
-#: stopped server would otherwise, once in a while, be given that very port and keep the server from coming back.
+#: Below the range of ports for outgoing connections on Linux and macOS. Otherwise a client that retries the port of a
+#: stopped server is sometimes given that port itself, and the server cannot start again.
 FREE_PORTS = range(20_000, 32_000)
-#: Waits until its end of the pipe is closed, which happens in whatever way the parent ends, and kills the server.
+#: Waits for the end of its input, which closes however the parent ends, and then kills the server.
 WATCHDOG = 'read -r _; kill -KILL "$1"'
 
 
 class ServiceError(Exception):
-    """A service cannot be had; the message says which and why."""
+    """A service cannot be started; the message names it and the reason."""
 
 
 class Server(ABC):
-    """One server process with its data in a folder. Started again, it has the same port and the same data."""
+    """One server process with its data in a folder; a restart keeps the port and the data."""
 
     name: str
     start_limit_s: float
     stop_signal = signal.SIGTERM
 
     def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
-        """`settings` go into the server's own configuration, over ours."""
+        """`settings` override the defaults in the server's configuration."""
         self.folder = folder
         self.settings = dict(settings or {})
         self.port = free_port()
@@ -44,10 +44,10 @@ class Server(ABC):
         self._watchdog: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start and return when the server answers; raises `ServiceError` with the end of its log if it does not."""
+        """Start the server and return when it answers. Raises `ServiceError` with the end of its log otherwise."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            # A session of its own: Ctrl-C at the terminal is for the parent, which stops the server in its own time.
+            # A new session: Ctrl-C at the terminal must reach the parent only, which stops the server in order.
             self._process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.DEVNULL,
@@ -73,7 +73,7 @@ class Server(ABC):
             time.sleep(0.05)
 
     def stop(self, grace_s: float = 15.0) -> None:
-        """Ask the server to end, then make it."""
+        """Send the stop signal, and kill the server if it has not ended after the grace period."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
             self._process.send_signal(self.stop_signal)
@@ -84,13 +84,13 @@ class Server(ABC):
         self._forget()
 
     def kill(self) -> None:
-        """End the server as a power cut would."""
+        """Kill the server, as a power cut would."""
         if self._process is not None:
             self._process.kill()
         self._forget()
 
     def freeze(self) -> None:
-        """Stop the clock of the server: connections stay open and nothing answers."""
+        """Suspend the server: connections stay open and nothing answers."""
         self._running().send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -106,7 +106,7 @@ class Server(ABC):
         return self._process
 
     def _forget(self) -> None:
-        # The watchdog goes first: once the server is reaped its process number may be somebody else's.
+        # The watchdog ends first: after the server is reaped, its process id can belong to another process.
         for process in (self._watchdog, self._process):
             if process is not None:
                 if process is self._watchdog:
@@ -118,15 +118,15 @@ class Server(ABC):
 
     @abstractmethod
     def _command(self) -> list[str]:
-        """The program and its arguments."""
+        """Return the program and its arguments."""
 
     def _popen_options(self) -> dict[str, Any]:
-        """Further arguments of `subprocess.Popen`, such as the user that runs the server."""
+        """Return further arguments for `subprocess.Popen`, such as the user that runs the server."""
         return {}
 
     @abstractmethod
     def _answers(self) -> bool:
-        """Whether this very process, and not another on the same port, answers a request."""
+        """Return whether this process, and not another on the same port, answers a request."""
 
 
 def package_folder(package: str, brings: str) -> Path:
