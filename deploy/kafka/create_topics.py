@@ -2,8 +2,8 @@
 
 Run: python deploy/kafka/create_topics.py [--replication-factor 1] [--topic-prefix team-a.]
 
-Connects to Kafka with the workers' settings (KAFKA_BROKERS and the other KAFKA_* variables). Never changes the number of
-partitions of an existing topic, because keys would move to other partitions.
+Connects to Kafka with the KAFKA_* settings of the workers. Never changes the number of partitions of an existing topic,
+because keys would move to other partitions.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def _sentence(name: str, wanted: int, present: int | None) -> str:
 
 
 def main(
-    replication_factor: Annotated[
-        int | None, typer.Option(min=1, help="Replicas of each topic; default: topics.toml's.")
-    ] = None,
+    replication_factor: Annotated[int | None, typer.Option(min=1, help="Replicas per topic.")] = None,
     topic_prefix: Annotated[str, typer.Option(help="Prefix of all topic names.")] = "",
 ) -> None:
     """Create the missing topics. Exits with 1 and a sentence if Kafka refuses."""

@@ -67,7 +67,7 @@ def test_missing_topics_are_made_with_the_settings_of_the_table(kafka_brokers: s
 
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert f"{unique_prefix}rerank.requests: created with 48 partitions" in first.stdout
-    assert f"{early}: has 2 partitions and keeps them" in second.stdout
+    assert f"{early}: exists with 2 partitions" in second.stdout
     made = {
         topic["name"]: len(topic["partitions"])
         for topic in admin.describe_topics(list(settings_of(admin, unique_prefix)))
