@@ -76,6 +76,7 @@ class Record:
 class Outgoing:
     """One message to publish. A `value` of None is a tombstone; an empty value is not one.
 
+    `partition` is a number within the topic; None lets the key decide.
     `if_refused` returns the message to publish when the broker refuses this one, or None.
     `span` identifies the span of the sending, which the headers name too.
     """
@@ -84,6 +85,7 @@ class Outgoing:
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
+    partition: int | None = None
     if_refused: Callable[[Refused], Outgoing | None] | None = None
     span: SpanIds | None = None
 
@@ -214,12 +216,9 @@ class Gap:
 class Follower(Protocol):
     """Reads new records of a topic without a group, from the end of each partition on.
 
-    Owns a thread, whose error `take` raises. A partition that appears later is read from its beginning.
+    The end is fixed when the follower is made. A partition that is created later is read from its beginning.
+    Owns a thread, whose error `take` raises.
     """
-
-    def is_following(self) -> bool:
-        """Whether the start of every partition is fixed: every record published from now on is read."""
-        ...
 
     def take(self) -> Record | Gap | None:
         """Return the next record or gap that has arrived, without waiting."""

@@ -13,7 +13,8 @@ from kafka import KafkaAdminClient
 
 from services import create_topics
 from workers.bus.consumer import KafkaInbox
-from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox, MemoryTransactionalOutbox
+from workers.bus.follower import KafkaFollower
+from workers.bus.memory import MemoryBroker, MemoryFollower, MemoryInbox, MemoryOutbox, MemoryTransactionalOutbox
 from workers.bus.producer import KafkaOutbox
 from workers.bus.transactions import KafkaTransactionalOutbox
 from workers.ports import Outgoing, Record
@@ -77,6 +78,9 @@ class MemoryBus:
     def inbox(self, topic: str, *, group: str = "group", **_) -> MemoryInbox:
         return MemoryInbox(self.broker, topic=topic, group_id=group)
 
+    def follower(self, topic: str, **settings) -> MemoryFollower:
+        return MemoryFollower(self.broker, topic, **settings)
+
     def outbox(self) -> MemoryOutbox:
         return MemoryOutbox(self.broker)
 
@@ -121,6 +125,11 @@ class KafkaBus:
                 max_poll_records=max_poll_records,
                 max_message_bytes=MAX_MESSAGE_BYTES,
             )
+        )
+
+    def follower(self, topic: str, *, wake=lambda: None, **settings) -> KafkaFollower:
+        return self._closing(
+            KafkaFollower(self.connection, topic, wake=wake, max_message_bytes=MAX_MESSAGE_BYTES, **settings)
         )
 
     def outbox(self, **connection) -> KafkaOutbox:

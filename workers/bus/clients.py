@@ -11,9 +11,11 @@ from kafka.net.compat import KafkaNetClient
 from kafka.structs import OffsetAndMetadata
 
 from workers.bus.errors import MISCONFIGURED, translated
-from workers.errors import Transient
+from workers.errors import TopicRefused, Transient
 from workers.ports import Outgoing, Partition, Poll, Record
 
+#: How soon clients notice new partitions and topics that were created again; the client's own default is five minutes.
+METADATA_MAX_AGE_MS = 3_000
 #: The broker hung up this often before a first connection was ready: it does so at once, in about two seconds in all.
 MAX_CUT_OFF = 5
 CUT_OFF = "the broker ends every connection before it is ready; is it the credentials, or the security protocol?"
@@ -81,7 +83,16 @@ def close_producer(producer: Any, timeout_s: float) -> None:
 
 
 def send_to(producer: KafkaProducer, message: Outgoing) -> Any:
-    return producer.send(message.topic, value=message.value, key=message.key, headers=list(message.headers))
+    """Hand a message to the producer. Raises `TopicRefused` for a partition that the topic does not have."""
+    key = message.key
+    if key is None and message.value is None:
+        key = b""  # kafka-python refuses a message with neither, which a dead letter may be
+    try:
+        return producer.send(
+            message.topic, value=message.value, key=key, headers=list(message.headers), partition=message.partition
+        )
+    except ValueError as error:
+        raise TopicRefused(f"the topic {message.topic} does not take the message: {error}") from error
 
 
 def kafka_offsets(offsets: Mapping[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:

@@ -22,7 +22,7 @@ from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.future import Future as KafkaFuture
 
-from workers.bus.clients import kafka_offsets, started, to_record
+from workers.bus.clients import METADATA_MAX_AGE_MS, kafka_offsets, started, to_record
 from workers.bus.errors import translating
 from workers.bus.lag import LagLook
 from workers.bus.membership import ask_for_partitions, go_on_joining, has_to_join, is_joining, is_stable
@@ -102,6 +102,7 @@ class KafkaInbox:
             isolation_level="read_committed" if read_committed else "read_uncommitted",
             partition_assignment_strategy=(CooperativeStickyAssignor,),
             max_poll_records=max_poll_records,
+            metadata_max_age_ms=METADATA_MAX_AGE_MS,
             heartbeat_interval_ms=HEARTBEAT_MS,
             session_timeout_ms=session_timeout_ms,
             max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),

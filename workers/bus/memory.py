@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 
 from workers.errors import Refused, TooLarge, TopicRefused, Transient
-from workers.ports import Outgoing, Partition, Record, Revocation
+from workers.ports import Gap, Outgoing, Partition, Record, Revocation
 
 
 class MemoryBroker:
@@ -46,12 +47,15 @@ class MemoryBroker:
             raise Transient("the broker is away")
         if message.topic in self.refused_topics:
             raise TopicRefused(f"the broker takes no message for the topic {message.topic}")
+        if message.partition is not None and not 0 <= message.partition < self.num_partitions:
+            raise TopicRefused(f"the topic {message.topic} has no partition {message.partition}")
         size = message.num_bytes()
         if size > self.max_message_bytes:
             raise TooLarge(f"{size} bytes; the broker takes {self.max_message_bytes}")
 
     def append(self, message: Outgoing) -> Record:
-        number = zlib.crc32(message.key or b"") % self.num_partitions
+        by_key = zlib.crc32(message.key or b"") % self.num_partitions
+        number = by_key if message.partition is None else message.partition
         log = self.partition_log(message.topic, number)
         record = Record(
             partition=Partition(message.topic, number),
@@ -134,6 +138,48 @@ class MemoryInbox:
 
     def lag(self) -> Mapping[Partition, int]:
         return {p: len(self._broker.partition_log(*p)) - position for p, position in self._positions.items()}
+
+    def close(self, timeout_s: float) -> None:
+        self._positions.clear()
+
+
+class MemoryFollower:
+    """Reads what is appended to a topic from now on; implements `workers.ports.Follower`."""
+
+    def __init__(
+        self,
+        broker: MemoryBroker,
+        topic: str,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        partitions: Collection[int] | None = None,
+    ) -> None:
+        self._broker = broker
+        self._positions = {
+            Partition(topic, number): len(broker.partition_log(topic, number))
+            for number in (range(broker.num_partitions) if partitions is None else partitions)
+        }
+        self._gaps: deque[Gap] = deque()
+        self._wake = wake
+        broker.on_append(wake)
+
+    def lose(self, number: int, reason: str = "records were removed") -> None:
+        """Miss the records of a partition that have not been taken, and report the gap."""
+        for partition in self._positions:
+            if partition.number == number:
+                self._positions[partition] = len(self._broker.partition_log(*partition))
+                self._gaps.append(Gap(partition, reason))
+        self._wake()
+
+    def take(self) -> Record | Gap | None:
+        if self._gaps:
+            return self._gaps.popleft()
+        for partition, position in self._positions.items():
+            log = self._broker.partition_log(*partition)
+            if position < len(log):
+                self._positions[partition] = position + 1
+                return log[position]
+        return None
 
     def close(self, timeout_s: float) -> None:
         self._positions.clear()

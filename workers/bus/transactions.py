@@ -208,6 +208,9 @@ def _flush(producer: Any, messages: Sequence[Outgoing], limit_s: float) -> list[
     for number, message in enumerate(messages):
         try:
             futures.append(send_to(producer, message))
+        except TopicRefused as error:
+            error.message_number = number
+            raise
         except kafka_errors.KafkaError as error:
             refused = refusal(error, message, number)
             if refused is not None:
