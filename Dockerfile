@@ -1,13 +1,14 @@
 # The images of the service: ingest, rerank, ingest-gpu, rerank-gpu, rerank-tensorrt, engine-build, and model, which
-# carries a checkpoint.
+# contains a checkpoint.
 #
 #   docker build --target rerank -t edje-rerank:0.1.0 .
 #   docker build --target model  -t edje-model:DIGEST --build-context checkpoint=build/scenes/checkpoint .
 #
-# Every package is the one of requirements/service.txt (of the last two workers, engine.txt), checked against its hash,
-# but for those that are told below.
+# Packages are those of requirements/service.txt (engine.txt for the last two workers), checked against their hashes,
+# with the exceptions named below.
 
-# --- what is installed, and whatever it takes to install it ------------------------------------------------------------
+# --- installation
+# ------------------------------------------------------------------------------------------------------
 
 FROM python:3.12.11-slim-bookworm AS sources
 WORKDIR /build
@@ -19,8 +20,9 @@ COPY edje edje
 COPY trt trt
 COPY workers workers
 
-# Without a GPU torch's CUDA libraries are gigabytes that nobody loads, so these images take the CPU build of the same
-# version from PyTorch's own index. That package is not checked against a hash: the lock knows the CUDA build alone.
+# Without a GPU, torch's CUDA libraries are gigabytes that are never loaded, so these images take the CPU build of the
+# same version from PyTorch's own index. That package is not checked against a hash, because the lock contains the CUDA
+# build only.
 FROM sources AS cpu-app
 ENV VIRTUAL_ENV=/app UV_LINK_MODE=copy UV_NO_CACHE=1
 RUN uv venv /app \
@@ -29,7 +31,7 @@ RUN uv venv /app \
  && uv pip install --torch-backend cpu --compile-bytecode "$(grep -o '^torch==[^ ;]*' requirements/service.txt)"
 RUN uv pip install --no-deps --no-build-isolation --compile-bytecode .
 
-# With Ubuntu's own Python.
+# Uses Ubuntu's Python.
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04 AS cuda
 RUN apt-get update && apt-get install -y --no-install-recommends python3.12 && rm -rf /var/lib/apt/lists/*
 
@@ -42,7 +44,7 @@ RUN uv venv --python /usr/bin/python3.12 /app \
  && uv pip install --require-hashes --compile-bytecode -r requirements/service.txt
 RUN uv pip install --no-deps --no-build-isolation --compile-bytecode .
 
-# TensorRT's libraries come from the vendor, by its own installer, and pycuda is compiled over CUDA's headers: these two
+# TensorRT's libraries come from the vendor through its installer, and pycuda is compiled against CUDA's headers: both
 # are pinned and not checked against hashes. The compiler stays in this stage.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS tensorrt-app
 RUN apt-get update && apt-get install -y --no-install-recommends g++ python3.12-dev && rm -rf /var/lib/apt/lists/*
@@ -55,7 +57,8 @@ RUN uv pip install --require-hashes --compile-bytecode -r requirements/engine.tx
  && uv pip install --compile-bytecode pip tensorrt==11.4.0.106 pycuda==2026.1 \
  && uv pip uninstall pip
 
-# --- what runs: no compiler, no installer, nothing to write but /tmp ---------------------------------------------------
+# --- images that run: no compiler, no installer, only /tmp is writable
+# -------------------------------------------------
 
 FROM python:3.12.11-slim-bookworm AS cpu-worker
 RUN pip uninstall --yes --quiet --root-user-action ignore pip
@@ -92,18 +95,19 @@ CMD ["python", "-m", "workers.rerank"]
 FROM tensorrt-worker AS rerank-tensorrt
 CMD ["python", "-m", "workers.rerank"]
 
-# What becomes of a model on the GPU that it is run on: deploy/kubernetes/overlays/tensorrt.
+# Builds an engine on the GPU that will run it: deploy/kubernetes/overlays/tensorrt.
 FROM tensorrt-worker AS engine-build
 CMD ["python", "-m", "trt.build", "--help"]
 
-# --- a model: its checkpoint, and the copying of it into a pod's volume ------------------------------------------------
+# --- the model: a checkpoint, copied into a pod's volume
+# ---------------------------------------------------------------
 
-# The demo's model, unless --build-context checkpoint=FOLDER names another.
+# The demo's model by default; --build-context checkpoint=FOLDER names another.
 FROM scratch AS checkpoint
 COPY deploy/models/scenes /
 
 FROM busybox:1.37.0 AS model
-# Owned by the user that fills it, where it is a named volume.
+# Owned by the user that fills it when it is a named volume.
 RUN mkdir /checkpoint && chown 65532:65532 /checkpoint
 COPY --from=checkpoint / /model
 USER 65532:65532
