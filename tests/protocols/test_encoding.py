@@ -17,7 +17,6 @@ from protocols.encoding import (
     decode,
     encode,
     encode_response,
-    salvage_id,
 )
 from protocols.events import ImageIndexed, ImageNew, RerankRequest, RerankResponse, Result
 from strategies import digests, events, explanations, finite, ids, timings, warnings
@@ -43,7 +42,6 @@ def test_an_event_survives_both_encodings(content_type, event):
 def test_arbitrary_bytes_are_an_event_error(content_type, model, value):
     with pytest.raises(EventError):
         decode(model, value, content_type)
-    salvage_id(value, content_type, "request_id")
 
 
 _trees = st.recursive(
@@ -114,7 +112,7 @@ def test_bytes_that_are_no_such_encoding_are_undecodable(content_type, value):
     assert caught.value.code == "undecodable"
 
 
-def test_an_encoding_nobody_agreed_on_is_refused_by_name():
+def test_an_unsupported_content_type_is_named():
     with pytest.raises(EventError, match="application/x-protobuf") as caught:
         decode(RerankRequest, b"", "application/x-protobuf")
 
@@ -122,7 +120,7 @@ def test_an_encoding_nobody_agreed_on_is_refused_by_name():
 
 
 def test_an_error_does_not_repeat_the_image():
-    secret = base64.b64encode(b"pixels of somebody").decode()
+    secret = base64.b64encode(b"pixels of a picture").decode()
 
     with pytest.raises(EventError) as caught:
         decode(ImageNew, json.dumps({"image_id": 3, "data": secret, "uri": secret}).encode())
@@ -151,6 +149,8 @@ def test_both_base64_alphabets_are_read_and_the_standard_one_is_written(alphabet
         ((("content-type", b"application/x-msgpack"),), MSGPACK),
         ((("content-type", b""),), JSON),
         ((("content-type", b"\xff"),), "\ufffd"),
+        ((("content-type", b"application/json"), ("Content-Type", b"application/msgpack")), MSGPACK),
+        ((("content-type", b"application/msgpack"), ("content-type", b"")), JSON),
     ],
 )
 def test_the_content_type_is_what_the_header_means(headers, expected):
@@ -213,30 +213,48 @@ def test_a_score_that_is_not_finite_is_not_written(logit):
         encode_response("r", "ok", [0], ["a"], [0.5], [logit], missing=[], model="m", engine="e", timings_ms={})
 
 
-@both_encodings
-@pytest.mark.parametrize("fields", [{"request_id": "r-9"}, {**REQUEST, "request_id": "r-9", "candidates": 3}])
-def test_the_id_of_an_invalid_request_is_salvaged(content_type, fields):
-    assert salvage_id(written(fields, content_type), content_type, "request_id") == "r-9"
+def decoding_error(value, content_type=JSON, **bounds):
+    with pytest.raises(EventError) as caught:
+        decode(RerankRequest, value, content_type, **bounds)
+    return caught.value
 
 
 @both_encodings
-@pytest.mark.parametrize("id_first", [True, False])
-def test_the_id_of_a_request_with_a_million_candidates_is_salvaged(content_type, id_first):
-    candidates = [{"image_id": "a"}] * 1_000_000
-    fields = {"candidates": candidates, "request_id": "r-9"}
-    value = written(dict(reversed(fields.items())) if id_first else fields, content_type)
-
-    assert salvage_id(value, content_type, "request_id") == "r-9"
-
-
-@both_encodings
-def test_the_id_of_a_request_that_ends_too_early_is_salvaged(content_type):
+def test_an_event_over_the_bound_of_bytes_is_refused_before_it_is_parsed(content_type):
     value = written(REQUEST, content_type)
 
-    assert salvage_id(value[:-5], content_type, "request_id") == "r-1"
+    assert decode(RerankRequest, value, content_type, max_bytes=len(value)).request_id == "r-1"
+    assert decoding_error(value, content_type, max_bytes=len(value) - 1).code == "event_too_large"
+    assert decoding_error(b"x" * 11, content_type, max_bytes=10).code == "event_too_large"
 
 
 @both_encodings
-@pytest.mark.parametrize("bad_id", [7, "", "a\nb", "x" * 257, None, ["r"]])
-def test_what_is_no_id_is_not_salvaged(content_type, bad_id):
-    assert salvage_id(written({"request_id": bad_id}, content_type), content_type, "request_id") is None
+def test_an_event_of_very_many_lists_is_refused_at_little_cost(content_type):
+    many = {**REQUEST, "unknown": [[]] * 90_000}
+    value = written(many, content_type)
+
+    error = decoding_error(value, content_type, max_containers=1_000)
+
+    assert (error.code, str(error)) == ("event_too_large", "the event has more than 1000 lists and objects")
+    assert decode(RerankRequest, value, content_type).request_id == "r-1"
+
+
+@both_encodings
+def test_a_list_nested_in_lists_beyond_any_use_is_undecodable(content_type):
+    deep = b"[" * 5_000 + b"]" * 5_000 if content_type == JSON else b"\x91" * 5_000 + b"\x90"
+
+    assert decoding_error(deep, content_type).code == "undecodable"
+
+
+@both_encodings
+def test_a_null_value_is_undecodable(content_type):
+    assert decoding_error(None, content_type).code == "undecodable"
+
+
+def test_of_a_field_that_comes_twice_the_last_counts_in_both_encodings():
+    pairs = [("request_id", "first"), *REQUEST.items()]
+    json_value = b"{" + b",".join(json.dumps(k).encode() + b":" + json.dumps(v).encode() for k, v in pairs) + b"}"
+    msgpack_value = bytes([0x80 + len(pairs)]) + b"".join(msgpack.packb(k) + msgpack.packb(v) for k, v in pairs)
+
+    assert decode(RerankRequest, json_value).request_id == "r-1"
+    assert decode(RerankRequest, msgpack_value, MSGPACK).request_id == "r-1"

@@ -220,11 +220,15 @@ class Rig:
         self.store.put_many({blob_key("m1", name): blob for name, blob in blobs.items()})
 
     def send(
-        self, request: Mapping[str, Any] | bytes, headers: Headers = (), partition: Partition = PARTITION
+        self,
+        request: Mapping[str, Any] | bytes | None,
+        headers: Headers = (),
+        partition: Partition = PARTITION,
+        key: bytes | None = b"key",
     ) -> Record:
-        """Hand the job a message, which is JSON where it is not bytes already."""
-        value = request if isinstance(request, bytes) else json.dumps(request).encode()
-        record = Record(partition, self._num_sent, b"key", value, headers, 0)
+        """Give the job a message, encoded as JSON unless it is bytes or null."""
+        value = request if isinstance(request, bytes | None) else json.dumps(request).encode()
+        record = Record(partition, self._num_sent, key, value, headers, 0)
         self._num_sent += 1
         self.job.accept(record, self.now)
         return record

@@ -10,8 +10,9 @@ import structlog
 from numpy.typing import NDArray
 
 from protocols.blob import BlobLayout
-from protocols.encoding import CONTENT_TYPE_HEADER, JSON, EventError, content_type_of, decode, encode, salvage_id
+from protocols.encoding import CONTENT_TYPE_HEADER, JSON, EventError, content_type_of, decode, encode
 from protocols.events import ImageIndexed, ImageNew
+from protocols.salvage import salvage_id
 from protocols.topics import Topics
 from workers.dead_letters import DeadLetters
 from workers.ingest.spans import IngestSpans
@@ -81,7 +82,7 @@ class IngestOutcomes:
 
     def unreadable(self, record: Record, trace: MessageTrace, refusal: Refusal, now: float) -> Finished:
         """The record is no event: its dead letter."""
-        image_id = salvage_id(record.value or b"", content_type_of(record.headers), "image_id")
+        image_id = salvage_id(record.value, record.key, "image_id")
         self._spans.unreadable(record, trace, image_id, now, error=refusal.code)
         return self._dead_letter(record, trace, image_id, refusal)
 

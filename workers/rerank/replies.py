@@ -20,10 +20,10 @@ from protocols.encoding import (
     decode,
     encode,
     encode_response,
-    salvage_id,
 )
 from protocols.events import ErrorInfo, RerankRequest, RerankResponse
 from protocols.fields import MAX_ERROR_MESSAGE_CHARS
+from protocols.salvage import salvage_id
 from workers.dead_letters import DeadLetters
 from workers.errors import Poison, Refused, TooLarge
 from workers.metrics import Metrics
@@ -80,7 +80,7 @@ class Replies:
     def read(self, record: Record) -> RerankRequest:
         """Decode a request. Raises `Poison`."""
         try:
-            return decode(RerankRequest, record.value or b"", content_type_of(record.headers))
+            return decode(RerankRequest, record.value, content_type_of(record.headers))
         except EventError as error:
             raise Poison(error.code, str(error)) from error
 
@@ -152,7 +152,7 @@ class Replies:
         """The outcome of a message that can never succeed: a dead letter, and a reply if its id can be read."""
         error_class = type(poison.__cause__ or poison).__name__
         messages = [self._dead_letters.of(record, error_class=error_class, code=poison.code, message=str(poison))]
-        request_id = salvage_id(record.value or b"", content_type_of(record.headers), "request_id")
+        request_id = salvage_id(record.value, record.key, "request_id")
         log.warning("request refused", **about(record, trace, request_id), code=poison.code, error=str(poison))
         timeline = timeline_of_refused(record, now)
         self._spans.refused(record, trace, timeline, request_id, poison.code)

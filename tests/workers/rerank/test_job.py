@@ -506,7 +506,7 @@ def test_replies_and_pairs_are_counted_by_what_they_came_to():
     rig.send(request(["i1", "i2"]))
     rig.send(request(["i1", "none"], request_id="r2"))
     rig.send(request(["i1"], request_id="r3", deadline=at(-1)))
-    rig.send(b"{}")
+    rig.send(b"{}", key=None)
     rig.run()
 
     assert {

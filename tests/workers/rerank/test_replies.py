@@ -40,9 +40,9 @@ from workers.telemetry.trace_context import TRACEPARENT, TRACESTATE, trace_id_of
 PARENT = b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01"
 
 
-def refused(rig: Rig, value, headers=(), topic: str = TOPICS.rerank_responses):
+def refused(rig: Rig, value, headers=(), topic: str = TOPICS.rerank_responses, key: bytes | None = b"key"):
     """Send what must be refused; the dead letter, and the reply where there is one."""
-    record = rig.send(value, headers)
+    record = rig.send(value, headers, key=key)
     rig.turn()
     (message,) = rig.dead_letters()
     letter = DeadLetter.from_message(message.key, message.value, message.headers)
@@ -64,17 +64,17 @@ FIELDS = request(["i1"])
 @pytest.mark.parametrize(
     ("value", "headers", "code", "request_id"),
     [
-        (b"", (), "undecodable", None),
-        (b"\xff\xfe\x00", (), "undecodable", None),
+        (b"", (), "undecodable", "key"),
+        (b"\xff\xfe\x00", (), "undecodable", "key"),
         (b'{"request_id": "r1", "query": {"te', (), "undecodable", "r1"),
-        (b"[" * 100_000, (), "undecodable", None),
-        (b"[]", (), "invalid_event", None),
-        (b"null", (), "invalid_event", None),
-        (b"{}", (), "invalid_event", None),
+        (b"[" * 100_000, (), "undecodable", "key"),
+        (b"[]", (), "invalid_event", "key"),
+        (b"null", (), "invalid_event", "key"),
+        (b"{}", (), "invalid_event", "key"),
         ({"request_id": "r1"}, (), "invalid_event", "r1"),
-        ({"request_id": 7, "query": {"text": "a"}}, (), "invalid_event", None),
-        ({**FIELDS, "request_id": "line\nbreak"}, (), "invalid_event", None),
-        ({**FIELDS, "request_id": "x" * 257}, (), "invalid_event", None),
+        ({"request_id": 7, "query": {"text": "a"}}, (), "invalid_event", "7"),
+        ({**FIELDS, "request_id": "line\nbreak"}, (), "invalid_event", "key"),
+        ({**FIELDS, "request_id": "x" * 257}, (), "invalid_event", "key"),
         ({**FIELDS, "schema_version": 2}, (), "unsupported_version", "r1"),
         ({**FIELDS, "query": {"text": "a", "image_id": "b"}}, (), "invalid_event", "r1"),
         ({**FIELDS, "candidates": [{"text": "a"}]}, (), "invalid_event", "r1"),
@@ -91,9 +91,15 @@ FIELDS = request(["i1"])
         (FIELDS, ((CONTENT_TYPE_HEADER, b"\xff"),), "unsupported_content_type", "r1"),
         (b"\x81\xaarequest_id\xa2r1", MSGPACK_HEADER, "invalid_event", "r1"),
         (b"\x82\xaarequest_id\xa2r1", MSGPACK_HEADER, "undecodable", "r1"),
-        (b"\x82" + b"\xdd\x05\x00\x00\x00" * 300, MSGPACK_HEADER, "undecodable", None),
-        (b"\xc1", MSGPACK_HEADER, "undecodable", None),
-        (json.dumps(FIELDS).encode(), MSGPACK_HEADER, "undecodable", None),
+        (b"\x82" + b"\xdd\x05\x00\x00\x00" * 300, MSGPACK_HEADER, "undecodable", "key"),
+        (b"\xc1", MSGPACK_HEADER, "undecodable", "key"),
+        (json.dumps(FIELDS).encode(), MSGPACK_HEADER, "undecodable", "r1"),
+        (None, (), "undecodable", "key"),
+        (b'{"request_id": "r1", "query": {"text": "dog \\ud83d"}}', (), "undecodable", "r1"),
+        (b"\xef\xbb\xbf" + json.dumps(FIELDS).encode(), (), "undecodable", "r1"),
+        (json.dumps(FIELDS).encode().replace(b"dog", b"d\xf6g"), (), "undecodable", "r1"),
+        (json.dumps({**FIELDS, "unknown": [[]] * 300_000}).encode(), (), "event_too_large", "r1"),
+        (FIELDS, (*MSGPACK_HEADER, (CONTENT_TYPE_HEADER, b"text/xml")), "unsupported_content_type", "r1"),
     ],
 )
 def test_a_message_that_can_never_succeed_is_dead_lettered_and_answered_where_its_id_can_be_read(
@@ -102,10 +108,13 @@ def test_a_message_that_can_never_succeed_is_dead_lettered_and_answered_where_it
     letter, reply = refused(Rig(), value, headers)
 
     assert letter.error_code == code
-    if request_id is None:
-        assert reply is None
-    else:
-        assert (reply.request_id, reply.status, reply.error.code) == (request_id, "error", code)
+    assert (reply.request_id, reply.status, reply.error.code) == (request_id, "error", code)
+
+
+def test_a_message_without_any_readable_id_is_dead_lettered_and_not_answered():
+    letter, reply = refused(Rig(), b"no json", key=b"\xff")
+
+    assert (letter.error_code, reply) == ("undecodable", None)
 
 
 def test_a_million_candidates_are_refused():
@@ -114,8 +123,7 @@ def test_a_million_candidates_are_refused():
 
     letter, reply = refused(Rig(max_candidates=100_000), value)
 
-    assert letter.error_code == reply.error.code == "invalid_event"
-    assert "candidates" in reply.error.message
+    assert letter.error_code == reply.error.code == "event_too_large"
 
 
 def test_an_error_goes_to_the_topic_that_the_request_names_where_that_is_allowed():
@@ -142,7 +150,7 @@ def test_the_cause_of_a_dead_letter_is_named_by_its_class():
 def test_what_a_refused_message_says_does_not_stop_the_next():
     rig = Rig()
     rig.put({"i1": 1})
-    rig.send(b"\x00")
+    rig.send(b"\x00", key=None)
     rig.send(FIELDS)
     rig.run()
 

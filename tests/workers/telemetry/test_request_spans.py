@@ -149,7 +149,7 @@ def test_nothing_is_recorded_of_what_is_not_sampled(recorded):
 )
 def test_what_ends_without_a_ranking_says_why(recorded, sent, status, error):
     rig = rig_over(recorded)
-    rig.send(sent, SAMPLED)
+    rig.send(sent, SAMPLED, key=None)
     rig.run()
 
     process = recorded.one(PROCESS)
