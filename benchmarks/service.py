@@ -42,7 +42,7 @@ def bare_loop(bench: Bench, seconds: float) -> float:
     tokens = np.zeros((CANDIDATES, layout.token_bytes), np.uint8)
     scales = np.zeros((CANDIDATES, layout.scale_bytes), np.uint8)
     rows, store, done = range(CANDIDATES), RedisStore(bench.services.redis_url), 0
-    store.ping()
+    store.probe(["vt:"], writes=False)
     began = time.perf_counter()
     while time.perf_counter() < began + seconds:
         start = done % (len(keys) - CANDIDATES)

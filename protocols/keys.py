@@ -1,6 +1,6 @@
-"""The names token blobs have in the store.
+"""The keys of token blobs and thumbnails in the store.
 
-A key holds the model digest, so what it names never changes: a new model is a new prefix.
+The key of a blob holds the model digest, so that the tokens of two models lie beside each other.
 """
 
 from __future__ import annotations
@@ -17,3 +17,8 @@ def blob_keys(model_digest: str, image_ids: Iterable[str]) -> list[str]:
     """Return the keys of many images, in order."""
     prefix = blob_key(model_digest, "")
     return [prefix + image_id for image_id in image_ids]
+
+
+def thumbnail_key(image_id: str) -> str:
+    """Return the key of one image's thumbnail, the same under every model."""
+    return f"th:{image_id}"

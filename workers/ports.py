@@ -252,18 +252,25 @@ class TransactionalOutbox(Protocol):
 
 
 class TokenStore(Protocol):
-    """Token blobs by key."""
+    """Values by key: token blobs and thumbnails, each with the source position of its event."""
 
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Return one value or None per key, in order. Raises `Transient` if the store cannot be reached."""
+        """Return one value or None per key, in order. Raises `Transient` until the store answers."""
         ...
 
-    def put_many(self, blobs: Mapping[str, bytes]) -> None:
-        """Write all blobs, in one round trip where the store allows it. Raises `Transient`; writing is idempotent."""
+    def put_many(self, values: Mapping[str, bytes], *, lifetime_s: float | None = None) -> list[bool]:
+        """Write each value unless the store holds one of a later event; return which were written.
+
+        Comparison and write are one step for each key (`protocols.source_position.may_replace`). One round trip where
+        the store allows it. Raises `Transient`; writing is idempotent.
+        """
         ...
 
-    def ping(self) -> None:
-        """Raise `Transient` or `Misconfigured` unless the store answers."""
+    def probe(self, prefixes: Sequence[str], *, writes: bool) -> None:
+        """Try every command that will be needed on keys with these prefixes, and with `writes` those that write.
+
+        Raises `Misconfigured` if a person has to mend something, `Transient` while the store cannot be reached.
+        """
         ...
 
     def close(self) -> None: ...

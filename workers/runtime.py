@@ -84,6 +84,8 @@ class Built:
     group_id: str
     refresh_gauges: Callable[[Mapping[Partition, int]], None]
     """Takes the lag of each assigned partition."""
+    probe_store: Callable[[], None]
+    """Tries every command that the job sends to the store."""
 
 
 Build = Callable[[Shared[S]], AbstractContextManager[Built]]
@@ -154,7 +156,7 @@ def _run(name: str, settings: S, build: Build[S], stack: ExitStack) -> None:
 
     built = stack.enter_context(build(shared))
     health.met(ENGINE_WARM)
-    _when_it_answers(shared, health, STORE_ANSWERS, store.ping)
+    _when_it_answers(shared, health, STORE_ANSWERS, built.probe_store)
     inbox, delivery = _when_it_answers(shared, health, BROKER_ANSWERS, lambda: _connect(name, shared, built, stack))
 
     loop = Loop(

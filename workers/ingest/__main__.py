@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from edje.images import ImageLimits
 from protocols.blob import BlobLayout
+from protocols.keys import blob_key
 from trt.contract import Engine
 from trt.load import load_engine
 from workers.dead_letters import DeadLetters
@@ -76,7 +77,14 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
         spans=spans,
     )
     try:
-        yield Built(job, bus, shared.topics.images_new, settings.group_id, lambda lag: None)
+        yield Built(
+            job,
+            bus,
+            shared.topics.images_new,
+            settings.group_id,
+            refresh_gauges=lambda lag: None,
+            probe_store=lambda: shared.store.probe([blob_key(info.model_digest, "")], writes=True),
+        )
     finally:
         job.close()
 

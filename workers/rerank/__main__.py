@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from edje.text import Tokenizer
 from protocols.blob import BlobLayout
+from protocols.keys import blob_key
 from trt.contract import Engine, EngineInfo
 from trt.load import load_engine, slots_in
 from workers.dead_letters import DeadLetters
@@ -91,7 +92,14 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         metrics.count_evictions(loader.slots_evicted())
 
     try:
-        yield Built(job, bus, shared.topics.rerank_requests, settings.group_id, refresh_gauges)
+        yield Built(
+            job,
+            bus,
+            shared.topics.rerank_requests,
+            settings.group_id,
+            refresh_gauges,
+            probe_store=lambda: shared.store.probe([blob_key(info.model_digest, "")], writes=False),
+        )
     finally:
         fetches.close()
         scorer.close()

@@ -1,81 +1,77 @@
-"""Redis behind `workers.ports.TokenStore`: the only file that knows redis-py.
+"""Redis behind `workers.ports.TokenStore`.
 
-Takes one server, a Sentinel group or a cluster by URL (`workers.store.address`). Safe for any number of threads: a call
-takes a connection from a pool that grows to as many as call at once. Never retries, because the callers' backoff is
-the only one; foreign errors become `workers.errors` here. Knows nothing of what a blob holds.
+Connects to one server, a Sentinel group or a cluster by URL (`workers.store.address`). Safe for any number of threads:
+a call takes a connection from a pool that grows to the number of simultaneous calls. Never retries, because the
+callers do; errors of the client become `workers.errors` here. Knows of a value only where its source position lies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ssl
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
+import structlog
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
-from redis.connection import SSLConnection, parse_url
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    ClusterDownError,
-    InvalidResponse,
-    MovedError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-    TryAgainError,
-)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError, Sentinel
+from redis.sentinel import Sentinel
 
+from protocols.source_position import HEAD_BYTES, SourcePosition, may_replace, removal_marker
 from workers.errors import Misconfigured, Transient
 from workers.secrets import mask_addresses
 from workers.store.address import StoreUrl
+from workers.store.replies import condition_of, text_of, translated
+from workers.store.scripts import WRITE_UNLESS_OLDER, WRITE_UNLESS_OLDER_SHA
 
-#: Answers that pass by themselves, by first word, where redis-py has no class: a disk that is full, missing replicas.
-_PASSING = ("MISCONF", "NOREPLICAS", "MASTERDOWN")
+log = structlog.get_logger(__name__)
+
+#: Keys that `probe` reads and writes: several, because a server of a cluster refuses keys of different slots.
+_NUM_PROBE_KEYS = 2
+_PROBE_LIFETIME_S = 1.0
+
+_Command = tuple[str | int | bytes, ...]
 
 
 class RedisStore:
-    """Token blobs in Redis; implements `workers.ports.TokenStore`.
+    """Values in Redis; implements `workers.ports.TokenStore`.
 
     Connects on the first call, so that a worker may start before its store. `timeout_s` bounds a connection attempt
-    and each wait for an answer; options in the URL go before ours.
+    and each wait for an answer; options in the URL override it.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 2.0) -> None:
-        """Raises `Misconfigured` for a URL or an option that no server could make right."""
+        """Raises `Misconfigured` for an invalid URL or option."""
         self._url = StoreUrl.parse(url)
         self._name = mask_addresses(url)
         self._lock = threading.Lock()
         self._open: redis.Redis | RedisCluster | None = None
-        defaults: dict[str, Any] = {
-            # RESP2: MGET is as fast in either protocol, and this one needs no handshake that an old server refuses.
+        self._has_scripts = True
+        options: dict[str, Any] = {
+            # RESP2 and no CLIENT SETINFO: proxies and old servers know neither HELLO nor CLIENT, and MGET is as fast.
             "protocol": 2,
+            "driver_info": None,
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
             "socket_keepalive": True,
+            "username": self._url.username,
+            "password": self._url.password,
+            "db": self._url.database,
+            **self._url.options,
         }
-        if self._url.client_url.startswith("unix:"):
-            del defaults["socket_connect_timeout"], defaults["socket_keepalive"]
+        make: type[Any] = redis.SSLConnection if self._url.has_tls else redis.Connection
+        if self._url.socket_path is not None:
+            make = redis.UnixDomainSocketConnection
+            del options["socket_connect_timeout"], options["socket_keepalive"]
+        connection_options = {name: value for name, value in options.items() if name != "max_connections"}
         try:
-            options = defaults | dict(parse_url(self._url.client_url))  # type: ignore[no-untyped-call]
-            self._sentinel_options = {
-                name.removeprefix("sentinel_"): options.pop(name)
-                for name in ("sentinel_username", "sentinel_password")
-                if name in options
-            }
-            # Made and thrown away, unconnected: the one place where redis-py looks at the names of the options.
-            make = options.pop("connection_class", redis.Connection)
-            make(**options)
+            make(**connection_options)  # never connected; redis-py checks the names of the options here
         except (TypeError, ValueError, RedisError) as error:
-            raise Misconfigured(f"{self._name} cannot be used: {error}") from error
+            raise Misconfigured(f"REDIS_URL={self._name} has an invalid option: {error}") from error
         self._options = options
         self._connection_class = make
 
@@ -83,25 +79,43 @@ class RedisStore:
         """One MGET; in a cluster one for each slot, sent to all nodes as pipelines."""
         if not keys:
             return []
-        with self._translating():
-            client: Any = self._client()
-            values: list[bytes | None] = (
-                client.mget_nonatomic(keys) if self._url.kind == "cluster" else client.mget(keys)
-            )
-            return values
+        with self._retryable():
+            return self._get_many(keys)
 
-    def put_many(self, blobs: Mapping[str, bytes]) -> None:
+    def put_many(self, values: Mapping[str, bytes], *, lifetime_s: float | None = None) -> list[bool]:
         """Write all in one round trip to each node. After `Transient` some may be written."""
-        if not blobs:
-            return
-        with self._translating(), self._client().pipeline(transaction=False) as pipeline:
-            for key, blob in blobs.items():
-                pipeline.set(key, blob)
-            pipeline.execute()
+        if not values:
+            return []
+        with self._retryable():
+            return self._put_many(values, lifetime_s)
 
-    def ping(self) -> None:
+    def exist_many(self, keys: Sequence[str]) -> list[bool]:
+        """Return for each key whether the store has a value, a removal marker included."""
+        if not keys:
+            return []
+        with self._retryable():
+            return [bool(reply) for reply in _checked(self._pipelined([("EXISTS", key) for key in keys]))]
+
+    def probe(self, prefixes: Sequence[str], *, writes: bool) -> None:
+        """Try every command that will be needed, on keys with these prefixes that no image can have.
+
+        Raises `Misconfigured` if a person has to mend something, `Transient` while the store cannot be reached.
+        """
+        keys = [f"{prefix}\0probe-{number}" for prefix in prefixes for number in range(_NUM_PROBE_KEYS)]
         with self._translating():
-            self._client().ping()
+            self._get_many(keys)
+            if writes:
+                marker = removal_marker(SourcePosition())
+                values = dict.fromkeys(keys, marker)
+                try:
+                    self._put_many(values, _PROBE_LIFETIME_S)
+                except RedisConnectionError as error:
+                    # Some proxies answer an unknown command by closing the connection.
+                    self._get_many(keys)
+                    if not self._has_scripts:
+                        raise
+                    self._forgo_scripts(error)
+                    self._put_many(values, _PROBE_LIFETIME_S)
 
     def close(self) -> None:
         with self._lock:
@@ -109,8 +123,85 @@ class RedisStore:
                 self._open.close()
                 self._open = None
 
+    def _get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        client: Any = self._client()
+        values: Any = client.mget_nonatomic(keys) if self._url.kind == "cluster" else client.mget(keys)
+        if (
+            not isinstance(values, list)
+            or len(values) != len(keys)
+            or not {bytes, type(None)} >= set(map(type, values))
+        ):
+            raise RedisError("the reply to MGET is not one value for each key")
+        return values
+
+    def _put_many(self, values: Mapping[str, bytes], lifetime_s: float | None) -> list[bool]:
+        lifetime_ms = 0 if lifetime_s is None else max(1, round(lifetime_s * 1000))
+        if not self._has_scripts:
+            return self._put_many_without_scripts(values, lifetime_ms)
+        replies = self._run_script("EVALSHA", WRITE_UNLESS_OLDER_SHA, values, lifetime_ms)
+        # A server that has restarted has forgotten the script; EVAL brings it along.
+        unknown = [key for key, reply in replies.items() if _condition(reply) == "no_script"]
+        if unknown:
+            replies |= self._run_script("EVAL", WRITE_UNLESS_OLDER, {key: values[key] for key in unknown}, lifetime_ms)
+        for reply in replies.values():
+            if _condition(reply) == "no_scripting":
+                self._forgo_scripts(reply)
+                return self._put_many_without_scripts(values, lifetime_ms)
+        written = _checked(list(replies.values()))
+        if any(type(reply) is not int or reply not in (0, 1) for reply in written):
+            raise RedisError("the reply to EVALSHA is neither 0 nor 1")
+        return [reply == 1 for reply in written]
+
+    def _run_script(self, command: str, script: str, values: Mapping[str, bytes], lifetime_ms: int) -> dict[str, Any]:
+        commands: list[_Command] = [(command, script, 1, key, value, lifetime_ms) for key, value in values.items()]
+        return dict(zip(values, self._pipelined(commands, key_at=3), strict=True))
+
+    def _put_many_without_scripts(self, values: Mapping[str, bytes], lifetime_ms: int) -> list[bool]:
+        """Compare here and then write: between the two another worker may write."""
+        heads = self._pipelined([("GETRANGE", key, 0, HEAD_BYTES - 1) for key in values])
+        _checked([head for head in heads if _condition(head) != "wrong_type"])
+        written = [
+            may_replace(value, head if isinstance(head, bytes) else None)
+            for value, head in zip(values.values(), heads, strict=True)
+        ]
+        lifetime: _Command = ("PX", lifetime_ms) if lifetime_ms else ()
+        _checked(
+            self._pipelined(
+                [
+                    ("SET", key, value, *lifetime)
+                    for (key, value), is_later in zip(values.items(), written, strict=True)
+                    if is_later
+                ]
+            )
+        )
+        return written
+
+    def _forgo_scripts(self, reason: Any) -> None:
+        self._has_scripts = False
+        log.warning(
+            "the store runs no scripts: values are compared before they are written, and two workers that write one "
+            "image at the same moment may leave the earlier one; allow EVAL, EVALSHA, GETRANGE and SET to avoid this",
+            store=self._name,
+            reply=text_of(reason),
+        )
+
+    def _pipelined(self, commands: Sequence[_Command], key_at: int = 1) -> list[Any]:
+        """Send all commands in one round trip to each node; returns each reply, or its error."""
+        if not commands:
+            return []
+        client: Any = self._client()
+        with client.pipeline(transaction=False) if self._url.kind != "cluster" else client.pipeline() as pipeline:
+            for command in commands:
+                # The node by the key: for these commands redis-py would ask the server where the keys are.
+                target = (
+                    {"target_nodes": client.get_node_from_key(command[key_at])} if self._url.kind == "cluster" else {}
+                )
+                pipeline.execute_command(*command, **target)
+            replies: list[Any] = pipeline.execute(raise_on_error=False)
+        return replies
+
     def _client(self) -> redis.Redis | RedisCluster:
-        """The one client of this store. A cluster's asks for the layout when made, and is made again if that failed."""
+        """Return the one client of this store. A cluster's client asks for the slots when it is made."""
         client = self._open
         if client is None:
             with self._lock:
@@ -121,64 +212,59 @@ class RedisStore:
 
     def _make(self) -> redis.Redis | RedisCluster:
         once = Retry(NoBackoff(), 0)
-        match self._url.kind:
-            case "server":
-                pool = redis.ConnectionPool(connection_class=self._connection_class, retry=once, **self._options)
-                return redis.Redis.from_pool(pool)
-            case "cluster":
-                nodes = [ClusterNode(*node) for node in self._url.nodes]  # type: ignore[no-untyped-call]
-                return RedisCluster(startup_nodes=nodes, retry=once, **self._node_options())
-            case "sentinel":
-                of_connection = ("socket_", "ssl", "protocol")
-                shared = {name: value for name, value in self._node_options().items() if name.startswith(of_connection)}
-                options = {**shared, **self._sentinel_options, "retry": once}
-                sentinel = Sentinel(list(self._url.nodes), sentinel_kwargs=options)  # type: ignore[no-untyped-call]
-                master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
-                    self._url.service, retry=once, **self._node_options()
-                )
-                return master
-
-    def _node_options(self) -> dict[str, Any]:
-        """What goes for every node of a group, in the words of the clients that choose the connection themselves."""
-        options = {name: value for name, value in self._options.items() if name not in ("host", "port")}
-        return options | ({"ssl": True} if issubclass(self._connection_class, SSLConnection) else {})
+        url, options = self._url, {**self._options, "retry": once}
+        if url.kind == "server":
+            if url.socket_path is not None:
+                options["path"] = url.socket_path
+            else:
+                options["host"], options["port"] = url.nodes[0]
+            return redis.Redis.from_pool(redis.ConnectionPool(connection_class=self._connection_class, **options))
+        if url.has_tls:
+            options["ssl"] = True
+        if url.kind == "cluster":
+            del options["db"]
+            nodes = [ClusterNode(*node) for node in url.nodes]  # type: ignore[no-untyped-call]
+            return RedisCluster(startup_nodes=nodes, **options)
+        of_connection = ("socket_", "ssl", "protocol", "retry", "driver_info")
+        sentinel_options = {name: value for name, value in options.items() if name.startswith(of_connection)}
+        sentinel_options |= {"username": url.sentinel_username, "password": url.sentinel_password}
+        sentinel = Sentinel(list(url.nodes), sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
+        master: redis.Redis = sentinel.master_for(url.service, **options)  # type: ignore[no-untyped-call]
+        return master
 
     @contextlib.contextmanager
     def _translating(self) -> Iterator[None]:
-        """Turn redis-py's errors into the worker's."""
+        """Turn errors of the client into the worker's."""
         try:
             yield
         except (RedisError, RedisClusterException, OSError) as error:
-            raise self._translated(error) from error
+            if condition_of(error) == "read_only":
+                self._drop_connections()
+            raise translated(self._name, error) from error
 
-    def _translated(self, error: Exception) -> Exception:
-        """The error by remedy. What a cluster could not be reached for is told by the cause it carries."""
-        causes = list(_chain(error))
-        sentence = f"{self._name}: {error}"
-        if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
-            return Misconfigured(f"{sentence}; the certificate is not trusted (ssl_ca_certs in REDIS_URL names the CA)")
-        if any(isinstance(cause, (AuthenticationError, AuthorizationError, NoPermissionError)) for cause in causes):
-            return Misconfigured(f"{sentence}; check the user, the password and its permissions in REDIS_URL")
-        match error:
-            case MasterNotFoundError():  # its own text lists the clients with all their options
-                return Transient(f"{self._name}: no sentinel that answers knows a master of this service")
-            case OutOfMemoryError():
-                return Transient(f"{sentence}; the store is full: raise its maxmemory or remove keys of old models")
-            case ClusterDownError() | ReadOnlyError() | TryAgainError():
-                return Transient(sentence)
-            case MovedError():
-                return Misconfigured(f"{sentence}; this server is part of a cluster: use redis+cluster:// in REDIS_URL")
-            case InvalidResponse():
-                return Misconfigured(f"{sentence}; what answers there does not speak the Redis protocol")
-            case ResponseError() if not str(error).startswith(_PASSING):
-                return Misconfigured(sentence)
-            case RedisClusterException() if "Cluster mode is not enabled" in str(error):
-                return Misconfigured(f"{sentence}; use redis:// in REDIS_URL")
-            case _:
-                return Transient(sentence)
+    @contextlib.contextmanager
+    def _retryable(self) -> Iterator[None]:
+        """Like `_translating`; what a person has to mend may be mended while the worker runs, so it is tried again."""
+        try:
+            with self._translating():
+                yield
+        except Misconfigured as error:
+            raise Transient(str(error)) from error
+
+    def _drop_connections(self) -> None:
+        """Close idle connections: after a failover behind one address they lead to the former master."""
+        pool: Any = getattr(self._open, "connection_pool", None)
+        if pool is not None:
+            pool.disconnect(inuse_connections=False)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _condition(reply: object) -> str:
+    return condition_of(reply) if isinstance(reply, Exception) else ""
+
+
+def _checked(replies: list[Any]) -> list[Any]:
+    """Return the replies. Raises the first error among them."""
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
