@@ -1,4 +1,4 @@
-"""The wire contract: events, encodings, topics, keys and the token blob.
+"""The wire contract: events, encodings, topics and the token blob.
 
-Everything another team's code may rely on, and nothing else; knows no broker, no store and no model.
+Holds everything that another team's code may rely on. Knows no broker, no store and no model.
 """

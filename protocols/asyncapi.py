@@ -1,9 +1,7 @@
-"""Writes the contract for people and tools that do not read Python: AsyncAPI 3 and JSON Schema.
+"""Writes the contract as AsyncAPI 3 and JSON Schema, generated from the models.
 
-    python -m protocols.asyncapi            writes deploy/asyncapi.yaml and deploy/schemas/
-    python -m protocols.asyncapi --check    exits 1 if they are not what would be written
-
-Everything comes from the models; this module only knows where in a document it belongs.
+python -m protocols.asyncapi            writes deploy/asyncapi.yaml and deploy/schemas/
+python -m protocols.asyncapi --check    writes nothing, and exits 1 if a file is not current
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ _DEPLOY = Path(__file__).parents[1] / "deploy"
 _SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _KAFKA_BINDING = "0.5.0"
 
-#: Each event with the name of its channel and what its key is.
+#: The channel, topic and key of each event.
 _EVENTS: dict[type[Event], tuple[str, str, str]] = {
     ImageNew: ("imagesNew", Topics().images_new, "image_id"),
     ImageIndexed: ("imagesIndexed", Topics().images_indexed, "image_id"),
@@ -38,13 +36,13 @@ _WITH_TOMBSTONES = {ImageNew, ImageIndexed}
 _DEAD_LETTERS = {"imagesNewDeadLetters": Topics().images_new, "rerankRequestsDeadLetters": Topics().rerank_requests}
 
 _DEAD_LETTER_HEADERS = {
-    dead_letters.TOPIC_HEADER: "topic the message came from",
-    dead_letters.PARTITION_HEADER: "its partition, in decimal",
-    dead_letters.OFFSET_HEADER: "its offset, in decimal",
+    dead_letters.TOPIC_HEADER: "topic of the original message",
+    dead_letters.PARTITION_HEADER: "partition of the original message, in decimal",
+    dead_letters.OFFSET_HEADER: "offset of the original message, in decimal",
     dead_letters.ERROR_CLASS_HEADER: "class of the error",
     dead_letters.ERROR_CODE_HEADER: "stable word for the cause, as in an error reply",
     dead_letters.MESSAGE_HEADER: "the cause in a sentence",
-    dead_letters.ATTEMPTS_HEADER: "how often it was tried, in decimal",
+    dead_letters.ATTEMPTS_HEADER: "number of attempts, in decimal",
     dead_letters.TRUNCATED_HEADER: "'true' where the original did not fit the broker's limit and was cut",
 }
 
@@ -61,11 +59,12 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "EDJE reranking",
             "version": "1.0.0",
-            "description": "Images in, ranked candidates out. Topic names may have a prefix, the same for all.\n"
-            f"An event is JSON unless its {CONTENT_TYPE_HEADER} header says {MSGPACK}; "
-            "replies come in the encoding of the request.\n"
+            "description": "Indexes images and ranks candidates. All topic names may have the same prefix.\n"
+            f"An event is JSON unless its {CONTENT_TYPE_HEADER} header is {MSGPACK}; of a header that comes twice the "
+            "last one counts. A reply has the encoding of its request.\n"
             "Unknown fields are ignored, and null means the same as absent.\n"
-            "Every request gets one reply; what cannot be processed also goes to the dead-letter topic.",
+            "Every request whose id can be read gets one reply; a request that cannot be processed also goes to the "
+            "dead-letter topic. The id of a broken request is read from its request_id field, or from its key.",
         },
         "defaultContentType": JSON,
         "channels": _channels(),
@@ -145,8 +144,8 @@ def _image_removed() -> dict[str, Any]:
 def _dead_letter() -> dict[str, Any]:
     return {
         "name": "DeadLetter",
-        "summary": "A message that can never succeed: key, value and headers as they arrived, and the cause in headers "
-        "of its own. To replay it, publish it again without those.",
+        "summary": "A message that can never succeed: its original key, value (null stays null) and headers, and the "
+        "cause in the headers below. To replay the message, publish it without these headers.",
         "contentType": "application/octet-stream",
         "headers": {
             "type": "object",

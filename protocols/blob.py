@@ -1,4 +1,4 @@
-"""The token blob: one image's visual tokens in one value of the store.
+"""The token blob: one image's visual tokens as one value of the store, and the key of that value.
 
 A msgpack map of nine fields in a fixed order. For one layout everything up to `checksum` but the position is the same
 bytes, and the fields behind it lie at fixed offsets. So a good blob is read by two comparisons, one checksum and two
@@ -14,13 +14,13 @@ copies; msgpack is only used to name what is wrong with a bad one.
     scales     laid out as in quantize.py, empty for fp16 and bf16
     tokens     laid out as in quantize.py
 
-Knows nothing of the store, of keys and of the slab.
+Knows nothing of the store and of the slab.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, get_args
@@ -64,6 +64,8 @@ __all__ = [
     "BlobTruncated",
     "BlobUndecodable",
     "BlobVersionMismatch",
+    "blob_key",
+    "blob_keys",
     "content_sha256_of",
     "decode_blobs",
     "dequantize",
@@ -91,9 +93,12 @@ class BlobLayout:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(rf"[!-~]{{1,{MAX_DIGEST_CHARS}}}", self.model_digest):
-            raise ValueError(f"a model digest is 1 to {MAX_DIGEST_CHARS} visible ASCII characters")
+            raise ValueError(f"a model digest has 1 to {MAX_DIGEST_CHARS} visible ASCII characters")
         if not (1 <= self.num_tokens <= MAX_TOKENS and 1 <= self.token_dim <= _MAX_TOKEN_DIM):
-            raise ValueError(f"{self.num_tokens} tokens of {self.token_dim} values are out of bounds")
+            raise ValueError(
+                f"{self.num_tokens} tokens of {self.token_dim} values: a blob holds 1 to {MAX_TOKENS} tokens of "
+                f"1 to {_MAX_TOKEN_DIM} values"
+            )
         if self.storage not in get_args(StorageType):
             raise ValueError(f"unknown storage {self.storage!r}; known: {', '.join(get_args(StorageType))}")
         num_token_bytes(self.storage, self.num_tokens, self.token_dim)
@@ -152,7 +157,7 @@ def _frame_of(layout: BlobLayout) -> _Frame:
 
 
 def _field_start(name: str, num_bytes: int) -> bytes:
-    """The name of a field and the header of its byte string, without the bytes."""
+    """Return the packed name of a field and the header of its byte string."""
     whole = msgpack.packb(name) + msgpack.packb(bytes(num_bytes))
     return whole[: len(whole) - num_bytes]
 
@@ -197,13 +202,13 @@ def decode_blobs(
     token_bytes, scale_bytes = layout.token_bytes, layout.scale_bytes
     token_rows, scale_rows = _flat(tokens_out, token_bytes), _flat(scales_out, scale_bytes)
     if rows and not 0 <= min(rows) <= max(rows) < min(len(tokens_out), len(scales_out)):
-        raise IndexError(f"rows {min(rows)} to {max(rows)} of arrays with {len(tokens_out)}")
+        raise IndexError(f"rows {min(rows)} to {max(rows)} in arrays of {len(tokens_out)} rows")
     start, prefix, checksum_at, _, _, body_at, _, scales_at, tokens_at, num_bytes = _frame_of(layout)
     scales_end = scales_at + scale_bytes
     outcomes: list[BlobError | None] = []
     for blob, row in zip(blobs, rows, strict=True):
         if blob is None:
-            outcomes.append(BlobMissing("no blob in the store"))
+            outcomes.append(BlobMissing("the store has no blob"))
         elif len(blob) != num_bytes or not blob.startswith(start) or not blob.startswith(prefix, HEAD_BYTES):
             outcomes.append(_name_the_difference(layout, blob))
         else:
@@ -256,7 +261,7 @@ def _name_the_difference(layout: BlobLayout, blob: bytes) -> BlobError:
         return BlobModelMismatch(f"made by model {head['model']}; this worker uses model {layout.model_digest}")
     shape = [layout.num_tokens, layout.token_dim]
     if head["shape"] != shape:
-        return BlobShapeMismatch(f"holds tokens of shape {head['shape']}; expected {shape}")
+        return BlobShapeMismatch(f"tokens of shape {head['shape']}; expected {shape}")
     if head["storage"] != layout.storage:
         return BlobStorageMismatch(f"stored as {head['storage']}; expected {layout.storage}")
     if len(blob) < layout.blob_bytes:
@@ -277,7 +282,7 @@ _IS_VALID: dict[str, Any] = {
 
 
 def _read_head(blob: bytes) -> dict[str, Any]:
-    """Read the fields ahead of the scales; raises `BlobError`."""
+    """Return the fields before the scales. Raises `BlobError`."""
     first_bytes = blob[:_HEAD_BYTES]
     unpacker = msgpack.Unpacker(max_buffer_size=_HEAD_BYTES, max_ext_len=0, max_array_len=2, max_map_len=0)
     unpacker.feed(first_bytes)
@@ -299,3 +304,14 @@ def _read_head(blob: bytes) -> dict[str, Any]:
     except (ValueError, msgpack.UnpackException):
         raise BlobUndecodable("not a token blob: not a msgpack map") from None
     return fields
+
+
+def blob_key(model_digest: str, image_id: str) -> str:
+    """Return the store's key of one image's blob under one model."""
+    return f"vt:{model_digest}:{image_id}"
+
+
+def blob_keys(model_digest: str, image_ids: Iterable[str]) -> list[str]:
+    """Return the keys of many images, in order."""
+    prefix = blob_key(model_digest, "")
+    return [prefix + image_id for image_id in image_ids]

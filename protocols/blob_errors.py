@@ -1,11 +1,11 @@
 """The errors of a token blob. A worker treats each as a missing image and counts it by its reason.
 
 BlobError
-  BlobMissing          not in the store, or removed
-  BlobTruncated        the value ends too early
-  BlobUndecodable      not a token blob
+  BlobMissing          the store has no blob
+  BlobTruncated        the blob is too short
+  BlobUndecodable      the value is not a token blob
   BlobVersionMismatch  another version of the format
-  BlobModelMismatch    made by another model
+  BlobModelMismatch    written by another model
   BlobShapeMismatch    another number of tokens, or of values per token
   BlobStorageMismatch  another storage type
   BlobCorrupt          the checksum does not match the content
@@ -23,13 +23,13 @@ class BlobError(ValueError):
 
 
 class BlobMissing(BlobError):
-    """The blob is not in the store, or its image was removed."""
+    """The store has no blob."""
 
     reason = "missing"
 
 
 class BlobTruncated(BlobError):
-    """The value ends too early."""
+    """The blob is too short."""
 
     reason = "truncated"
 
@@ -47,7 +47,7 @@ class BlobVersionMismatch(BlobError):
 
 
 class BlobModelMismatch(BlobError):
-    """The blob was made by another model."""
+    """Another model wrote the blob."""
 
     reason = "model_mismatch"
 

@@ -1,8 +1,7 @@
 """The dead letter: a message that can never succeed, with its cause.
 
-Key and value are the original bytes (a null stays null), so a replay is a re-publish and base64 never pushes a message
-over the broker's limit; where it came from and why it failed are headers, behind the original ones.
-Knows nothing of what made a message fail.
+Key, value (a null stays null) and headers are the original ones, so a replay publishes them again; further headers name
+the original topic, partition and offset, and the cause. Knows nothing of the causes.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ TRUNCATED_HEADER = "dead-letter-truncated"
 MAX_MESSAGE_CHARS = 1_000
 MAX_ERROR_CLASS_CHARS = 200
 
-#: What the broker counts per message and per header beyond the bytes themselves, rounded up.
+#: Bytes that the broker counts per message and per header in addition to their content, rounded up.
 _RECORD_OVERHEAD_BYTES = 128
 _HEADER_OVERHEAD_BYTES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One message that was given up, as it arrived, and why.
+    """One message that can never succeed, and the cause.
 
-    `truncated` says that value or headers are not whole any more: such a letter can be read but not replayed.
+    `truncated`: value or headers were cut, so the letter can be read but not replayed.
     """
 
     topic: str
@@ -53,7 +52,7 @@ class DeadLetter:
     def to_headers(self) -> Headers:
         """Return the headers to publish: the original ones, then the cause.
 
-        A letter that was replayed and died again keeps only its latest cause.
+        A replayed message that fails again keeps only its latest cause.
         """
         cause = {
             TOPIC_HEADER: self.topic,
@@ -66,13 +65,13 @@ class DeadLetter:
         }
         if self.truncated:
             cause[TRUNCATED_HEADER] = "true"
-        # "replace", because a message may quote half a surrogate pair and a dead letter must always be publishable.
+        # "replace", because a message may quote half a surrogate pair, which cannot be encoded.
         return _original(self.headers) + tuple((name, text.encode("utf-8", "replace")) for name, text in cause.items())
 
     def shortened(self, max_bytes: int) -> DeadLetter:
-        """Return this letter cut down to what a broker with this message limit takes.
+        """Return this letter, cut to a broker's message limit.
 
-        The value loses its end; where that is not enough, the original headers go, and then the key.
+        Cut are the end of the value, if necessary the original headers, and at last the key.
         """
         letter = replace(self, truncated=True)
         for smaller in (letter, replace(letter, headers=()), replace(letter, headers=(), key=None)):
@@ -87,10 +86,7 @@ class DeadLetter:
 
     @classmethod
     def from_message(cls, key: bytes | None, value: bytes | None, headers: Headers) -> DeadLetter:
-        """Read a message of a dead-letter topic.
-
-        Raises `ValueError` if it is not a dead letter.
-        """
+        """Return the dead letter in a message of a dead-letter topic. Raises `ValueError` if there is none."""
         cause = {name: text.decode("utf-8", "replace") for name, text in headers if name.startswith(HEADER_PREFIX)}
         try:
             return cls(
@@ -107,7 +103,7 @@ class DeadLetter:
                 truncated=cause.get(TRUNCATED_HEADER) == "true",
             )
         except KeyError as error:
-            raise ValueError(f"not a dead letter: it has no header {error.args[0]}") from None
+            raise ValueError(f"not a dead letter: header {error.args[0]} is missing") from None
         except ValueError:
             raise ValueError("not a dead letter: partition, offset and attempts must be numbers") from None
 

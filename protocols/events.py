@@ -1,7 +1,7 @@
-"""The events: what is asked of the service and what it answers.
+"""The events: images, requests and responses.
 
-Each is a frozen, strictly typed model; fields it does not know are ignored, and null means the same as absent.
-Knows nothing of encodings, topics or how the answer is found.
+Each is a frozen, strictly typed model. Unknown fields are ignored, and null means the same as absent.
+Knows nothing of encodings and topics.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ _NULL: dict[str, Any] = {"type": "null"}
 
 
 class _Part(BaseModel):
-    # Strict, so that what is accepted is what the published schemas say.
+    # Strict, so that the models accept exactly what the published schemas accept.
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", val_json_bytes="base64")
 
 
 class Event(_Part):
-    """Root of what is published."""
+    """Base of all events."""
 
     schema_version: Literal[1] = 1
 
 
 class ImageNew(Event):
-    """An image to encode and store: an address the service may read, or the bytes themselves."""
+    """An image to encode and store, given by its address or by its bytes."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [_given("uri"), _given("data")]})
 
@@ -76,7 +76,7 @@ class ImageNew(Event):
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
         if (self.uri is None) == (self.data is None):
-            raise ValueError("exactly one of uri and data is needed")
+            raise ValueError("exactly one of uri and data is required")
         return self
 
 
@@ -90,7 +90,7 @@ class ImageIndexed(Event):
     num_bytes: Annotated[int, Field(ge=1, description="of the whole token blob")]
     content_sha256: Annotated[Sha256Hex, Field(description="of the image file")]
     timings_ms: Timings = Field(default_factory=dict)
-    skipped: Annotated[bool, Field(description="the same content under the same model was stored already")] = False
+    skipped: Annotated[bool, Field(description="the same content was already stored under the same model")] = False
     embedding: Annotated[
         list[Finite] | None, Field(max_length=MAX_EMBEDDING_DIM, description="pooled output of the vision tower")
     ] = None
@@ -98,7 +98,7 @@ class ImageIndexed(Event):
 
 
 class Query(_Part):
-    """What to rank for: a text (candidates are images) or an image (candidates are texts)."""
+    """The query: a text, whose candidates are images, or an image, whose candidates are texts."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [_given("text"), _given("image_id")]})
 
@@ -108,26 +108,26 @@ class Query(_Part):
     @model_validator(mode="after")
     def _has_one_kind(self) -> Self:
         if (self.text is None) == (self.image_id is None):
-            raise ValueError("exactly one of text and image_id is needed")
+            raise ValueError("exactly one of text and image_id is required")
         return self
 
 
-# A dict with these keys and not a model: a hundred models would take 60 instead of 33 microseconds to decode.
+# A TypedDict, because a hundred models take 60 instead of 33 microseconds to decode.
 class Candidate(TypedDict, total=False):
-    """One thing to rank: an image by id, or a text."""
+    """One candidate: an image by its id, or a text."""
 
     __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]  # read by pydantic, not a key
 
     image_id: Id | None
     text: CandidateText | None
-    id: Annotated[Id | None, Field(description="the name a text has in the results; an image's is its image_id")]
+    id: Annotated[Id | None, Field(description="id of a text in the results; the id of an image is its image_id")]
     score: Annotated[
         Finite | None, Field(description="of the first stage, higher is better; read by models trained with it")
     ]
 
 
 class RerankRequest(Event):
-    """Rank these candidates for this query."""
+    """A query and the candidates to rank for it."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -150,13 +150,17 @@ class RerankRequest(Event):
 
     request_id: Id
     query: Query
-    # Failing at the first bad candidate bounds the error report of a request with very many.
+    # Failing at the first invalid candidate bounds the error report of a request with very many.
     candidates: Annotated[list[Candidate], Field(max_length=MAX_CANDIDATES), FailFast()]
     top_n: Annotated[int | None, Field(ge=1, le=MAX_CANDIDATES, description="results to return; all where absent")] = (
         None
     )
-    deadline: Annotated[Deadline | None, Field(description="answered as expired if not scored by then")] = None
-    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY, description="higher goes first")] = 0
+    deadline: Annotated[Deadline | None, Field(description="a request not scored by then is answered as expired")] = (
+        None
+    )
+    priority: Annotated[
+        int, Field(ge=0, le=MAX_PRIORITY, description="each step doubles the request's share of the service")
+    ] = 0
     reply_topic: Annotated[TopicName | None, Field(description="instead of rerank.responses, where allowed")] = None
     reply_partition: Annotated[
         int | None,
@@ -164,7 +168,7 @@ class RerankRequest(Event):
             ge=0, le=MAX_PARTITION, description="partition of the reply's topic; by the hash of its key where absent"
         ),
     ] = None
-    model: Annotated[Digest | None, Field(description="model digest the answer must come from")] = None
+    model: Annotated[Digest | None, Field(description="digest of the model that must answer; any where absent")] = None
     explain: Annotated[
         bool, Field(description="add to the best results how similar each word is to each visual token, where possible")
     ] = False
@@ -182,19 +186,19 @@ class RerankRequest(Event):
         return self
 
     def image_ids(self) -> list[str]:
-        """The images this request needs: its candidates, or the image it asks about."""
+        """Return the ids of the images to score: the candidates, or the query's image."""
         if self.query.image_id is not None:
             return [self.query.image_id]
-        return [c["image_id"] for c in self.candidates]  # type: ignore[misc]  # the validator has seen that it is text
+        return [c["image_id"] for c in self.candidates]  # type: ignore[misc]  # checked by the validator
 
     def texts(self) -> list[str]:
-        """The texts this request needs: its candidates, or the text it asks about."""
+        """Return the texts to score: the candidates, or the query's text."""
         if self.query.text is not None:
             return [self.query.text]
-        return [c["text"] for c in self.candidates]  # type: ignore[misc]  # the validator has seen that it is text
+        return [c["text"] for c in self.candidates]  # type: ignore[misc]  # checked by the validator
 
     def names(self) -> list[str | None]:
-        """What each candidate is called in the results."""
+        """Return the id of each candidate in the results."""
         if self.query.text is not None:
             return [c["image_id"] for c in self.candidates]
         return [c.get("id") for c in self.candidates]
@@ -236,7 +240,7 @@ class Result(_Part):
 
 
 class ErrorInfo(_Part):
-    """Why there is no ranking."""
+    """The reason why there is no ranking."""
 
     code: Annotated[str, StringConstraints(min_length=1, max_length=MAX_ERROR_CODE_CHARS, pattern=r"^[a-z0-9_]+$")]
     message: Annotated[str, StringConstraints(max_length=MAX_ERROR_MESSAGE_CHARS)]
@@ -250,7 +254,7 @@ class WarningInfo(_Part):
 
 
 class RerankResponse(Event):
-    """The one answer to a request; results are best first."""
+    """The one reply to a request; results are ordered best first."""
 
     model_config = ConfigDict(
         json_schema_extra={

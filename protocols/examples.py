@@ -1,7 +1,4 @@
-"""One or two examples of each event, for the published contract.
-
-Tests hold them to the models and to the schemas, so that what a newcomer copies is right.
-"""
+"""Examples of each event for the published contract. Tests check them against the models and the schemas."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The field types events are made of, and the bounds nothing on the wire may exceed.
+"""The field types of events and their bounds.
 
-The bounds are the outer wall: they keep a hostile message from costing memory, and services set tighter ones.
-Knows nothing of which event a field belongs to.
+The bounds limit the memory that a hostile message can take; services set tighter ones.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MAX_EXPLAINED_WORDS = 64
 MAX_EXPLAINED_WORD_CHARS = 256
 MAX_EXPLAINED_TOKENS = 1_024
 
-#: Neither the C0 nor the C1 control characters: an id is printed in logs, keys and tables.
+#: Without the C0 and C1 control characters: ids are printed in logs, keys and tables.
 NO_CONTROL_CHARACTERS = r"^[^\x00-\x1f\x7f-\x9f]+$"
 TOPIC_NAME = r"^[a-zA-Z0-9._-]+$"
 
@@ -43,7 +42,7 @@ _DATE_FIRST = re.compile(r"\d{4}-\d\d-\d\d[Tt ]")
 
 
 def _refuse_numeric_timestamp(value: Any) -> Any:
-    # A bare number would be read as seconds or milliseconds depending on its size.
+    # Pydantic reads a number as seconds or as milliseconds, depending on its size.
     if isinstance(value, datetime) or (isinstance(value, str) and _DATE_FIRST.match(value)):
         return value
     raise ValueError("a timestamp is RFC 3339 text with an offset, such as 2026-11-23T12:00:00.250Z")
@@ -72,7 +71,7 @@ Metadata = Annotated[
     ],
     Field(max_length=MAX_METADATA_ENTRIES),
 ]
-#: Raw bytes in msgpack, base64 of the standard alphabet in JSON; both alphabets are read.
+#: Bytes in msgpack; in JSON base64, written in the standard alphabet and read in both.
 InlineData = Annotated[
     bytes,
     Field(min_length=1, max_length=MAX_INLINE_BYTES),

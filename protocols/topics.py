@@ -15,9 +15,9 @@ _DEAD_LETTER_SUFFIX = ".dlq"
 
 @dataclass(frozen=True, slots=True)
 class Topics:
-    """The four topics, each behind the same prefix, and the dead-letter topic beside any of them.
+    """The names of the four topics and of their dead-letter topics, all with the same prefix.
 
-    The prefix is put in front as it is: `Topics("team-a.")` reads `team-a.images.new`.
+    `Topics("team-a.").images_new` is `team-a.images.new`. Raises `ValueError` for a prefix that Kafka does not accept.
     """
 
     prefix: str = ""
@@ -46,5 +46,5 @@ class Topics:
         return f"{self.prefix}rerank.responses"
 
     def dead_letter(self, topic: str) -> str:
-        """Return where messages of this topic go that can never succeed."""
+        """Return the topic for messages of this topic that can never succeed."""
         return topic + _DEAD_LETTER_SUFFIX
