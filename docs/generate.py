@@ -104,9 +104,9 @@ def settings() -> str:
     kinds = [
         kind
         for _, kind in inspect.getmembers(worker_settings, inspect.isclass)
-        if issubclass(kind, worker_settings.WorkerSettings) and kind is not worker_settings.WorkerSettings
+        if issubclass(kind, worker_settings.EngineSettings) and kind is not worker_settings.EngineSettings
     ]
-    shared = set(worker_settings.WorkerSettings.model_fields)
+    shared = set(worker_settings.EngineSettings.model_fields)
     parts = [
         NOTE + "# Settings\n\n"
         "Every worker reads its settings from the environment, once, when it starts. "
@@ -122,7 +122,7 @@ def settings() -> str:
         own = {
             name
             for name, field in kind.model_fields.items()
-            if name not in shared or field.default != worker_settings.WorkerSettings.model_fields[name].default
+            if name not in shared or field.default != worker_settings.EngineSettings.model_fields[name].default
         }
         title = kind.__name__.removesuffix("Settings").lower()
         parts.append(f"\n## {title}\n\n")

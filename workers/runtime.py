@@ -36,7 +36,7 @@ from workers.metrics import Metrics, RetryKind
 from workers.ports import Inbox, Job, Partition, TokenStore
 from workers.read_settings import near_misses, read_settings, secrets_of
 from workers.retrying import Retry
-from workers.settings import WorkerSettings
+from workers.settings import EngineSettings, WorkerSettings
 from workers.show_config import show_config
 from workers.store.client import RedisStore
 from workers.telemetry.bus_spans import BusSpans
@@ -64,7 +64,6 @@ class Shared(Generic[S]):
 
     settings: S
     topics: Topics
-    store: TokenStore
     metrics: Metrics
     tracer: Tracer
     wake: Wake
@@ -76,23 +75,38 @@ class Shared(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A job with its engine warm, and how its gauges are brought up to date."""
+    """A job that is ready to work, and what the worker calls besides.
+
+    `refresh_gauges` takes the lag of each assigned partition. `probe` tries every command that the job sends to its
+    store or database, and raises `Transient` or `Misconfigured`.
+    """
 
     job: Job
     spans: BusSpans
     input_topic: str
     group_id: str
     refresh_gauges: Callable[[Mapping[Partition, int]], None]
-    """Takes the lag of each assigned partition."""
-    probe_store: Callable[[], None]
-    """Tries every command that the job sends to the store."""
+    probe: Callable[[], None]
 
 
 Build = Callable[[Shared[S]], AbstractContextManager[Built]]
 
 
-def run_worker(name: str, kind: type[S], build: Build[S]) -> int:
-    """Run a worker until SIGTERM or SIGINT; returns the process's exit status."""
+def open_store(settings: EngineSettings) -> TokenStore:
+    """Return the token store that the settings name; it connects on its first call.
+
+    Raises `Misconfigured` for an address that no server could have.
+    """
+    return RedisStore(settings.redis_url.get_secret_value())
+
+
+def run_worker(
+    name: str, kind: type[S], build: Build[S], *, loads: str = ENGINE_WARM, needs: str = STORE_ANSWERS
+) -> int:
+    """Run a worker until SIGTERM or SIGINT; returns the process's exit status.
+
+    `loads` and `needs` are the conditions in `/readyz` that the end of `build` and a first good `Built.probe` meet.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m workers.{name}", description="Settings come from the environment."
     )
@@ -113,7 +127,7 @@ def run_worker(name: str, kind: type[S], build: Build[S]) -> int:
         log.warning(sentence)
     try:
         with ExitStack() as stack:
-            _run(name, settings, build, stack)
+            _run(name, settings, build, stack, loads=loads, needs=needs)
     except (Misconfigured, EngineError) as error:
         log.error("the worker cannot go on", error=str(error), kind=type(error).__name__)
         return 1
@@ -139,24 +153,20 @@ class _Signals:
         self.loop.stop()
 
 
-def _run(name: str, settings: S, build: Build[S], stack: ExitStack) -> None:
+def _run(name: str, settings: S, build: Build[S], stack: ExitStack, *, loads: str, needs: str) -> None:
     clock, metrics, wake = time.monotonic, Metrics(), Wake()
-    health = Health(
-        waits_for=(ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS, GROUP_JOINED), stall_limit_s=settings.stall_limit_s
-    )
+    health = Health(waits_for=(loads, needs, BROKER_ANSWERS, GROUP_JOINED), stall_limit_s=settings.stall_limit_s)
     signals = _Signals(health)
     server = stack.enter_context(
         HealthServer(health, metrics.registry, clock=clock, host=settings.http_host, port=settings.http_port)
     )
     tracer = start_tracing(name, settings, metrics, clock, stack)
     metric_export = start_metric_export(name, settings, metrics, stack)
-    store = RedisStore(settings.redis_url.get_secret_value())
-    stack.callback(store.close)
-    shared = Shared(settings, Topics(settings.topic_prefix), store, metrics, tracer, wake, clock)
+    shared = Shared(settings, Topics(settings.topic_prefix), metrics, tracer, wake, clock)
 
     built = stack.enter_context(build(shared))
-    health.met(ENGINE_WARM)
-    _when_it_answers(shared, health, STORE_ANSWERS, built.probe_store)
+    health.met(loads)
+    _when_it_answers(shared, health, needs, built.probe)
     inbox, delivery = _when_it_answers(shared, health, BROKER_ANSWERS, lambda: _connect(name, shared, built, stack))
 
     loop = Loop(

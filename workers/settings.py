@@ -89,48 +89,17 @@ class KafkaSettings(BaseSettings):
         return self
 
 
-class WorkerSettings(KafkaSettings):
-    """What both workers have."""
+class ServiceSettings(KafkaSettings):
+    """The settings of every process of the service."""
 
-    redis_url: SecretStr = Field(
-        SecretStr("redis://localhost:6379/0"),
-        validation_alias="REDIS_URL",
-        description="The token store: redis, rediss, unix, redis+sentinel or redis+cluster; may carry a password.",
-    )
     topic_prefix: str = Field("", description="Put in front of every topic name.")
-    delivery: Literal["at_least_once", "exactly_once"] = Field(
-        "at_least_once", description="Whether a crash may repeat an outcome, or each is a transaction."
-    )
-    checkpoint: Path = Field(Path("checkpoint"), description="Folder of the model checkpoint.")
-    engine: Literal["torch", "tensorrt", "onnx", "constant"] = Field(
-        "torch", description="Runtime; constant computes nothing."
-    )
-    engine_directory: Path | None = Field(
-        None, description="What `python -m trt.build` made of the checkpoint, for tensorrt and onnx."
-    )
-    constant_engine_ms_per_item: NonNegativeFloat = Field(
-        0.0, description="How long the constant engine takes for a pair or an image, for tests and benchmarks."
-    )
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where the engine runs: cpu, cuda, cuda:1.")
-    num_threads: PositiveInt | None = Field(None, description="Threads of the engine on a CPU; none: its choice.")
-    storage: Literal["fp16", "bf16", "int8", "int4"] = Field("int8", description="How tokens are stored.")
-    commit_interval_ms: PositiveFloat = Field(100.0, description="Offsets are committed this often.")
-    transaction_interval_ms: PositiveFloat = Field(50.0, description="A transaction this often, with exactly_once.")
-    session_timeout_ms: int = Field(
-        10_000,
-        ge=1_500,
-        description="A worker not heard of for so long is taken for dead: its partitions go to others, its open "
-        "transaction is aborted.",
-    )
-    drain_grace_s: NonNegativeFloat = Field(20.0, description="After SIGTERM, for what is in work.")
-    revoke_grace_s: NonNegativeFloat = Field(5.0, description="Before a partition is given back, for its messages.")
-    max_poll_records: PositiveInt = Field(500, description="Records of one poll.")
     max_message_bytes: PositiveBytes = Field(
         ByteSize(MIB), description="Largest message to publish, at most the broker's message.max.bytes."
     )
     http_host: str = Field("127.0.0.1", description="Where health and metrics are served; 0.0.0.0 for a pod's probes.")
     http_port: int = Field(8080, ge=0, le=65535, description="Port of both; 0: a free one, told in the log.")
     stall_limit_s: PositiveFloat = Field(10.0, description="A loop that has not turned for so long is not alive.")
+    drain_grace_s: NonNegativeFloat = Field(20.0, description="After SIGTERM, for what is in work.")
     log_format: Literal["console", "json"] = Field("console", description="Lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that is logged.")
     span_file: Path | None = Field(None, description="Spans go here too, a line each; a file per process.")
@@ -173,10 +142,55 @@ class WorkerSettings(KafkaSettings):
     )
 
     @check(mode="after")
-    def _limits_agree(self) -> Self:
+    def _shared_limits_agree(self) -> Self:
         Topics(self.topic_prefix)
         if self.otel_max_batch_spans > self.otel_max_queue_spans:
             raise ValueError("OTEL_BSP_MAX_EXPORT_BATCH_SIZE is larger than OTEL_BSP_MAX_QUEUE_SIZE")
+        return self
+
+
+class WorkerSettings(ServiceSettings):
+    """The settings of every worker that reads a topic as a member of a consumer group."""
+
+    delivery: Literal["at_least_once", "exactly_once"] = Field(
+        "at_least_once", description="Whether a crash may repeat an outcome, or each is a transaction."
+    )
+    commit_interval_ms: PositiveFloat = Field(100.0, description="Offsets are committed this often.")
+    transaction_interval_ms: PositiveFloat = Field(50.0, description="A transaction this often, with exactly_once.")
+    session_timeout_ms: int = Field(
+        10_000,
+        ge=1_500,
+        description="A worker not heard of for so long is taken for dead: its partitions go to others, its open "
+        "transaction is aborted.",
+    )
+    revoke_grace_s: NonNegativeFloat = Field(5.0, description="Before a partition is given back, for its messages.")
+    max_poll_records: PositiveInt = Field(500, description="Records of one poll.")
+
+
+class EngineSettings(WorkerSettings):
+    """The settings of the workers that run an engine and use the token store."""
+
+    redis_url: SecretStr = Field(
+        SecretStr("redis://localhost:6379/0"),
+        validation_alias="REDIS_URL",
+        description="The token store: redis, rediss, unix, redis+sentinel or redis+cluster; may carry a password.",
+    )
+    checkpoint: Path = Field(Path("checkpoint"), description="Folder of the model checkpoint.")
+    engine: Literal["torch", "tensorrt", "onnx", "constant"] = Field(
+        "torch", description="Runtime; constant computes nothing."
+    )
+    engine_directory: Path | None = Field(
+        None, description="What `python -m trt.build` made of the checkpoint, for tensorrt and onnx."
+    )
+    constant_engine_ms_per_item: NonNegativeFloat = Field(
+        0.0, description="How long the constant engine takes for a pair or an image, for tests and benchmarks."
+    )
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where the engine runs: cpu, cuda, cuda:1.")
+    num_threads: PositiveInt | None = Field(None, description="Threads of the engine on a CPU; none: its choice.")
+    storage: Literal["fp16", "bf16", "int8", "int4"] = Field("int8", description="How tokens are stored.")
+
+    @check(mode="after")
+    def _engine_settings_agree(self) -> Self:
         if self.constant_engine_ms_per_item and self.engine != "constant":
             raise ValueError(f"constant_engine_ms_per_item is set and engine={self.engine} would not use it")
         if (self.engine_directory is not None) != (self.engine in ("tensorrt", "onnx")):
@@ -185,7 +199,7 @@ class WorkerSettings(KafkaSettings):
         return self
 
 
-class RerankSettings(WorkerSettings):
+class RerankSettings(EngineSettings):
     """The rerank worker's settings."""
 
     model_config = SettingsConfigDict(env_prefix="RERANK_")
@@ -231,7 +245,7 @@ class RerankSettings(WorkerSettings):
         return self.allowed_reply_topics or (responses, f"{responses}.*")
 
 
-class IngestSettings(WorkerSettings):
+class IngestSettings(EngineSettings):
     """The ingest worker's settings."""
 
     model_config = SettingsConfigDict(env_prefix="INGEST_")

@@ -144,8 +144,8 @@ def test_everything_wrong_is_told_at_once(environment):
 
     assert [line.split()[0] for line in str(refused.value).splitlines()] == [
         "RERANK_COLOUR",
-        "RERANK_DELIVERY:",
         "RERANK_HTTP_PORT:",
+        "RERANK_DELIVERY:",
     ]
 
 

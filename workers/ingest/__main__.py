@@ -21,7 +21,7 @@ from workers.ingest.outcomes import IngestOutcomes
 from workers.ingest.spans import IngestSpans
 from workers.ingest.stages import IngestRetries, IngestStages
 from workers.ingest.state import ImageInWork, IngestLimits
-from workers.runtime import Built, Shared, run_worker
+from workers.runtime import Built, Shared, open_store, run_worker
 from workers.settings import IngestSettings
 from workers.telemetry.bus_spans import BusSpans
 
@@ -31,6 +31,7 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
     """The ingest job over a warm engine. Raises `Misconfigured` or `EngineError`."""
     settings, metrics = shared.settings, shared.metrics
     fetcher = image_fetcher(settings)
+    store = open_store(settings)
     engine = load(settings)
     info = engine.info
     metrics.set_engine(info)
@@ -39,7 +40,7 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
     spans = IngestSpans(shared.tracer, bus)
     stages = IngestStages(
         engine=engine,
-        store=shared.store,
+        store=store,
         fetcher=fetcher,
         layout=layout,
         image_limits=ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
@@ -83,10 +84,11 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
             shared.topics.images_new,
             settings.group_id,
             refresh_gauges=lambda lag: None,
-            probe_store=lambda: shared.store.probe([blob_key(info.model_digest, "")], writes=True),
+            probe=lambda: store.probe([blob_key(info.model_digest, "")], writes=True),
         )
     finally:
         job.close()
+        store.close()
 
 
 def image_fetcher(settings: IngestSettings) -> ImageFetcher:

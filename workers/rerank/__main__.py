@@ -27,7 +27,7 @@ from workers.rerank.replies import Replies
 from workers.rerank.scoring import MAX_BATCHES, BatchScorer
 from workers.rerank.spans import RerankSpans
 from workers.rerank.state import ReadyPiece
-from workers.runtime import Built, Shared, run_worker
+from workers.runtime import Built, Shared, open_store, run_worker
 from workers.settings import RerankSettings
 from workers.telemetry.bus_spans import BusSpans
 
@@ -36,6 +36,7 @@ from workers.telemetry.bus_spans import BusSpans
 def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
     """The rerank job over a warm engine. Raises `Misconfigured` or `EngineError`."""
     settings, metrics, wake = shared.settings, shared.metrics, shared.wake
+    store = open_store(settings)
     engine = load(settings)
     info = engine.info
     metrics.set_engine(info)
@@ -43,7 +44,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
     bus = BusSpans(shared.tracer, topic=shared.topics.rerank_requests, group_id=settings.group_id)
     spans = RerankSpans(shared.tracer, bus, info.engine_digest)
     fetches = BlobFetches(
-        shared.store, shared.retry("store_read"), settings.fetch_threads, metrics.fetch_seconds, shared.clock
+        store, shared.retry("store_read"), settings.fetch_threads, metrics.fetch_seconds, shared.clock
     )
     scorer = BatchScorer(engine, ThreadPoolExecutor(1, thread_name_prefix="engine"), wake, shared.clock)
     loader = SlabLoader(
@@ -98,11 +99,12 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
             shared.topics.rerank_requests,
             settings.group_id,
             refresh_gauges,
-            probe_store=lambda: shared.store.probe([blob_key(info.model_digest, "")], writes=False),
+            probe=lambda: store.probe([blob_key(info.model_digest, "")], writes=False),
         )
     finally:
         fetches.close()
         scorer.close()
+        store.close()
 
 
 def load(settings: RerankSettings) -> Engine:

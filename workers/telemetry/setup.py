@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, Resource
 
 from workers.metrics import Metrics
-from workers.settings import WorkerSettings
+from workers.settings import ServiceSettings
 from workers.telemetry.finished_span import FinishedSpan, SpanExporter
 from workers.telemetry.metric_export import MetricExport
 from workers.telemetry.sampling import Sampling
@@ -28,7 +28,7 @@ CLOSE_S = 2.0
 
 
 def start_tracing(
-    name: str, settings: WorkerSettings, metrics: Metrics, clock: Callable[[], float], stack: ExitStack
+    name: str, settings: ServiceSettings, metrics: Metrics, clock: Callable[[], float], stack: ExitStack
 ) -> Tracer:
     """The worker's tracer; its queues are emptied when the stack is left. Raises `Misconfigured`."""
     exporters = [] if settings.otel_sdk_disabled else _span_exporters(settings, resource_of(name))
@@ -56,7 +56,9 @@ def start_tracing(
     )
 
 
-def start_metric_export(name: str, settings: WorkerSettings, metrics: Metrics, stack: ExitStack) -> MetricExport | None:
+def start_metric_export(
+    name: str, settings: ServiceSettings, metrics: Metrics, stack: ExitStack
+) -> MetricExport | None:
     """The export of metrics where there is a collector, None elsewhere."""
     if settings.otel_sdk_disabled or not (settings.otlp_endpoint or settings.otlp_metrics_endpoint):
         return None
@@ -68,7 +70,7 @@ def start_metric_export(name: str, settings: WorkerSettings, metrics: Metrics, s
     return export
 
 
-def _span_exporters(settings: WorkerSettings, resource: Resource) -> list[SpanExporter]:
+def _span_exporters(settings: ServiceSettings, resource: Resource) -> list[SpanExporter]:
     exporters: list[SpanExporter] = []
     if settings.otlp_endpoint or settings.otlp_traces_endpoint:
         from workers.telemetry.otlp_exporter import OtlpExporter
