@@ -6,7 +6,8 @@ On the hot path of the rerank worker: imports neither torch nor the model.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
@@ -23,6 +24,20 @@ def canonical_caption(text: str) -> str:
     return " ".join(text.translate(_PUNCTUATION).lower().split())
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """The ids of a text with [CLS] and [SEP], and how much of the text they carry."""
+
+    ids: tuple[int, ...]
+    num_unknown: int  # pieces that the vocabulary lacks
+    is_cut: bool  # the end of the text is not among the ids
+
+    @property
+    def num_pieces(self) -> int:
+        """The number of ids without [CLS] and [SEP]."""
+        return len(self.ids) - 2
+
+
 class Tokenizer:
     """Text to `[CLS] pieces [SEP]`, cut to what the joint encoder reads. Safe to call from several threads."""
 
@@ -32,6 +47,8 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length=config.preprocess.max_text_tokens)
+        #: Some vocabularies lack no piece; -1 is no id.
+        self._unknown_id = -1 if (unknown := self._tokenizer.token_to_id("[UNK]")) is None else unknown
         self._canonical = config.preprocess.canonical_captions
         self.max_text_tokens = config.preprocess.max_text_tokens
         #: A caption is cut to `max_caption_pieces` anyway, and a piece is rarely this long: whatever lies behind is
@@ -63,6 +80,29 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids with [CLS] and [SEP], at most `max_text_tokens`; the caption alone is cut."""
         return self._tokenizer.encode(self.as_read(text)).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[EncodedText]:
+        """Encode many texts as `encode` does. Other threads run meanwhile."""
+        encodings = self._tokenizer.encode_batch([self.as_read(text) for text in texts])
+        return [
+            EncodedText(
+                ids=tuple(encoding.ids),
+                num_unknown=encoding.ids.count(self._unknown_id),
+                is_cut=bool(encoding.overflowing) or len(text) > self._max_chars,
+            )
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def words(self, text: str) -> list[tuple[str, list[int]]]:
+        """Return the words of a text and, for each, the positions of its pieces among the ids ([CLS] is 0)."""
+        read = self.as_read(text)
+        encoding = self._tokenizer.encode(read)
+        words: dict[int, tuple[int, int, list[int]]] = {}  # by number: first character, last character, positions
+        for position, (number, (start, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
+            if number is not None:
+                first, _, positions = words.get(number, (start, end, []))
+                words[number] = (first, end, [*positions, position])
+        return [(read[start:end], positions) for start, end, positions in words.values()]
 
     def as_read(self, text: str) -> str:
         """The text of which the pieces are made."""

@@ -111,3 +111,32 @@ def test_reading_text_does_not_import_torch():
     script = "import sys, edje.text; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", script], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+TEXTS = st.lists(st.text(max_size=80) | st.sampled_from(["a dog", "собака", "🐕", "???", "  ", "x" * 500]), max_size=6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(TEXTS)
+def test_texts_encoded_together_have_the_ids_they_have_alone(tokenizer, texts):
+    batch = tokenizer.encode_batch(texts)
+
+    assert [list(encoded.ids) for encoded in batch] == [tokenizer.encode(text) for text in texts]
+    assert [encoded.num_unknown for encoded in batch] == [tokenizer.encode(text).count(UNK) for text in texts]
+
+
+def test_a_batch_reports_what_is_unknown_and_what_is_cut(tokenizer):
+    known, unknown, empty, long, huge = tokenizer.encode_batch(["dog", "🐕 🐈", " ?! ", "dog " * 60, "d" * 100_000])
+
+    assert (known.num_pieces, known.num_unknown, known.is_cut) == (3, 0, False)
+    assert (unknown.num_pieces, unknown.num_unknown) == (2, 2)
+    assert empty.num_pieces == 0
+    assert (long.is_cut, len(long.ids)) == (True, tokenizer.max_text_tokens)
+    assert huge.is_cut
+
+
+def test_words_name_the_positions_of_their_pieces(tokenizer):
+    assert tokenizer.words("A red dog!") == [("a", [1]), ("red", [2, 3, 4]), ("dog", [5, 6, 7])]
+    assert tokenizer.words("") == []
+    positions = [position for _, each in tokenizer.words("dog " * 60) for position in each]
+    assert positions == list(range(1, tokenizer.max_text_tokens - 1))
