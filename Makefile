@@ -17,7 +17,7 @@ export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-tensorrt test-gpu test-kubernetes test-autoscaling check docs up bench soak quality lock clean
+.PHONY: help demo test test-pythons test-tensorrt test-gpu test-kubernetes test-autoscaling check docs up bench soak quality lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(READY) ## Drawn scenes through a real Kafka and a real Redis to reranked
 
 test: $(READY) ## Every test, against a real Kafka and a real Redis
 	@$(PYTHON) -m pytest -n logical --maxprocesses 4
+
+test-pythons: $(READY) ## The tests that need no server, on every other Python from 3.11 on that is installed
+	@$(PYTHON) tests/support/every_python.py
 
 test-tensorrt: $(READY) ## The TensorRT runtime against the real bindings of TensorRT and CUDA; a C++ compiler needed, no GPU
 	@$(PYTHON) -m pytest -m tensorrt

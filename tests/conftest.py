@@ -63,6 +63,24 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[DESK] = ServicesDesk()
 
 
+#: Fixtures that start a server; a test that asks for one of them is marked `services`.
+SERVER_FIXTURES = {
+    "kafka_brokers",
+    "redis_url",
+    "database_url",
+    "private_kafka",
+    "private_redis",
+    "private_postgres",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest itself deselects by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.services)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node) -> None:
     node.workerinput["services_desk_port"] = node.config.stash[DESK].port
