@@ -24,7 +24,7 @@ from workers.telemetry.names import Metric
 T = TypeVar("T", Counter, Histogram)
 
 #: What was tried again.
-RetryKind = Literal["connect", "publish", "commit", "store_read", "store_write", "image_fetch"]
+RetryKind = Literal["connect", "publish", "commit", "store_read", "store_write", "image_fetch", "index_write"]
 #: What a message came to; `dead_letter` also where an error reply went out with it.
 Outcome = Literal["ok", "partial", "expired", "error", "dead_letter", "skipped"]
 #: Stages of an image on its way into the store.
@@ -116,6 +116,10 @@ class Metrics:
         self.batch_images = self._histogram(names.BATCH_IMAGES)
         self.inflight_bytes = self._gauge(names.INFLIGHT_BYTES)
         self.store_write_bytes = self._counter(names.STORE_WRITE_BYTES)
+
+        # index
+        self.index_write_seconds = self._histogram(names.INDEX_WRITE_SECONDS)
+        self.index_without_vector = self._counter(names.INDEX_WITHOUT_VECTOR)
 
         self._lagging: set[Partition] = set()
         self._num_evicted = 0

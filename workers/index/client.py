@@ -80,8 +80,8 @@ class PostgresIndex:
         self._lock = threading.Lock()
         self._closed = False
 
-    def apply(self, changes: Sequence[Change]) -> int:
-        num_without_vector = 0
+    def apply(self, changes: Sequence[Change]) -> frozenset[str]:
+        without_vector = set()
         written = [_upsert_parameters(c) for c in changes if isinstance(c, RemovedImage) or c.vector is not None]
         kept = [change for change in changes if isinstance(change, ImageRow) and change.vector is None]
         with self._transaction() as cursor:
@@ -89,8 +89,9 @@ class PostgresIndex:
                 cursor.executemany(tables.upsert(self._table), written)
             for change in kept:
                 cursor.execute(tables.keep_vector(self._table), _keep_parameters(change))
-                num_without_vector += cursor.fetchone() is None
-        return num_without_vector
+                if cursor.fetchone() is None:
+                    without_vector.add(change.image_id)
+        return frozenset(without_vector)
 
     def nearest(self, vector: Vector, limit: int, matching: Filter) -> list[Neighbour]:
         asked = HalfVector(vector.astype(np.float16))

@@ -25,8 +25,8 @@ class MemoryIndex:
         #: While True every call raises `Transient`, as it does when the database cannot be reached.
         self.away = False
 
-    def apply(self, changes: Sequence[Change]) -> int:
-        num_without_vector = 0
+    def apply(self, changes: Sequence[Change]) -> frozenset[str]:
+        without_vector = set()
         with self._lock:
             self._check()
             for change in changes:
@@ -39,11 +39,11 @@ class MemoryIndex:
                     continue
                 row = change if change.vector is not None else self._with_stored_vector(change)
                 if row is None:
-                    num_without_vector += 1
+                    without_vector.add(change.image_id)
                     continue
                 self._rows[change.image_id] = row
                 self._positions[change.image_id] = change.position
-        return num_without_vector
+        return frozenset(without_vector)
 
     def nearest(self, vector: Vector, limit: int, matching: Filter) -> list[Neighbour]:
         with self._lock:

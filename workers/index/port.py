@@ -66,8 +66,8 @@ class ImageIndex(Protocol):
     Every call raises `Transient` if the database cannot be reached and `Misconfigured` if it refuses the access.
     """
 
-    def apply(self, changes: Sequence[Change]) -> int:
-        """Write changes to distinct images, all or none; returns how many rows had no vector and so were not written.
+    def apply(self, changes: Sequence[Change]) -> frozenset[str]:
+        """Write changes to distinct images, all or none; returns the images left out because there is no vector.
 
         A change older than the stored row of its image has no effect. Raises `Poison` for a row that the database
         cannot hold.

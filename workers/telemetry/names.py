@@ -65,6 +65,8 @@ IMAGE_STAGES = {
     "encode": "Its batch on the engine.",
     "store": "Writing the blobs of its batch.",
 }
+#: The stage of an indexed image: its batch's write to the index, with the wait for the write before.
+INDEX_STAGE = "write"
 
 # --- spans ------------------------------------------------------------------------------------------------------------
 
@@ -83,6 +85,9 @@ COMMIT = SpanName(
 STAGE = SpanName("{stage}", "INTERNAL", "process", "One stage of the event (next table); of no length: left out.")
 READ = SpanName("MGET", "CLIENT", "process", "One read of blobs, its retries included; links to others that wait.")
 WRITE = SpanName("PIPELINE SET", "CLIENT", "encode batch", "The write of a batch of blobs, its retries included.")
+INDEX_WRITE = SpanName(
+    "index write", "CLIENT", "none, linked", "Rows written to the index together; links to each sampled event."
+)
 MICRO_BATCH = SpanName(
     "micro-batch", "INTERNAL", "none, linked", "Pairs of several requests on the engine; links to each sampled request."
 )
@@ -203,6 +208,15 @@ IMAGE_SECONDS = Metric("edje_image_seconds", "histogram", "One image in one stag
 BATCH_IMAGES = Metric("edje_batch_images", "histogram", "Images in a batch on the engine.", (), _IMAGES)
 INFLIGHT_BYTES = Metric("edje_inflight_bytes", "gauge", "Bytes of images in work.")
 STORE_WRITE_BYTES = Metric("edje_store_write_bytes_total", "counter", "Bytes of blobs written to the store.")
+
+INDEX_WRITE_SECONDS = Metric(
+    "edje_index_write_seconds", "histogram", "One batch of changes to the index, retries included.", (), _SECONDS
+)
+INDEX_WITHOUT_VECTOR = Metric(
+    "edje_index_without_vector_total",
+    "counter",
+    "Images left out of the index because their event had no embedding (INGEST_PUBLISH_EMBEDDING).",
+)
 
 SPANS = tuple(value for value in list(globals().values()) if isinstance(value, SpanName))
 ATTRIBUTES = tuple(value for value in list(globals().values()) if isinstance(value, Attribute))

@@ -116,16 +116,16 @@ def test_a_removed_image_can_be_indexed_again(index):
 def test_an_image_without_a_vector_keeps_the_one_of_the_same_content(index):
     index.apply([row("a", 1, offset=1, name="old")])
 
-    assert index.apply([row("a", offset=2, name="new")]) == 0
+    assert index.apply([row("a", offset=2, name="new")]) == frozenset()
 
     assert index.find(["a"])[0].metadata == {"name": "new"}
     assert ids_near(index, 1) == ["a"]
 
 
-def test_an_image_without_a_vector_for_its_content_is_counted_and_not_written(index):
+def test_an_image_without_a_vector_for_its_content_is_reported_and_not_written(index):
     index.apply([row("a", 1, offset=1)])
 
-    assert index.apply([row("a", offset=2, sha=OTHER_SHA), row("unknown", offset=3)]) == 2
+    assert index.apply([row("a", offset=2, sha=OTHER_SHA), row("unknown", offset=3)]) == {"a", "unknown"}
 
     assert index.find(["a", "unknown"])[1] is None
     assert index.find(["a"])[0].content_sha256 == SHA
