@@ -73,10 +73,15 @@ class TorchScorers:
         match = self._match
         assert match is not None, "the caller checks has_late_interaction"
 
-        def score(text: Tensor, visual: Tensor, first_stage: Tensor | None) -> Tensor:
-            return match.pairs(text, visual, None)
+        with torch.no_grad():
+            projected = match.project_visual(self._tokens)  # once per image, and texts once per batch, not per pair
 
-        return lambda captions, images: self._by_length(score, captions, images, None)
+        def score(text: Tensor, visual: Tensor, first_stage: Tensor | None) -> Tensor:
+            return match.compare(text, visual, None)
+
+        return lambda captions, images: self._by_length(
+            score, captions, images, None, visual=projected, prepare_text=match.project_text
+        )
 
     @torch.no_grad()
     def late_interaction_matrix(self) -> NDArray[np.float32]:
@@ -101,17 +106,23 @@ class TorchScorers:
         captions: NDArray[np.int64],
         images: NDArray[np.int64],
         similarity: NDArray[np.float32] | None,
+        *,
+        visual: Tensor | None = None,
+        prepare_text: Callable[[Tensor], Tensor] = lambda text: text,
     ) -> NDArray[np.float32]:
+        """Scores of pairs. `visual` has a row per image (default: the tokens); `prepare_text` maps a batch's states."""
+        by_image = self._tokens if visual is None else visual
         scores = np.empty(len(captions), np.float32)
         lengths = self._lengths[captions]
         for length in map(int, np.unique(lengths)):
             pairs = np.flatnonzero(lengths == length)
             for start in range(0, len(pairs), BATCH_PAIRS):
                 some = pairs[start : start + BATCH_PAIRS]
-                text = self._encoded(length, captions[some])[self._on_device(self._rows[captions[some]])]
-                visual = self._tokens[self._on_device(images[some])]
+                texts, text_of_pair = np.unique(captions[some], return_inverse=True)
+                states = self._encoded(length, texts)[self._on_device(self._rows[texts])]
+                text = prepare_text(states)[self._on_device(text_of_pair)]
                 first = None if similarity is None else self._on_device(similarity[captions[some], images[some]])
-                scores[some] = score(text, visual, first).float().cpu().numpy()
+                scores[some] = score(text, by_image[self._on_device(images[some])], first).float().cpu().numpy()
         return scores
 
     def _encoded(self, length: int, captions: NDArray[np.int64]) -> Tensor:

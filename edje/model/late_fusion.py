@@ -45,6 +45,9 @@ class InteractionBlock(JointBlock):
         keys, values = self.visual_kv(visual).chunk(2, dim=-1)
         return self.attention.by_head(keys), self.attention.by_head(values)
 
+    def by_head(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:  # (B, 2, m, d) -> two (B, H, m, d / H)
+        return self.attention.by_head(keys_values[:, 0]), self.attention.by_head(keys_values[:, 1])
+
 
 class TokenMatch(nn.Module):
     """Late interaction: for each text token the most similar visual token, averaged over the text."""
@@ -56,14 +59,25 @@ class TokenMatch(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
         self.bias = nn.Parameter(torch.zeros(()))
 
+    def project_text(self, text: Tensor) -> Tensor:  # (..., T, d) -> (..., T, k)
+        """Unit vectors of the text tokens; `compare` takes them."""
+        return self._unit(self.text, text)
+
+    def project_visual(self, visual: Tensor) -> Tensor:  # (..., m, d) -> (..., m, k)
+        """Unit vectors of the visual tokens; `compare` takes them."""
+        return self._unit(self.visual, visual)
+
+    def compare(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None) -> Tensor:
+        """The late interaction of projected pairs: (B, T, k), (B, m, k) -> (B,). A batch of one text is broadcast."""
+        return self._mean((text @ visual.transpose(1, 2)).amax(dim=2), text_lengths)
+
     def pairs(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None) -> Tensor:
-        """(B, T, d), (B, m, d) -> (B,): row by row."""
-        best = (self._unit(self.text, text) @ self._unit(self.visual, visual).transpose(1, 2)).amax(dim=2)
-        return self._mean(best, text_lengths)
+        """The late interaction of pairs: (B, T, d), (B, m, d) -> (B,)."""
+        return self.compare(self.project_text(text), self.project_visual(visual), text_lengths)
 
     def matrix(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None) -> Tensor:
         """(Q, T, d), (N, m, d) -> (Q, N): everything with everything."""
-        texts, visuals = self._unit(self.text, text), self._unit(self.visual, visual)
+        texts, visuals = self.project_text(text), self.project_visual(visual)
         best = torch.einsum("qtd,nmd->qntm", texts, visuals).amax(dim=3)
         return self._mean(best, None if text_lengths is None else text_lengths[:, None])
 
@@ -129,14 +143,21 @@ class ApartEncoder(TextEmbeddings):
         visual: Tensor,
         text_lengths: Tensor | None = None,
         first_stage: Tensor | None = None,
+        *,
+        match: Tensor | None = None,
+        keys_values: Tensor | None = None,
     ) -> Tensor:
-        """See `JointEncoder.score`; `visual` is what `encode_visual` gave."""
+        """See `JointEncoder.score`; `visual` is the output of `encode_visual`.
+
+        Parts that were computed before are passed in: `match` (B,) is the pairs' late interaction, `keys_values` the
+        rows of `visual_keys_values` for the pairs' images.
+        """
         logit: Tensor | float = 0.0
         if self.head is not None:
-            *_, last = self._meet(text, visual, text_lengths, cls_only=True)
+            *_, last = self._meet(text, visual, text_lengths, cls_only=True, keys_values=keys_values)
             logit = self.head(last[:, 0], first_stage)
         if self.match is not None:
-            logit = logit + self.match.pairs(text, visual, text_lengths)
+            logit = logit + (self.match.pairs(text, visual, text_lengths) if match is None else match)
         if self.first_stage is not None:
             score = first_stage if first_stage is not None else text.new_full(text.shape[:1], float("nan"))
             added, straight = self.first_stage(score)
@@ -159,7 +180,23 @@ class ApartEncoder(TextEmbeddings):
         """The same after each layer."""
         return [hidden[:, : text.shape[1]] for hidden in self._meet(text, visual, text_lengths, cls_only=False)]
 
-    def _meet(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None, *, cls_only: bool) -> Iterator[Tensor]:
+    def visual_keys_values(self, visual: Tensor) -> Tensor:
+        """The visual keys and values of every layer of a `minimal` encoder: (N, m, d) -> (N, L, 2, m, d)."""
+        assert self.meeting_positions is not None, "only an encoder of kind 'minimal' has them"
+        dtype = compute_dtype(self.layers)
+        visual = visual.to(dtype) + self.meeting_positions.weight.to(dtype)
+        by_layer = [cast(InteractionBlock, layer).visual_kv(visual).chunk(2, dim=-1) for layer in self.layers]
+        return torch.stack([torch.stack(pair, dim=1) for pair in by_layer], dim=1)
+
+    def _meet(
+        self,
+        text: Tensor,
+        visual: Tensor,
+        text_lengths: Tensor | None,
+        *,
+        cls_only: bool,
+        keys_values: Tensor | None = None,
+    ) -> Iterator[Tensor]:
         """What each layer gives, (B, S, d); of the last one only [CLS] if that is enough."""
         assert self.meeting_positions is not None  # there are layers
         dtype = compute_dtype(self.layers)
@@ -169,6 +206,8 @@ class ApartEncoder(TextEmbeddings):
         last = len(self.layers) - 1
         for number, module in enumerate(self.layers):
             layer = cast(JointBlock, module)
-            beside = layer.keys_values(visual) if isinstance(layer, InteractionBlock) else None
+            beside = None
+            if isinstance(layer, InteractionBlock):
+                beside = layer.keys_values(visual) if keys_values is None else layer.by_head(keys_values[:, number])
             hidden = layer.first(hidden, mask, beside) if cls_only and number == last else layer(hidden, mask, beside)
             yield hidden

@@ -156,6 +156,24 @@ def test_the_matrix_of_similarities_has_what_its_rows_have(name):
     torch.testing.assert_close(matrix, torch.stack(rows), atol=1e-5, rtol=0)
 
 
+@apart
+@pytest.mark.parametrize("lengths", [None, [3, 6, 1]])
+def test_parts_that_were_computed_before_give_the_same_logit(joint, lengths):
+    text = joint.encode_queries(torch.stack([random_text(seed, 6) for seed in range(3)]))
+    visual = joint.encode_visual(torch.randn(3, NUM_VISUAL, FULL.dim, generator=torch.Generator().manual_seed(1)))
+    text_lengths = None if lengths is None else torch.tensor(lengths)
+    parts = {}
+    if joint.match is not None:
+        texts, visuals = joint.match.project_text(text), joint.match.project_visual(visual)
+        parts["match"] = joint.match.compare(texts, visuals, text_lengths)
+    if joint.kind == "minimal":
+        parts["keys_values"] = joint.visual_keys_values(visual)
+
+    logits = joint.score(text, visual, text_lengths, **parts)
+
+    torch.testing.assert_close(logits, joint.score(text, visual, text_lengths), rtol=0, atol=1e-6)
+
+
 def test_a_late_interaction_alone_is_its_own_logit():
     states, visual = JOINTS["maxsim"].encode_queries(random_text(4, 6)[None]), random_tokens(4, 5)
 
