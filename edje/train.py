@@ -1,7 +1,7 @@
 """`python -m edje.train RECIPE --out DIR`: train a model by a recipe; `torchrun` for several GPUs.
 
-The same command goes on where a stopped run was saved last. Ends with 0, with 1 and a sentence if recipe, data or model
-cannot be used, and with 130 when it was stopped by Ctrl-C or SIGTERM, its state saved.
+The same command resumes a stopped run from its latest saved state. Exit codes: 0; 1 if the recipe, the data or a model
+cannot be used, with a sentence; 130 after Ctrl-C or SIGTERM, with the state saved.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from edje.towers.base import TowerError
 from edje.training.devices import DeviceError, devices
 from edje.training.interrupt import sigterm_as_interrupt
 from edje.training.loop import TrainingStopped
-from edje.training.run import Places, start_run
+from edje.training.run import RunFolders, start_run
 from edje.training.state import StateError
 from edje.vocabulary import VocabularyError
 
-#: What is wrong with the input, each told in a sentence.
-_TOLD = (
+#: Errors that are reported as one sentence.
+_REPORTED = (
     BertError,
     CheckpointError,
     DataError,
@@ -49,35 +49,35 @@ _TOLD = (
 
 
 def main(
-    recipe: Annotated[Path, typer.Argument(help="TOML file; see recipes/.")],
+    recipe: Annotated[Path, typer.Argument(help="TOML file; examples are in edje/recipes/.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, metrics and resumable state.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help='Change a value, e.g. joint.kind="late" or phase.0.epochs=2.')
     ] = None,
-    features: Annotated[Path, typer.Option(help="Folder for what the frozen tower sees; shared by runs.")] = Path(
+    features: Annotated[Path, typer.Option(help="Folder for the features of frozen towers, shared by runs.")] = Path(
         "build/features"
     ),
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch on a CPU.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads.", min=1)] = None,
     save_every: Annotated[int, typer.Option(help="Steps between two saved states.", min=1)] = 500,
 ) -> None:
-    """Train a model by a recipe. Given again, the command goes on from the last saved state."""
+    """Train a model by a recipe. The same command resumes a stopped run from its latest saved state."""
     console = Console(stderr=True)
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        with sigterm_as_interrupt(), devices(device) as joined:
-            wanted = read_recipe(recipe, set_ or ())
-            checkpoint = start_run(wanted, Places(out, features), joined, console, save_every)
-            if joined.leads:
+        with sigterm_as_interrupt(), devices(device) as connected:
+            run_folders = RunFolders(out, features)
+            checkpoint = start_run(read_recipe(recipe, set_ or ()), run_folders, connected, console, save_every)
+            if connected.leads:
                 typer.echo(checkpoint)
-    except _TOLD as error:
+    except _REPORTED as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from the last saved state.", markup=False)
+        console.print("Stopped. The same command resumes from the latest saved state.", markup=False)
         raise typer.Exit(130) from None
 
 

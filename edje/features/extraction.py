@@ -72,7 +72,7 @@ def extractor_of(model: Edje, config: EdjeConfig) -> Extractor:
     )
 
 
-def without_patches(extractor: Extractor) -> Extractor:
+def pooled_only(extractor: Extractor) -> Extractor:
     """One that keeps the pooled embeddings alone: a thousandth of the disk."""
 
     def see(pixels: Tensor) -> tuple[Tensor, Tensor]:

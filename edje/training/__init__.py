@@ -1,1 +1,1 @@
-"""Training: recipes, losses, mined negatives, the loop and its resumable state. Knows nothing of the service."""
+"""Training: batches, losses, the loop over a phase's steps, and the resumable state. Knows nothing of the service."""

@@ -1,4 +1,4 @@
-"""From a recipe to a model with weights to begin from, its tokenizer, and the first stage."""
+"""Builds a recipe's model with initial weights and its tokenizer; loads parts of other checkpoints and teachers."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from edje.training.schedule import part_of
 from edje.vocabulary import caption_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
-#: The files of a BERT that are needed.
+#: The files of a BERT that are read.
 BERT_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt")
 _TABLE_STD, _NORM_EPS = 0.02, 1e-12  # as in BERT
-_PLACES_STD = 1.0  # as large as the states they are added to
-_PLACES = ("meeting_positions.weight", "places.table.weight")
+_POSITION_STD = 1.0  # the size of the states that positions are added to
+_POSITIONS = ("meeting_positions.weight", "places.table.weight")
 _TABLES = ("words.weight", "positions.weight", "types.weight", ".positions", "query", "probe")
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """A model that can be trained, and what a checkpoint of it needs besides."""
+class BuiltModel:
+    """A model with initial weights, its configuration and its tokenizer."""
 
     config: EdjeConfig
     model: Edje
     tokenizer_json: str
 
 
-def build_from(recipe: Recipe, captions: Iterable[str]) -> Built:
-    """The recipe's model; `captions` give the vocabulary where the recipe names none. Raises `RecipeError`."""
+def build_model(recipe: Recipe, captions: Iterable[str]) -> BuiltModel:
+    """The recipe's model. `captions` give the vocabulary if the recipe names none. Raises `RecipeError`."""
     joint = recipe.joint
     source = None if joint.bert is None else find_source(joint.bert, BERT_FILES)
     shape = None if source is None else read_shape(source)
@@ -63,7 +63,7 @@ def build_from(recipe: Recipe, captions: Iterable[str]) -> Built:
             name=recipe.name,
             trained=True,
             preprocess=_preprocess(recipe, found),
-            vision=recipe.vision if found is None else found.config,  # type: ignore[arg-type]  # one of them is given
+            vision=recipe.vision if found is None else found.config,  # type: ignore[arg-type]  # the recipe names one
             adapter=recipe.adapter,
             joint=_joint_config(recipe, shape, vocab_size, sep_id),
         )
@@ -72,44 +72,45 @@ def build_from(recipe: Recipe, captions: Iterable[str]) -> Built:
     except ValueError as error:
         raise RecipeError(f"the parts of the model do not fit together: {error}") from error
     model = build_edje(config, graph=None if found is None else graph_of(found.module))
-    draw_for_training(model, recipe.seed)
+    initialise_model(model, recipe.seed)
     if found is not None:
         model.vision.load_state_dict(found.module.state_dict())
     if source is not None:
         load_bert(source, model.joint, joint.bert_layers, joint.bert_visual_layers)
-    return Built(config, model, tokenizer)
+    return BuiltModel(config, model, tokenizer)
 
 
 @torch.no_grad()
-def draw_for_training(model: Edje, seed: int) -> None:
-    """Weights that learn well: matrices keep the size of what passes through, tables are small, as in BERT."""
+def initialise_model(model: Edje, seed: int) -> None:
+    """Initialise all weights but a third-party tower's: matrices keep the scale of their input, tables are small, as in
+    BERT."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if isinstance(model.vision, BorrowedTower) and name.startswith("vision."):
             continue
         if parameter.ndim == 0:
-            continue  # scales keep the value that their module gives them
+            continue  # scales keep their initial value
         if name.endswith(("bias", "absent")):
             parameter.zero_()
         elif parameter.ndim == 1:
             parameter.fill_(1.0)
-        elif name.endswith(_PLACES):
-            parameter.normal_(0.0, _PLACES_STD, generator=generator)
+        elif name.endswith(_POSITIONS):
+            parameter.normal_(0.0, _POSITION_STD, generator=generator)
         else:
             std = _TABLE_STD if name.endswith(_TABLES) else parameter[0].numel() ** -0.5
             parameter.normal_(0.0, std, generator=generator)
-    begin_at_places(model.adapter)
+    initialise_queries(model.adapter)
     if model.joint.head is not None:
-        # The first logits are zero, or what the first stage says: no order of its own before anything was learned.
+        # The first logits are zero, or the first stage's score: the untrained model does not change its order.
         model.joint.head.out.weight.zero_()
 
 
 @torch.no_grad()
-def begin_at_places(adapter: Adapter) -> None:
-    """Have each query of a compressor look at a place of its own first, where the adapter knows places.
+def initialise_queries(adapter: Adapter) -> None:
+    """Let each query of a compressor first attend to one patch position, where the adapter has position vectors.
 
-    It is that place's vector, and is compared with keys through the keys' own map. Drawn at random, queries look at
-    everything alike, and what is made of a picture then says what is in it, but not where.
+    The query is that position's vector, and its projection is the one of the keys. Random queries attend to all patches
+    alike, and the tokens then contain what an image shows but not where.
     """
     if isinstance(adapter, LocalAdapter) or not isinstance(adapter.places, Places):
         return
@@ -121,10 +122,10 @@ def begin_at_places(adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def centre_inputs(adapter: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Make the adapter's first maps act as if patches (D,) came with zero mean and unit deviation.
+def normalise_inputs(adapter: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Fold the standardisation of patch tokens, by mean (D,) and deviation (D,), into the adapter's first layers.
 
-    Towers differ by orders of magnitude in what they put out; folded into the weights it costs nothing to serve.
+    The outputs of towers differ by orders of magnitude. Folded into the weights, the standardisation costs nothing.
     """
     for name in ("fc1", "narrow", "key", "value"):
         layer = getattr(adapter, name, None)
@@ -134,13 +135,15 @@ def centre_inputs(adapter: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> 
 
 
 @torch.no_grad()
-def take_over(module: nn.Module, start: Start, tokenizer: str) -> None:
-    """Give the training module the named parts of another checkpoint. Raises `RecipeError` if they do not fit."""
+def load_start(module: nn.Module, start: Start, tokenizer: str) -> None:
+    """Load the named parts of another checkpoint into the training module. Raises `RecipeError` if they do not fit."""
     checkpoint = Path(start.checkpoint)
     theirs = {f"model.{name}": tensor for name, tensor in load_checkpoint(checkpoint).model.state_dict().items()}
-    if {"text", "first_stage"} & set(start.parts) and not same_words(tokenizer, read_tokenizer_json(checkpoint)):
+    if {"text", "first_stage"} & set(start.parts) and not has_same_vocabulary(
+        tokenizer, read_tokenizer_json(checkpoint)
+    ):
         raise RecipeError(
-            f"start: {checkpoint} has another vocabulary, so its words would be taken for others: "
+            f"start: {checkpoint} has another vocabulary, so its word embeddings would belong to other words: "
             f'set vocabulary = "{checkpoint}"'
         )
     if "first_stage" in start.parts:
@@ -155,8 +158,8 @@ def take_over(module: nn.Module, start: Start, tokenizer: str) -> None:
         ours[name].copy_(theirs[name])
 
 
-def draw_heads(heads: nn.Module, seed: int) -> None:
-    """Weights of what only training needs, to begin with."""
+def initialise_heads(heads: nn.Module, seed: int) -> None:
+    """Initialise the training heads."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(heads.named_parameters()):
@@ -169,28 +172,28 @@ def draw_heads(heads: nn.Module, seed: int) -> None:
 
 
 def load_teacher(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer: str) -> Edje:
-    """A model to distil from into `model`. Raises `RecipeError` if it would read the same batch otherwise."""
+    """The teacher of `model` from a checkpoint. Raises `RecipeError` if it cannot score the same batches."""
     teacher = load_checkpoint(checkpoint)
     if extractor_of(teacher.model, teacher.config).digest != extractor_of(model, config).digest:
-        raise RecipeError(f"the teacher {checkpoint} looks through another tower: distil from one that shares it")
-    if not same_words(tokenizer, read_tokenizer_json(checkpoint)):
+        raise RecipeError(f"the teacher {checkpoint} has another vision tower: choose a teacher with the same tower")
+    if not has_same_vocabulary(tokenizer, read_tokenizer_json(checkpoint)):
         raise RecipeError(f'the teacher {checkpoint} has another vocabulary: set vocabulary = "{checkpoint}"')
     if teacher.config.preprocess.max_caption_pieces < config.preprocess.max_caption_pieces:
         raise RecipeError(
             f"the teacher {checkpoint} reads captions of {teacher.config.preprocess.max_caption_pieces} pieces: set "
-            "max_caption_pieces to that"
+            "max_caption_pieces to this number"
         )
     return teacher.model
 
 
-def same_words(one: str, other: str) -> bool:
-    """Whether two stored tokenizers give the same ids to the same words."""
+def has_same_vocabulary(one: str, other: str) -> bool:
+    """Whether two stored tokenizers assign the same ids to the same words."""
     return one == other or Tokenizer.from_str(one).get_vocab() == Tokenizer.from_str(other).get_vocab()
 
 
 def _preprocess(recipe: Recipe, found: FoundTower | None) -> PreprocessConfig:
     if found is None:
-        assert recipe.image_size is not None  # the recipe was checked
+        assert recipe.image_size is not None  # the recipe ensures it
         return PreprocessConfig(image_size=recipe.image_size, max_caption_pieces=recipe.max_caption_pieces)
     theirs = found.preprocess
     return PreprocessConfig(
@@ -209,21 +212,23 @@ def _joint_config(recipe: Recipe, shape: BertShape | None, vocab_size: int, sep_
         theirs: dict[str, int | None] = {"dim": shape.dim, "num_heads": shape.num_heads, "hidden_dim": shape.hidden_dim}
         wrong = [name for name, size in sizes.items() if size not in (None, theirs[name])]
         if wrong:
-            raise RecipeError(f"joint.{wrong[0]}: {joint.bert} has {theirs[wrong[0]]}; leave it out")
+            raise RecipeError(
+                f"joint.{wrong[0]}: {joint.bert} has {theirs[wrong[0]]}: remove the field, or set this value"
+            )
         sizes = theirs
     missing = [name for name, size in sizes.items() if size is None]
     if missing:
-        raise RecipeError(f"joint.{missing[0]} is missing: give it, or a BERT to start from")
+        raise RecipeError(f"joint.{missing[0]} is missing: set it, or set joint.bert")
     num_layers = joint.num_layers
     if num_layers is None:
         if shape is None or joint.kind != "full":
-            raise RecipeError("joint.num_layers is missing: how many layers read text and image together?")
+            raise RecipeError("joint.num_layers is missing: set the number of layers that read text and image together")
         num_layers = shape.num_layers
     longest = recipe.max_caption_pieces + 2
     if joint.kind == "full":
         longest += recipe.adapter.num_tokens + 1
     return JointConfig(
-        dim=sizes["dim"],  # type: ignore[arg-type]  # none is None
+        dim=sizes["dim"],  # type: ignore[arg-type]  # missing sizes were refused
         num_layers=num_layers,
         num_heads=sizes["num_heads"],  # type: ignore[arg-type]
         hidden_dim=sizes["hidden_dim"],  # type: ignore[arg-type]
@@ -235,6 +240,6 @@ def _joint_config(recipe: Recipe, shape: BertShape | None, vocab_size: int, sep_
         text_layers=joint.text_layers,
         visual_layers=joint.visual_layers,
         match_dim=joint.match_dim,
-        # The standard deviation is known when the first stage is; see `edje.training.run`.
+        # Set after the first stage is trained or fitted, by `TrainingModel.standardise`.
         first_stage=FirstStageConfig(mean=0.0, std=1.0) if joint.reads_first_stage else None,
     )

@@ -15,8 +15,8 @@ from edje.features.storage import Features
 from edje.first_stage.dual_encoder import FirstStage
 from edje.model.edje import Edje
 from edje.text import Tokenizer
-from edje.training.corpus import read_captions
-from edje.training.first_stage.pairs import embed
+from edje.training.batches.corpus import encode_captions
+from edje.training.first_stage.search import embed
 
 _BATCH_IMAGES = 64
 
@@ -44,7 +44,7 @@ def dev_search(
     device: torch.device,
 ) -> DevSearch:
     """Encode what is needed; the model is in evaluation."""
-    captions = read_captions(dataset, tokenizer, features.rows)
+    captions = encode_captions(dataset, tokenizer, features.rows)
     texts, images = embed(first_stage, captions, features.pooled)
     asked = np.unique(np.linspace(0, len(captions) - 1, min(num_captions, len(captions))).astype(np.int64))
     rows = features.rows

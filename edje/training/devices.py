@@ -1,8 +1,8 @@
-"""Where a run computes: one device, or one of several that `torchrun` started. Plain torch.distributed.
+"""The device of this process, and the other processes that `torchrun` started. Plain torch.distributed.
 
-Not Hugging Face accelerate: a step draws its samples from seed and step alone and every device plans the same global
-batch, so there is nothing to gather but gradients, which DDP does; what accelerate would add (its own loader, its own
-checkpoint format with pickles) would have to be worked around to resume bit for bit.
+Hugging Face accelerate is not used: each device plans the same global batch from seed and batch number, so only
+gradients have to be exchanged, which DDP does. Its own data loader and its pickled checkpoints would prevent an exact
+continuation.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
 class DeviceError(ValueError):
-    """There is no such device; the message says which there are."""
+    """The device is unavailable; the message names the available ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """This process's device, its rank, and how many there are."""
+    """This process's device and rank, and the number of devices."""
 
     device: torch.device
     rank: int = 0
@@ -31,22 +32,22 @@ class Devices:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and shows progress."""
+        """Whether this process writes the files of the run and shows its progress."""
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, its gradients averaged over all devices."""
+        """The module, with gradients averaged over all devices."""
         if self.num_devices == 1:
             return module
         return DistributedDataParallel(module, find_unused_parameters=True)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Block until every process has called this."""
         if self.num_devices > 1:
             distributed.barrier()
 
     def any(self, is_true: bool) -> bool:
-        """Whether it is true of any device; all of them must ask, and all get the same answer."""
+        """Whether `is_true` on any device. Every process must call this, and all get the same answer."""
         if self.num_devices == 1:
             return is_true
         flag = torch.tensor(float(is_true), device=self.device)
@@ -56,11 +57,11 @@ class Devices:
 
 @contextmanager
 def devices(name: str | None) -> Iterator[Devices]:
-    """The device of this name (None: CUDA where there is one), joined with the other processes of a `torchrun`.
+    """The device of this name, connected with the other processes of a `torchrun`. None: CUDA if available, else CPU.
 
     Raises `DeviceError`.
     """
-    # Not settings of ours: this is how torchrun tells a process of the others.
+    # These variables are torchrun's interface to its processes, not settings.
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(name or ("cuda" if torch.cuda.is_available() else "cpu"), local_rank)
@@ -75,11 +76,47 @@ def devices(name: str | None) -> Iterator[Devices]:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether bf16 is multiplied in hardware there; elsewhere it is slower than float32."""
+    """Whether the device multiplies bf16 in hardware; elsewhere bf16 is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def all_gather(rows: Tensor) -> Tensor:
+    """The rows of all devices in order of rank: (B, ...) -> (G, ...), with B equal on all devices.
+
+    Gradients flow back to the device of each row. Every device must call this in the same order.
+    """
+    if not distributed.is_initialized():
+        return rows
+    return cast(Tensor, _AllGather.apply(rows))
+
+
+def all_gather_texts(states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts of all devices: (B, T, d) and (B,) -> (G, T', d) and (G,), padded to the longest text."""
+    if not distributed.is_initialized():
+        return states, lengths
+    all_lengths = all_gather(lengths)
+    num_missing = int(all_lengths.max()) - states.shape[1]
+    padded = torch.nn.functional.pad(states, (0, 0, 0, num_missing))  # truncated where every text is shorter
+    return all_gather(padded), all_lengths
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        distributed.all_reduce(gradient)  # the sum over all devices' losses
+        first = distributed.get_rank() * ctx.num_rows
+        return gradient[first : first + ctx.num_rows]
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -88,12 +125,12 @@ def _device(name: str, local_rank: int) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise ValueError("neither a CPU nor a CUDA device")
         if device.type == "cuda":
-            # Each process of one machine has its own; without a number, "cuda" would be the first one for all.
+            # Without an index, "cuda" would be the first device for every process of a machine.
             device = torch.device("cuda", local_rank if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    # What torch says of a device that is not there: an assertion without CUDA, else a RuntimeError.
+    # Without CUDA torch raises an AssertionError, otherwise a RuntimeError.
     except (RuntimeError, AssertionError, ValueError) as error:
         found = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise DeviceError(f"the device {name!r} cannot be used here: choose one of {', '.join(found)}") from error
+        raise DeviceError(f"the device {name!r} is unavailable: choose one of {', '.join(found)}") from error
     return device

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once where nothing can be lost, after the step in hand where weights are being changed."""
+"""Handles SIGINT (Ctrl-C) and SIGTERM: at once where nothing is lost, after the current step during training."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether somebody asked for an end."""
+    """Whether a signal has requested the end of the run."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
-        """The first signal is a request, a second one is meant."""
-        if self.asked:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler. First signal: stop after this step. Second: stop now."""
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does."""
+    """Let SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -37,9 +37,9 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Both signals only leave a request, for whoever can end in good order to look at."""
+    """Let both signals set a flag, for a loop that ends after its current step."""
     request = StopRequest()
-    with _handled(_SIGNALS, request.hear):
+    with _handled(_SIGNALS, request.handle):
         yield request
 
 

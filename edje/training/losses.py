@@ -1,7 +1,6 @@
-"""The losses of the paper (arXiv 2510.06820, section 3), and two contrastive ones; each a plain function of tensors.
+"""Loss functions of tensors: those of the paper (arXiv 2510.06820, section 3), contrast, region and grounding labels.
 
-Knows neither the model nor how the numbers came about. Every loss is a mean over its batch, so that a weight means the
-same at every batch size.
+Every loss is a mean over its batch, so that its weight has the same effect for every batch size.
 """
 
 from __future__ import annotations
@@ -14,44 +13,44 @@ from torch.nn import functional
 
 
 def itm_loss(with_images: Tensor, with_texts: Tensor) -> Tensor:
-    """Image-text matching: softmax cross-entropy of the positive against its negatives, mean of both directions.
+    """Image-text matching: softmax cross-entropy of a positive among its negatives, averaged over both directions.
 
-    `with_images` (B, 1 + n): logits of a caption with its own image first, then with n other images.
-    `with_texts` (B, 1 + n): logits of an image with its own caption first, then with n other captions.
-    Logits of -inf are negatives that could not be found.
+    `with_images` (B, 1 + n): logits of a caption with its image, then with n other images.
+    `with_texts` (B, 1 + n): logits of an image with its caption, then with n other captions.
+    A logit of -inf marks a negative that does not exist.
     """
     return (_first_wins(with_images) + _first_wins(with_texts)) / 2
 
 
 def mlm_loss(vocabulary_logits: Tensor, masked_ids: Tensor) -> Tensor:
-    """Masked language modelling: (M, V) logits at the masked places against the (M,) words that stood there."""
+    """Masked language modelling: logits (M, V) at the masked positions against the original ids (M,)."""
     if len(masked_ids) == 0:
         return vocabulary_logits.sum()  # zero, with a gradient of zero
     return functional.cross_entropy(vocabulary_logits.float(), masked_ids)
 
 
-def text_recovery_loss(recovered: Tensor, wanted: Tensor) -> Tensor:
-    """1 - cosine between what the joint encoder makes of a text alone and the first stage's embedding of it; (B, e)."""
-    return (1 - functional.cosine_similarity(recovered.float(), wanted.float(), dim=-1)).mean()
+def text_recovery_loss(recovered: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine between the joint encoder's embedding of a text alone and the first stage's embedding, (B, e) each."""
+    return (1 - functional.cosine_similarity(recovered.float(), target.float(), dim=-1)).mean()
 
 
 def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Binary cross-entropy of the student's logits against the teacher's probabilities.
 
-    Blocks of pairs (positives, negatives of captions, negatives of images) count alike whatever their size. Logits of
-    -inf stand for pairs that do not exist; a block without any pair does not count.
+    Blocks of pairs (positives, negatives of captions, negatives of images) have equal weight whatever their size. A
+    logit of -inf marks a pair that does not exist; a block without pairs is ignored.
     """
     losses = []
-    for ours, theirs in zip(student, teacher, strict=True):
-        exists = torch.isfinite(ours) & torch.isfinite(theirs)
+    for student_logits, teacher_logits in zip(student, teacher, strict=True):
+        exists = torch.isfinite(student_logits) & torch.isfinite(teacher_logits)
         if exists.any():
-            wanted = theirs[exists].float().sigmoid()
-            losses.append(functional.binary_cross_entropy_with_logits(ours[exists].float(), wanted))
+            target = teacher_logits[exists].float().sigmoid()
+            losses.append(functional.binary_cross_entropy_with_logits(student_logits[exists].float(), target))
     return torch.stack(losses).mean()
 
 
 def regions_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Cross-entropy of what is said to stand in each region: for each label (N, R, values) against (N, R, labels)."""
+    """Cross-entropy of region labels: for each label, logits (N, R, values) against (N, R, labels); summed."""
     losses = [
         functional.cross_entropy(each.flatten(0, 1).float(), labels[..., n].flatten()) for n, each in enumerate(logits)
     ]
@@ -59,7 +58,7 @@ def regions_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
 
 
 def grounding_loss(by_role: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Cross-entropy of what words are said to say: for each role (M, values) against (M,); summed over roles."""
+    """Cross-entropy of grounding labels: for each role, logits (M, values) against (M,); summed over roles."""
     return torch.stack(
         [
             functional.cross_entropy(logits.float(), values) if len(values) else logits.sum()  # zero
@@ -68,16 +67,16 @@ def grounding_loss(by_role: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     ).sum()
 
 
-def contrastive_loss(similarity: Tensor, positive: Tensor, first: int = 0) -> Tensor:
-    """InfoNCE of scaled similarities (B, G), G at least B; `positive` (B, G) marks every true pair.
+def contrastive_loss(similarity: Tensor, positive: Tensor, sample_offset: int = 0) -> Tensor:
+    """InfoNCE of scaled similarities (B, G), G at least B, in one direction; `positive` (B, G) marks positive pairs.
 
-    Column `first + i` is row i's own; other true pairs (the same image, an equal caption) are neither rewarded nor
-    punished. One direction: the other one is that of the columns.
+    The target of row i is column `sample_offset + i`. Further positives of a row (the same image, an equal caption) are
+    left out of the softmax.
     """
     rows = torch.arange(len(similarity), device=similarity.device)
-    others = positive.clone()
-    others[rows, first + rows] = False
-    return functional.cross_entropy(similarity.float().masked_fill(others, -torch.inf), first + rows)
+    further = positive.clone()
+    further[rows, sample_offset + rows] = False
+    return functional.cross_entropy(similarity.float().masked_fill(further, -torch.inf), sample_offset + rows)
 
 
 def _first_wins(logits: Tensor) -> Tensor:

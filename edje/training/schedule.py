@@ -1,4 +1,4 @@
-"""Learning rates over a phase, and which parameters form which group. Knows modules by the names of their parts."""
+"""Learning rates over a phase, and the parameter groups of the optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from edje.recipe import Part, Phase, RecipeError
 
-#: What belongs to a part, by the beginning of the parameter's name in the training module.
+#: Prefixes of the parameter names of each part of the training module.
 PREFIXES: Mapping[Part, tuple[str, ...]] = {
     "vision": ("model.vision.",),
     "adapter": ("model.adapter.",),
@@ -34,7 +34,7 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
 
 
 def learning_rate(phase: Phase, step: int, steps_per_epoch: int, num_steps: int) -> float:
-    """Linear from `start_learning_rate` over the warm-up, then down by a factor per epoch or along a cosine to zero."""
+    """The rate of one step: linear warm-up, then a decay by a factor per epoch, or along a cosine to zero."""
     if step < phase.warmup_steps:
         share = (step + 1) / phase.warmup_steps
         return phase.start_learning_rate + share * (phase.learning_rate - phase.start_learning_rate)
@@ -45,7 +45,7 @@ def learning_rate(phase: Phase, step: int, steps_per_epoch: int, num_steps: int)
 
 
 def part_of(name: str) -> Part:
-    """The part that a parameter of the training module belongs to."""
+    """The part of a parameter of the training module, by the parameter's name."""
     for part, prefixes in PREFIXES.items():
         if name.startswith(prefixes):
             return part
@@ -53,9 +53,9 @@ def part_of(name: str) -> Part:
 
 
 def parameter_groups(module: nn.Module, phase: Phase) -> list[dict[str, object]]:
-    """Groups for AdamW by part and by whether weights decay; also freezes what the phase does not train.
+    """Parameter groups for AdamW, by part and weight decay. Freezes every parameter that the phase does not train.
 
-    Matrices decay; biases, norms and scalars do not. Raises `RecipeError` where nothing is left to train.
+    Matrices have weight decay; biases, norms and scalars have none. Raises `RecipeError` if no parameter is trained.
     """
     groups: dict[tuple[Part, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -65,7 +65,9 @@ def parameter_groups(module: nn.Module, phase: Phase) -> list[dict[str, object]]
         if is_trained:
             groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
     if not groups:
-        raise RecipeError(f"phase {phase.name!r} trains nothing: this model has no {' and no '.join(phase.train)}")
+        raise RecipeError(
+            f"phase {phase.name!r} trains {', '.join(phase.train)}, but this model has none of these parts"
+        )
     return [
         {"params": parameters, "weight_decay": phase.weight_decay if decays else 0.0, "factor": phase.train[part]}
         for (part, decays), parameters in groups.items()

@@ -1,6 +1,6 @@
-"""A recipe small enough to be trained whole in a second, and the ways to run it.
+"""A tiny recipe that trains in a second, and functions that run it.
 
-As a program it is one process of a run on several devices: `python training_harness.py RECIPE OUT`.
+As a program, one process of a run on several devices: `python training_harness.py RECIPE OUT`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from rich.console import Console
 from torch import Tensor
 
 from edje.recipe import Recipe, read_recipe
-from edje.training.batches.batch import Batches
+from edje.training.batches.batch import BatchBuilder
 from edje.training.devices import Devices, devices
-from edje.training.run import Places, Run, start_run
+from edje.training.run import Run, RunFolders, start_run
 
 TINY = """
 name = "tiny"
@@ -91,15 +91,15 @@ SEE_STEPS, RANK_STEPS = 4, 6
 
 
 def tiny_recipe(folder: Path, *changes: str, text: str = TINY) -> Recipe:
-    """The recipe as a file of this folder, changed."""
+    """The recipe, written to this folder and read with changes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.toml"
     path.write_text(text)
     return read_recipe(path, changes)
 
 
-class Told:
-    """A console whose words can be read."""
+class RecordedConsole:
+    """A console that keeps its output as text."""
 
     def __init__(self) -> None:
         self._file = io.StringIO()
@@ -110,13 +110,15 @@ class Told:
         return self._file.getvalue()
 
 
-def train(recipe: Recipe, out: Path, *, save_every: int = 500, told: Told | None = None) -> Path:
-    """The checkpoint of a whole run in this process."""
-    return start_run(recipe, places_in(out), Devices(torch.device("cpu")), (told or Told()).console, save_every)
+def train(recipe: Recipe, out: Path, *, save_every: int = 500, output: RecordedConsole | None = None) -> Path:
+    """Run a recipe in this process. Returns the checkpoint."""
+    return start_run(
+        recipe, folders_in(out), Devices(torch.device("cpu")), (output or RecordedConsole()).console, save_every
+    )
 
 
-def places_in(out: Path) -> Places:
-    return Places(out, out.parent / "features")
+def folders_in(out: Path) -> RunFolders:
+    return RunFolders(out, out.parent / "features")
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -124,23 +126,23 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 def content(checkpoint: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint."""
+    """The content of every file of a checkpoint."""
     return {str(path.relative_to(checkpoint)): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
 
 
 def last_step(recipe: Recipe, out: Path, on: Devices) -> dict[str, Tensor]:
-    """Run a recipe: the gradients of its last step, and the weights it ends with, by name."""
-    run = Run(recipe, places_in(out), on, Told().console, save_every=500)
-    run.go(None, None)
-    parameters = dict(run.learner.module.named_parameters())
+    """Run a recipe. Returns the gradients of its last step and the final weights by name."""
+    run = Run(recipe, folders_in(out), on, RecordedConsole().console, save_every=500)
+    run.train(None, None)
+    parameters = dict(run.trained.module.named_parameters())
     gradients = {f"gradient {name}": each.grad for name, each in parameters.items() if each.grad is not None}
     return gradients | {name: each.detach() for name, each in parameters.items()}
 
 
 @contextmanager
 def at_batch(number: int, happens: Callable[[], object]) -> Iterator[None]:
-    """Have something happen when the batch of this number, counted over all phases, is made."""
-    real, numbers = Batches.__call__, iter(range(10**6))
+    """Call a function when the batch of this number, counted over all phases, is built."""
+    real, numbers = BatchBuilder.__call__, iter(range(10**6))
 
     def call(self, *arguments):
         if next(numbers) == number:
@@ -148,7 +150,7 @@ def at_batch(number: int, happens: Callable[[], object]) -> Iterator[None]:
         return real(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "__call__", call)
+        patch.setattr(BatchBuilder, "__call__", call)
         yield
 
 

@@ -1,1 +1,1 @@
-"""Training batches: sampling, grounding labels, cached text states, and the data of a phase."""
+"""The batches of a phase: captions and images as arrays, negatives, grounding labels, cached text states."""

@@ -1,6 +1,6 @@
-"""What a step works on, as tensors: the plan of its number, filled with captions, features and first-stage scores.
+"""A batch as tensors, and its construction from a plan, the captions, the images and the first stage's scores.
 
-Every device makes the same plan and fills its own share.
+Every device makes the same plan and builds its share.
 """
 
 from __future__ import annotations
@@ -9,92 +9,106 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from edje.data.dataset import LabelledSource
-from edje.training.batches.grounding import ClaimReader
-from edje.training.batches.sampling import Epochs, Miner, Plan, plan_step
+from edje.training.batches.corpus import Captions, ImageSource
+from edje.training.batches.embeddings import FirstStageEmbeddings
+from edje.training.batches.grounding import GroundingLabeller
+from edje.training.batches.negatives import Ints, NegativeSampler, Positives
+from edje.training.batches.plan import BatchPlan, CaptionOrder, plan_batch
 from edje.training.batches.text_states import TextStates
-from edje.training.corpus import Captions, ImageRows
-from edje.training.devices import Devices
-from edje.training.first_stage.pairs import FirstStageViews
-from edje.training.negatives import Truth
-from edje.training.step import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class Batches:
-    """All a phase shows, and in which order."""
+class Batch:
+    """One batch on the device. See `BatchPlan` for samples, pairs and the letters of the shapes."""
+
+    text_ids: Tensor  # (W, T)
+    text_lengths: Tensor  # (W,)
+    text_states: Tensor | None  # (W, T, d), cached output of frozen text layers
+    images: Tensor  # (U, S, D) patch tokens, or uint8 (U, 3, H, W) pixels
+    pooled: Tensor | None  # (U, E) of a frozen tower
+    sample_caption: Tensor  # (B,)
+    sample_image: Tensor  # (B,)
+    pair_caption: Tensor  # (P,), -1 where the pair does not exist
+    pair_image: Tensor  # (P,)
+    pair_score: Tensor  # (P,) first-stage scores, NaN where unknown
+    image_is_positive: Tensor  # bool (B, G)
+    caption_is_positive: Tensor  # bool (B, G)
+    sample_offset: int
+    num_negatives: int
+    caption_embeddings: Tensor | None  # (B, e) the first stage's embeddings of the samples' captions
+    region_labels: Tensor | None = None  # (U, R, labels)
+    other_sample: Tensor | None = None  # (B,) see `GroundingBatch`
+    grounding_labels: Tensor | None = None  # (M, 4) see `GroundingBatch`
+
+
+@dataclass(frozen=True, slots=True)
+class BatchBuilder:
+    """The data of one phase; builds its batches by number."""
 
     captions: Captions
-    truth: Truth
-    order: Epochs
-    images: ImageRows
-    views: FirstStageViews | None  # None while the first stage is being trained
-    states: TextStates | None  # of frozen text layers
-    miner: Miner | None  # None where no pairs are scored
-    num_negatives: int
-    devices: Devices
-    labels: LabelledSource | None = None  # None where nobody learns what stands where
-    claims: ClaimReader | None = None  # None where nobody learns what words say
+    positives: Positives
+    order: CaptionOrder
+    images: ImageSource
+    embeddings: FirstStageEmbeddings | None  # None while the first stage is trained
+    text_states: TextStates | None  # None where the text layers are trained
+    sampler: NegativeSampler | None  # None without pairs
+    rank: int
+    num_devices: int
+    device: torch.device
+    region_labels: LabelledSource | None = None  # None without the loss `regions`
+    grounding: GroundingLabeller | None = None  # None without the loss `grounding`
 
     def __call__(self, number: int, rng: np.random.Generator) -> Batch:
-        """This device's share of batch `number`; the generator must be in the same state on every device."""
-        plan = plan_step(
-            self.order.batch(number),
-            self.captions.images,
-            self.truth,
-            self.devices.rank,
-            self.devices.num_devices,
-            self.miner,
-            self.num_negatives if self.miner else 0,
-            rng,
-        )
-        return self._filled(plan, rng.integers(0, self.images.num_views, len(plan.images)))
+        """This device's share of batch `number`. The generator has the same state on every device."""
+        batch = self.order.batch(number)
+        plan = plan_batch(batch, self.captions.images, self.positives, self.rank, self.num_devices, self.sampler, rng)
+        return self._build(plan, rng.integers(0, self.images.num_views, len(plan.images)))
 
-    def _filled(self, plan: Plan, view: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Batch:
-        device = self.devices.device
+    def _build(self, plan: BatchPlan, views: Ints) -> Batch:
+        device = self.device
         ids, lengths = self.captions.padded(plan.captions)
-        images, pooled = self.images.rows(plan.images, view)
+        images, pooled = self.images.batch(plan.images, views)
         scores = np.full(len(plan.pair_caption), np.nan, np.float32)
-        texts = None
-        if self.views is not None:
+        caption_embeddings = None
+        if self.embeddings is not None:
             exists = plan.pair_caption >= 0
             pairs = plan.captions[plan.pair_caption[exists]], plan.images[plan.pair_image[exists]]
-            scores[exists] = self.views.of_pairs(*pairs)
-            texts = torch.from_numpy(self.views.texts[plan.captions[plan.own_caption]]).to(device)
-        numbers = (plan.own_caption, plan.own_image, plan.pair_caption, plan.pair_image)
-        own_caption, own_image, pair_caption, pair_image = (torch.from_numpy(each).to(device) for each in numbers)
-        beside, claims = self._claims(plan)
+            scores[exists] = self.embeddings.pair_scores(*pairs)
+            wanted = self.embeddings.captions[plan.captions[plan.sample_caption]]
+            caption_embeddings = torch.from_numpy(wanted).to(device)
+        other_sample, grounding_labels = self._grounding(plan)
         return Batch(
             text_ids=ids.to(device),
             text_lengths=lengths.to(device),
-            text_states=None if self.states is None else self.states.padded(plan.captions).to(device),
+            text_states=None if self.text_states is None else self.text_states.padded(plan.captions).to(device),
             images=images.to(device),
             pooled=None if pooled is None else pooled.to(device),
-            own_caption=own_caption,
-            own_image=own_image,
-            pair_caption=pair_caption,
-            pair_image=pair_image,
+            sample_caption=torch.from_numpy(plan.sample_caption).to(device),
+            sample_image=torch.from_numpy(plan.sample_image).to(device),
+            pair_caption=torch.from_numpy(plan.pair_caption).to(device),
+            pair_image=torch.from_numpy(plan.pair_image).to(device),
             pair_score=torch.from_numpy(scores).to(device),
-            images_of_own=torch.from_numpy(plan.images_of_own).to(device),
-            captions_of_own=torch.from_numpy(plan.captions_of_own).to(device),
-            first=plan.first,
-            first_stage_texts=texts,
+            image_is_positive=torch.from_numpy(plan.image_is_positive).to(device),
+            caption_is_positive=torch.from_numpy(plan.caption_is_positive).to(device),
+            sample_offset=plan.sample_offset,
             num_negatives=plan.num_negatives,
-            labels=self._labels(plan),
-            beside=beside,
-            claims=claims,
+            caption_embeddings=caption_embeddings,
+            region_labels=self._region_labels(plan),
+            other_sample=other_sample,
+            grounding_labels=grounding_labels,
         )
 
-    def _labels(self, plan: Plan) -> torch.Tensor | None:
-        if self.labels is None:
+    def _region_labels(self, plan: BatchPlan) -> Tensor | None:
+        if self.region_labels is None:
             return None
-        labels = np.stack([self.labels.labels(int(number)) for number in plan.images])
-        return torch.from_numpy(labels).to(self.devices.device)
+        labels = np.stack([self.region_labels.labels(int(index)) for index in plan.images])
+        return torch.from_numpy(labels).to(self.device)
 
-    def _claims(self, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if self.claims is None:
+    def _grounding(self, plan: BatchPlan) -> tuple[Tensor | None, Tensor | None]:
+        if self.grounding is None:
             return None, None
-        claims = self.claims(plan.captions[plan.own_caption], plan.images[plan.own_image])
-        device = self.devices.device
-        return torch.from_numpy(claims.beside).to(device), torch.from_numpy(claims.rows).to(device)
+        found = self.grounding(plan.captions[plan.sample_caption], plan.images[plan.sample_image])
+        return torch.from_numpy(found.other_sample).to(self.device), torch.from_numpy(found.labels).to(self.device)

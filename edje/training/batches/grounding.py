@@ -1,7 +1,7 @@
-"""What the words of a batch's captions say beside its images, where the data knows it: what `grounding` is taught from.
+"""Grounding labels of a batch, for data that has them: what the loss `grounding` is computed against.
 
-A claim that is true teaches little without one that is not, so each caption is also read beside an image of another
-sample, one of which something that it says is false if there is one close by.
+Labels of matching pairs alone are nearly all positive. Each caption is therefore also read with the image of another
+sample, preferably one for which a relation in the caption does not hold.
 """
 
 from __future__ import annotations
@@ -12,49 +12,54 @@ import numpy as np
 
 from edje.data.dataset import GroundingLabel, GroundingRole, LabelledSource
 from edje.text import Tokenizer
-from edje.training.corpus import Captions, Ints
+from edje.training.batches.corpus import Captions
+from edje.training.batches.negatives import Ints
 
-#: So many samples after a caption's own are asked; a group of scenes has three others.
-_NUM_CLOSE = 3
+#: The number of following samples whose images are tried; a group of scenes has three confusers.
+_NUM_TRIED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Claims:
-    """The pairs of a batch that are read: first every sample's caption with its own image, then with another's."""
+class GroundingBatch:
+    """Grounding labels of 2 B pairs: first each sample's caption with its image, then with another sample's image."""
 
-    beside: Ints  # (B,) the samples whose images are the others
-    rows: Ints  # (M, 4): pair, place of the piece in the caption, role, value
+    other_sample: Ints  # (B,) the samples whose images the captions are read with the second time
+    labels: Ints  # (M, 4): pair, token position in the caption, role, value
 
 
-class ClaimReader:
-    """Reads captions of the corpus beside its images."""
+class GroundingLabeller:
+    """Looks up the grounding labels of samples."""
 
     def __init__(self, source: LabelledSource, captions: Captions, tokenizer: Tokenizer) -> None:
         self._source = source
         self._captions = captions
         self._tokenizer = tokenizer
 
-    def __call__(self, captions: Ints, images: Ints) -> Claims:
-        """Of samples: numbers of captions and of their images, both (B,)."""
+    def __call__(self, captions: Ints, images: Ints) -> GroundingBatch:
+        """The labels of samples, given by their caption and image indices (B,) each."""
         num = len(captions)
-        beside = np.zeros(num, np.int64)
-        found: list[list[GroundingLabel]] = []
-        texts = [self._captions.texts[number] for number in captions]
-        read = [self._tokenizer.as_read(text) for text in texts]
-        for sample, text in enumerate(read):
-            close = [(sample + step) % num for step in range(1, 1 + _NUM_CLOSE)]
-            said = {other: self._source.grounding_labels(int(images[other]), text) for other in reversed(close)}
-            beside[sample] = next((other for other in close if _is_false(said[other])), close[0])
-            found.append(said[int(beside[sample])])
-        own = [self._source.grounding_labels(int(image), text) for image, text in zip(images, read, strict=True)]
-        rows = [
-            (pair, place, claim.role, claim.value)
-            for pair, (text, claims) in enumerate(zip(texts + texts, own + found, strict=True))
-            for place, claim in zip(self._tokenizer.pieces_at(text, [c.char for c in claims]), claims, strict=True)
-            if place is not None  # else it was cut off
+        other_sample = np.zeros(num, np.int64)
+        other_labels: list[list[GroundingLabel]] = []
+        texts = [self._captions.texts[index] for index in captions]
+        canonical = [self._tokenizer.as_read(text) for text in texts]
+        for sample, text in enumerate(canonical):
+            tried = [(sample + step) % num for step in range(1, 1 + _NUM_TRIED)]
+            found = {other: self._source.grounding_labels(int(images[other]), text) for other in reversed(tried)}
+            other_sample[sample] = next((other for other in tried if _has_false_relation(found[other])), tried[0])
+            other_labels.append(found[int(other_sample[sample])])
+        own_labels = [
+            self._source.grounding_labels(int(image), text) for image, text in zip(images, canonical, strict=True)
         ]
-        return Claims(beside, np.array(rows, np.int64).reshape(-1, 4))
+        rows = [
+            (pair, position, label.role, label.value)
+            for pair, (text, labels) in enumerate(zip(texts + texts, own_labels + other_labels, strict=True))
+            for position, label in zip(
+                self._tokenizer.pieces_at(text, [each.char for each in labels]), labels, strict=True
+            )
+            if position is not None  # else the caption is truncated before it
+        ]
+        return GroundingBatch(other_sample, np.array(rows, np.int64).reshape(-1, 4))
 
 
-def _is_false(claims: list[GroundingLabel]) -> bool:
-    return any(claim.role == GroundingRole.HOLDS and not claim.value for claim in claims)
+def _has_false_relation(labels: list[GroundingLabel]) -> bool:
+    return any(label.role == GroundingRole.HOLDS and not label.value for label in labels)

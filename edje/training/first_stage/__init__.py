@@ -1,1 +1,1 @@
-"""The first stage in training: candidate pairs, their scores, and cached embeddings."""
+"""The first stage's part in training: embeddings of a split, its hard negatives, and statistics of its scores."""

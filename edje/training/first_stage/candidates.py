@@ -1,4 +1,4 @@
-"""The first stage's part in training: what it says of the training pairs, and which of them become negatives."""
+"""Creates the recipe's first stage, embeds the training split by it, and chooses the negatives."""
 
 from __future__ import annotations
 
@@ -12,39 +12,37 @@ from edje.config import EdjeConfig
 from edje.first_stage.dual_encoder import FirstStage, FirstStageModel, FirstStageModelConfig, draw_first_stage
 from edje.imports.sources import HUB_PREFIX
 from edje.recipe import Negatives, Phase, Recipe, RecipeError
-from edje.training.batches.sampling import Miner, batch_miner, corpus_miner
-from edje.training.corpus import Captions
-from edje.training.first_stage.pairs import (
-    FirstStageViews,
-    best_mistakes,
+from edje.training.batches.corpus import Captions
+from edje.training.batches.embeddings import FirstStageEmbeddings
+from edje.training.batches.negatives import NegativeSampler, Positives, batch_negatives, corpus_negatives
+from edje.training.first_stage.search import (
     cross_fit,
     embed,
-    handed_over,
-    mistaken_images,
-    score_spread,
+    hard_negative_images,
+    hard_negatives,
+    retrieved_positives,
+    score_statistics,
     search_pools,
 )
 from edje.training.first_stage.vector_cache import Half
-from edje.training.negatives import Truth
 
-#: Captions from which the spread of scores is taken, where nothing else needs their candidates: it is searched for
-#: them in the whole corpus.
+#: Captions that give the statistics of scores where the corpus is not searched for all captions.
 _STATISTICS_CAPTIONS = 5000
 
 
-def new_first_stage(recipe: Recipe, config: EdjeConfig, device: torch.device) -> FirstStage:
-    """The recipe's first stage: one that was published, or one to be trained (`dual`) or fitted (`cca`) later."""
+def create_first_stage(recipe: Recipe, config: EdjeConfig, device: torch.device) -> FirstStage:
+    """The recipe's first stage: published (`hub`), or initialised, to be trained (`dual`) or fitted (`cca`) later."""
     wanted = recipe.first_stage
     if wanted.kind == "hub":
         from edje.first_stage.hub import published_first_stage
 
         source = wanted.source or recipe.tower
-        assert source is not None  # the recipe was checked
+        assert source is not None  # the recipe ensures it
         published = published_first_stage(source.removeprefix(HUB_PREFIX)).to(device)
         if published.config.image_dim != config.vision.pooled_dim:
             raise RecipeError(
-                f"first_stage: {source} compares images of {published.config.image_dim} features, the tower gives "
-                f"{config.vision.pooled_dim}: a published first stage needs the tower that it belongs to"
+                f"first_stage: {source} reads image embeddings of {published.config.image_dim} values, the tower "
+                f"computes {config.vision.pooled_dim}: name the first stage that was published with the tower"
             )
         return published
     is_trained = wanted.kind == "dual"
@@ -64,60 +62,67 @@ def new_first_stage(recipe: Recipe, config: EdjeConfig, device: torch.device) ->
     return model.to(device)
 
 
-def views_for(
+def embed_split(
     recipe: Recipe,
     phase: Phase,
     first_stage: FirstStage,
     captions: Captions,
     pooled: NDArray[np.floating],
     groups: Sequence[str | None],
-    known: FirstStageViews | None,
-    kept: Callable[[], tuple[Half, Half]] | None = None,
-) -> FirstStageViews | None:
-    """What the first stage says of the training split in a phase; None while it is being trained.
+    earlier: FirstStageEmbeddings | None,
+    cached: Callable[[], tuple[Half, Half]] | None = None,
+) -> FirstStageEmbeddings | None:
+    """The first stage's embeddings of the training split in a phase; None while the first stage is trained.
 
-    A CCA is fitted here, once (`known` is what came of it), and put into `first_stage`. `groups` are the images' own.
-    `kept` gives the vectors of captions and images where they lie on the disk.
+    A CCA is fitted here once and its weights are put into `first_stage`; `earlier` are the embeddings of that time.
+    `groups` are those of the images. `cached` returns embeddings from the disk.
     """
     if recipe.first_stage.kind == "cca":
-        if known is not None:
-            return known
-        assert isinstance(first_stage, FirstStageModel)  # as `new_first_stage` makes it
-        fitted, views = cross_fit(recipe.first_stage, captions, pooled, first_stage.config.vocab_size, recipe.seed)
+        if earlier is not None:
+            return earlier
+        assert isinstance(first_stage, FirstStageModel)  # as `create_first_stage` makes it
+        fitted, embeddings = cross_fit(recipe.first_stage, captions, pooled, first_stage.config.vocab_size, recipe.seed)
         first_stage.load_state_dict(fitted.state_dict())
-        return views
+        return embeddings
     if "first_stage" in phase.train:
         return None
-    # A batch is a pool of its own.
+    # With negatives from the batch, the batch is the pool.
     pool_images = recipe.first_stage.pool_images if phase.negatives.source == "corpus" else None
     pools = search_pools(groups, pool_images, recipe.seed)
-    texts, images = embed(first_stage, captions, pooled) if kept is None else kept()
-    return FirstStageViews.of_one_model(texts, images, captions.images, pools)
+    caption_embeddings, image_embeddings = embed(first_stage, captions, pooled) if cached is None else cached()
+    return FirstStageEmbeddings(caption_embeddings, image_embeddings, pools[captions.images], pools)
 
 
-def miner_for(
-    wanted: Negatives, views: FirstStageViews, captions: Captions, truth: Truth, num_candidates: int
-) -> tuple[Miner, Callable[[], tuple[float, float]]]:
-    """What draws a step's negatives; and a way to the mean and deviation of the scores of what is handed over,
-    `num_candidates` or more for each caption. Raises `RecipeError` where nothing right is handed over."""
+def negative_sampler(
+    wanted: Negatives,
+    embeddings: FirstStageEmbeddings,
+    captions: Captions,
+    positives: Positives,
+    num_candidates: int,
+) -> tuple[NegativeSampler, Callable[[], tuple[float, float]]]:
+    """The sampler of negatives, and a function for the mean and deviation of the scores that reranking meets.
+
+    These scores are of each caption's image and at least `num_candidates` hard negatives. Raises `RecipeError` if the
+    first stage retrieves no caption's image.
+    """
     top_k = wanted.top_k or wanted.per_sample
     if wanted.source == "corpus":
-        best_images, best_captions = best_mistakes(views, captions, truth, top_k)
-        finds = handed_over(views, captions, best_images, best_captions)
-        rows = np.flatnonzero(finds[0])
+        best_images, best_captions = hard_negatives(embeddings, captions, positives, top_k)
+        retrieves = retrieved_positives(embeddings, captions, best_images, best_captions)
+        rows = np.flatnonzero(retrieves[0])
         if not len(rows):
             raise RecipeError(
-                f"negatives: the first stage finds no caption's image among its {top_k} best mistakes, so there is "
-                "nothing to rank: raise `top_k`"
+                f"negatives: no training caption's image is among its first stage's top {top_k} candidates, so there "
+                "is nothing to rerank. Raise negatives.top_k in the recipe, or train the first stage longer"
             )
         return (
-            corpus_miner(best_images, best_captions, finds, wanted.per_sample),
-            lambda: score_spread(views, captions, rows, best_images[rows]),
+            corpus_negatives(best_images, best_captions, retrieves, wanted.per_sample),
+            lambda: score_statistics(embeddings, captions, rows, best_images[rows]),
         )
 
-    def spread() -> tuple[float, float]:
+    def statistics() -> tuple[float, float]:
         rows = np.unique(np.linspace(0, len(captions) - 1, _STATISTICS_CAPTIONS).astype(np.int64))
-        kept = mistaken_images(views, captions, truth, rows, max(top_k, num_candidates))
-        return score_spread(views, captions, rows, kept)
+        kept = hard_negative_images(embeddings, captions, positives, rows, max(top_k, num_candidates))
+        return score_statistics(embeddings, captions, rows, kept)
 
-    return batch_miner(views.similarity, truth, wanted.per_sample, top_k), spread
+    return batch_negatives(embeddings.similarity, positives, wanted.per_sample, top_k), statistics

@@ -1,7 +1,6 @@
-"""What a published first stage says of millions of captions and images, computed once and mapped from the disk.
+"""Caches a published first stage's embeddings of captions and images on the disk.
 
-In half precision: the sums in which they are compared come out within 1e-3, and two hard negatives as near as that to
-each other may as well change places.
+Half precision changes a score by less than 1e-3, which matters only between equally hard negatives.
 """
 
 from __future__ import annotations
@@ -16,41 +15,41 @@ from numpy.typing import NDArray
 from edje.files import draft_file
 from edje.first_stage.dual_encoder import FirstStage, Vectors
 from edje.progress import track
-from edje.training.corpus import Captions
+from edje.training.batches.corpus import Captions
 
 Half = NDArray[np.float16]
 #: Captions or images between two writes.
 _CHUNK = 4096
 
 
-def kept_vectors(
+def cached_embeddings(
     model: FirstStage, captions: Captions, pooled: NDArray[np.floating], folder: Path, *, shows_progress: bool
 ) -> tuple[Half, Half]:
-    """Every caption (C, e) and every image (N, e): from `folder` where they lie there already, else left there."""
+    """The embeddings of captions (C, e) and images (N, e): from `folder`, or computed and written there."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\n{name}\n".encode() + tensor.cpu().contiguous().numpy().tobytes())
-    own = digest.hexdigest()
-    texts = _kept(
-        folder / f"captions-{_named(own, captions.texts)}.npy",
+    model_digest = digest.hexdigest()
+    caption_embeddings = _cached(
+        folder / f"captions-{_key(model_digest, captions.texts)}.npy",
         (len(captions), model.dim),
         lambda rows: model.caption_vectors(captions.texts[rows], []),
-        "captions for the first stage" if shows_progress else None,
+        "first-stage embeddings of captions" if shows_progress else None,
     )
-    # The pooled embeddings have a name already where they come from, but a change of a single one must show.
-    images = _kept(
-        folder / f"images-{_named(own, [hashlib.sha256(np.ascontiguousarray(pooled).data).hexdigest()])}.npy",
+    content = hashlib.sha256(np.ascontiguousarray(pooled).data).hexdigest()
+    image_embeddings = _cached(
+        folder / f"images-{_key(model_digest, [content])}.npy",
         (len(pooled), model.dim),
         lambda rows: model.image_vectors(pooled[rows]),
-        "images for the first stage" if shows_progress else None,
+        "first-stage embeddings of images" if shows_progress else None,
     )
-    return texts, images
+    return caption_embeddings, image_embeddings
 
 
-def _kept(path: Path, shape: tuple[int, int], compute: Callable[[slice], Vectors], title: str | None) -> Half:
+def _cached(path: Path, shape: tuple[int, int], compute: Callable[[slice], Vectors], title: str | None) -> Half:
     try:
-        kept: Half = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):  # not there, or not whole
+        cached: Half = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):  # missing or incomplete
         path.parent.mkdir(parents=True, exist_ok=True)
         with draft_file(path) as draft:
             rows = np.lib.format.open_memmap(draft, "w+", np.float16, shape)
@@ -58,12 +57,12 @@ def _kept(path: Path, shape: tuple[int, int], compute: Callable[[slice], Vectors
                 some = slice(start, start + _CHUNK)
                 rows[some] = compute(some)
             rows.flush()
-        kept = np.load(path, mmap_mode="r")
-    return kept
+        cached = np.load(path, mmap_mode="r")
+    return cached
 
 
-def _named(own: str, contents: Sequence[str]) -> str:
-    digest = hashlib.sha256(own.encode())
+def _key(model_digest: str, contents: Sequence[str]) -> str:
+    digest = hashlib.sha256(model_digest.encode())
     for each in contents:
         digest.update(f"\n{each}".encode())
     return digest.hexdigest()[:16]

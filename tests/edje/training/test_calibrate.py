@@ -28,10 +28,10 @@ def search_of(first_stage_weight, own_weight, *, gain=1.0, mean=0.0, std=1.0, se
     """Both the model's own term and the first stage know the right image, each as well as its weight says."""
     rng = np.random.default_rng(seed)
     right = rng.integers(0, NUM_IMAGES, NUM_CAPTIONS)
-    truth = np.zeros((NUM_CAPTIONS, NUM_IMAGES), np.float32)
-    truth[np.arange(NUM_CAPTIONS), right] = 1
-    similarity = (first_stage_weight * truth + rng.normal(size=truth.shape)).astype(np.float32)
-    own = (own_weight * truth + rng.normal(size=truth.shape)).astype(np.float32)
+    positives = np.zeros((NUM_CAPTIONS, NUM_IMAGES), np.float32)
+    positives[np.arange(NUM_CAPTIONS), right] = 1
+    similarity = (first_stage_weight * positives + rng.normal(size=positives.shape)).astype(np.float32)
+    own = (own_weight * positives + rng.normal(size=positives.shape)).astype(np.float32)
     scorers = Logits(own, gain, mean, std)
     return DevSearch(text_to_image(similarity, right), similarity, right, scorers, K)
 

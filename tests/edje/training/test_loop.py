@@ -29,9 +29,9 @@ class OneWeight(nn.Module):
 
 
 def steps_of(losses, **values):
-    """Take a step for each `accumulate` of these losses: the module, and what was said."""
+    """Take a step for each `accumulate` of these losses: the module, and the logged values."""
     phase = phase_with(**values)
-    module, said = OneWeight(), []
+    module, logged = OneWeight(), []
     train_phase(
         module,
         torch.optim.SGD([{"params": [module.weight], "factor": 0.5}], lr=1.0),
@@ -43,9 +43,9 @@ def steps_of(losses, **values):
         steps_per_epoch=10,
         batch_of=lambda number, rng: losses[number],
         devices=Devices(torch.device("cpu")),
-        on_step=lambda step, told: said.append(told),
+        on_step=lambda step, values: logged.append(values),
     )
-    return module, said
+    return module, logged
 
 
 def phase_with(**values):
@@ -54,22 +54,22 @@ def phase_with(**values):
     return Phase(**(fixed | parts | values))
 
 
-def test_a_gradient_is_clipped_to_the_norm_asked_for_and_told_as_it_was():
-    module, said = steps_of([lambda weight: (weight * torch.tensor([30.0, 40.0])).sum()], clip_norm=0.5)
+def test_gradients_are_clipped_and_their_norm_before_clipping_is_logged():
+    module, logged = steps_of([lambda weight: (weight * torch.tensor([30.0, 40.0])).sum()], clip_norm=0.5)
 
     assert module.weight.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
-    assert said[0]["gradient_norm"] == pytest.approx(50.0)
+    assert logged[0]["gradient_norm"] == pytest.approx(50.0)
     # The part learns at half the rate.
     torch.testing.assert_close(module.weight.detach(), torch.tensor([3.0 - 0.15, 4.0 - 0.2]), rtol=1e-4, atol=0)
 
 
-def test_parts_of_a_batch_add_up_to_its_mean():
-    module, said = steps_of(
+def test_accumulated_batches_add_up_to_their_mean():
+    module, logged = steps_of(
         [lambda weight: 2 * weight.sum(), lambda weight: 4 * weight.sum()], accumulate=2, clip_norm=1e9
     )
 
     assert module.weight.grad.tolist() == [3.0, 3.0]
-    assert said[0]["itm"] == pytest.approx(7 * 3.0)
+    assert logged[0]["itm"] == pytest.approx(7 * 3.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -77,33 +77,37 @@ def test_a_loss_that_is_not_finite_stops_before_it_changes_anything(value, monke
     seen = []
     monkeypatch.setattr(OneWeight, "clamp_scales", lambda self: seen.append(self.weight.tolist()))
 
-    with pytest.raises(TrainingStopped, match=r"step 1 of phase 'rank': itm and gradient_norm not finite .* were not"):
+    with pytest.raises(
+        TrainingStopped, match=r"step 1 of phase 'rank': itm and gradient_norm not finite .* did not change"
+    ):
         steps_of([lambda weight: weight.sum(), lambda weight: (weight * value).sum()])
 
     assert len(seen) == 1
 
 
-def test_a_loss_that_no_trained_part_moves_is_refused():
-    with pytest.raises(TrainingStopped, match=r"trains adapter, text, on which none of its losses \(itm\)"):
+def test_a_loss_that_no_trained_part_affects_is_refused():
+    with pytest.raises(
+        TrainingStopped, match=r"trains adapter, text, but its losses \(itm\) do not depend on these parts"
+    ):
         steps_of([lambda weight: torch.tensor(1.0)])
 
 
-def test_a_device_that_is_not_there_is_a_sentence():
+def test_an_unavailable_device_is_reported_in_a_sentence():
     for name in ("abacus", "meta", "cuda:99"):
-        with pytest.raises(DeviceError, match=f"'{name}' cannot be used here: choose one of cpu"), devices(name):
+        with pytest.raises(DeviceError, match=f"'{name}' is unavailable: choose one of cpu"), devices(name):
             pass
 
 
-def test_a_second_signal_does_not_wait():
+def test_the_second_signal_stops_at_once():
     with stop_requests() as stop:
-        assert not stop.asked
+        assert not stop.requested
         signal.raise_signal(signal.SIGINT)
-        assert stop.asked
+        assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_elsewhere_sigterm_ends_at_once_and_the_old_ways_come_back():
+def test_outside_training_sigterm_interrupts_at_once_and_the_former_handler_is_restored():
     before = signal.getsignal(signal.SIGTERM)
 
     with sigterm_as_interrupt(), pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Each loss against a restatement in numpy's float64, and its gradient against differences of that restatement."""
+"""Each loss agrees with a plain implementation in float64, and its gradient with finite differences."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def plain_contrastive(similarity: Array, positive: NDArray[np.bool_]) -> float:
 
 
 def check(loss: Callable[..., torch.Tensor], plain: Callable[..., float], *inputs: Array) -> None:
-    """The same value as the restatement, and its slope along a few directions."""
+    """Compare value and gradient, along a few directions, with the plain implementation."""
     tensors = [torch.from_numpy(each.astype(np.float32)).requires_grad_() for each in inputs]
 
     value = loss(*tensors)
@@ -132,7 +132,7 @@ def test_grounding_is_the_sum_over_roles_of_the_mean_cross_entropy(seed, num_nam
 
 
 @pytest.mark.parametrize("loss", [mlm_loss, lambda logits, values: grounding_loss([(logits, values)])])
-def test_a_batch_in_which_no_word_is_asked_for_costs_nothing_and_moves_nothing(loss):
+def test_a_batch_without_labels_has_zero_loss_and_zero_gradient(loss):
     table = torch.ones(7, 4, requires_grad=True)
 
     loss = loss(torch.ones(0, 4) @ table.T, torch.zeros(0, dtype=torch.long))
@@ -158,7 +158,7 @@ def test_text_recovery_is_one_less_the_cosine(seed, num_texts, dim):
 
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, sizes=st.lists(st.integers(0, 6), min_size=1, max_size=3), missing=st.booleans())
-def test_distillation_gives_every_block_of_pairs_the_same_say(seed, sizes, missing):
+def test_distillation_weights_every_block_of_pairs_equally(seed, sizes, missing):
     rng = np.random.default_rng(seed)
     sizes = [3, *sizes]  # the positives always exist
     teacher = [2 * rng.normal(size=size) for size in sizes]
@@ -186,7 +186,7 @@ def both_ways(similarity, positive):
 
 
 @given(seed=seeds, num_rows=st.integers(1, 4), num_shares=st.integers(1, 3), share=st.floats(0, 1))
-def test_a_contrast_in_shares_of_rows_is_the_contrast_of_them_all(seed, num_rows, num_shares, share):
+def test_the_contrast_of_shares_of_rows_is_the_contrast_of_all_rows(seed, num_rows, num_shares, share):
     rng = np.random.default_rng(seed)
     size = num_rows * num_shares
     similarity = torch.from_numpy(rng.normal(size=(size, size)))
@@ -203,7 +203,7 @@ def test_a_contrast_in_shares_of_rows_is_the_contrast_of_them_all(seed, num_rows
 
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, num_samples=st.integers(1, 5), share=st.floats(0, 1))
-def test_a_contrast_neither_rewards_nor_punishes_further_true_pairs(seed, num_samples, share):
+def test_a_contrast_leaves_out_further_positives(seed, num_samples, share):
     rng = np.random.default_rng(seed)
     positive = (rng.random((num_samples, num_samples)) < share) | np.eye(num_samples, dtype=bool)
 
@@ -215,7 +215,7 @@ def test_a_contrast_neither_rewards_nor_punishes_further_true_pairs(seed, num_sa
 
 
 @pytest.mark.parametrize("loss", [itm_loss, text_recovery_loss])
-def test_losses_are_computed_in_float32_whatever_comes_in(loss):
+def test_losses_are_computed_in_float32_for_bf16_inputs(loss):
     one, other = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16()
 
     assert loss(one, other).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The paper's recipes: they can be read as they are, and each of them trains, in miniature, on what this test draws."""
+"""The paper's recipes: their values are the paper's, and each trains in miniature on drawn images."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from edje.first_stage.dual_encoder import load_first_stage
 from edje.first_stage.hub import HubFirstStage
 from edje.model.weights import load_checkpoint
 from edje.recipe import read_recipe
-from edje.training.corpus import Captions
+from edje.training.batches.corpus import Captions
 from edje.training.devices import Devices
-from edje.training.first_stage.vector_cache import kept_vectors
-from edje.training.run import Places, start_run
+from edje.training.first_stage.vector_cache import cached_embeddings
+from edje.training.run import RunFolders, start_run
 from hub_folders import write_bert, write_pair_of_encoders, write_pictures
 
 RECIPES = Path(__file__).parents[3] / "edje" / "recipes"
@@ -31,7 +31,7 @@ NUM_PATCHES = 16
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_says_what_the_paper_says(name):
+def test_a_recipe_has_the_values_of_the_paper(name):
     recipe = read_recipe(RECIPES / f"{name}.toml")
 
     [phase] = recipe.phase
@@ -51,7 +51,7 @@ def test_a_recipe_says_what_the_paper_says(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_paths_in_a_recipe_lead_into_the_repository_wherever_it_is_read_from(name):
+def test_paths_of_a_recipe_are_relative_to_its_folder(name):
     data = read_recipe(RECIPES / f"{name}.toml").data
 
     coco = data if name == "paper-coco" else data.parts["coco"]
@@ -59,7 +59,7 @@ def test_paths_in_a_recipe_lead_into_the_repository_wherever_it_is_read_from(nam
 
 
 class Miniature:
-    """The recipes with a tiny SigLIP, a tiny BERT and a few pictures in the place of the large ones."""
+    """The recipes with a tiny SigLIP, a tiny BERT and a few images."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -95,8 +95,8 @@ class Miniature:
     def train(self, name, out=None, **more):
         changes = self._changes | self._of_recipe[name] | more
         recipe = read_recipe(RECIPES / f"{name}.toml", [f"{key}={value}" for key, value in changes.items()])
-        places = Places(out or self.out(name), self.folder / "features")
-        return start_run(recipe, places, Devices(torch.device("cpu")), Console(file=io.StringIO()), save_every=100)
+        folders = RunFolders(out or self.out(name), self.folder / "features")
+        return start_run(recipe, folders, Devices(torch.device("cpu")), Console(file=io.StringIO()), save_every=100)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def losses_of(out):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_steps_of_each_recipe_leave_a_model_that_learned_something(miniature, name):
+def test_two_steps_of_each_recipe_change_the_model(miniature, name):
     steps = losses_of(miniature.out(name))
 
     assert len(steps) == 2
@@ -123,10 +123,10 @@ def test_two_steps_of_each_recipe_leave_a_model_that_learned_something(miniature
     assert ("text_recovery" in steps[0]) == (name != "paper-coco")
     loaded = load_checkpoint(miniature.out(name) / "checkpoint")
     assert loaded.config.adapter.num_tokens == (NUM_PATCHES if name == "paper-local" else 4)
-    assert float(loaded.model.joint.head.out.weight.abs().max()) > 0  # it was drawn as zeros
+    assert float(loaded.model.joint.head.out.weight.abs().max()) > 0  # it is initialised with zeros
 
 
-def test_fine_tuning_goes_on_where_pre_training_ended(miniature):
+def test_fine_tuning_starts_from_the_pre_trained_weights(miniature):
     states = [
         load_checkpoint(miniature.out(name) / "checkpoint").model.state_dict() for name in ("paper", "paper-coco")
     ]
@@ -138,7 +138,7 @@ def test_fine_tuning_goes_on_where_pre_training_ended(miniature):
     assert 0 < moved < 1e-3  # two steps at a learning rate of 2e-5
 
 
-def test_the_checkpoint_is_judged_with_the_first_stage_it_was_trained_with(miniature):
+def test_a_checkpoint_is_evaluated_with_the_first_stage_of_its_training(miniature):
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(main)
     checkpoint = miniature.out("paper") / "checkpoint"
@@ -154,26 +154,26 @@ def test_the_checkpoint_is_judged_with_the_first_stage_it_was_trained_with(minia
     assert isinstance(load_first_stage(checkpoint), HubFirstStage)
 
 
-def test_a_tower_that_runs_in_every_step_teaches_the_same_as_features_that_are_kept(miniature, tmp_path):
+def test_a_tower_that_runs_in_every_step_gives_the_losses_of_stored_features(miniature, tmp_path):
     miniature.train("paper", tmp_path, keeps_patches="true")
 
     kept, live = losses_of(tmp_path), losses_of(miniature.out("paper"))
 
     for one, other in zip(kept, live, strict=True):
         for name in ("itm", "mlm", "text_recovery", "distillation"):
-            assert one[name] == pytest.approx(other[name], abs=2e-3)  # features are kept in half precision
+            assert one[name] == pytest.approx(other[name], abs=2e-3)  # features are stored in half precision
 
 
-def test_what_the_first_stage_says_is_computed_once(miniature, tmp_path, monkeypatch):
+def test_first_stage_embeddings_are_computed_once(miniature, tmp_path, monkeypatch):
     first_stage = load_first_stage(miniature.out("paper") / "checkpoint")
     texts = ("a red picture", "a blue picture", "plain")
     captions = Captions(texts, np.zeros((3, 1), np.int32), *(np.zeros(3, np.int64) for _ in range(3)))
     pooled = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float16)
     expected = first_stage.caption_vectors(texts, []), first_stage.image_vectors(pooled)
 
-    kept = kept_vectors(first_stage, captions, pooled, tmp_path, shows_progress=False)
-    monkeypatch.setattr(HubFirstStage, "caption_vectors", None)  # it is not asked again
-    again = kept_vectors(first_stage, captions, pooled, tmp_path, shows_progress=False)
+    kept = cached_embeddings(first_stage, captions, pooled, tmp_path, shows_progress=False)
+    monkeypatch.setattr(HubFirstStage, "caption_vectors", None)  # must not be called again
+    again = cached_embeddings(first_stage, captions, pooled, tmp_path, shows_progress=False)
 
     for vectors, same, exact in zip(kept, again, expected, strict=True):
         assert vectors == pytest.approx(exact, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny recipe: what they leave, how they stop, and that they go on as if they had never stopped."""
+"""Whole runs of a tiny recipe: their results, how they stop, and that they continue bit for bit."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from edje.recipe import RecipeError
 from edje.train import main
 from edje.training import loop as loop_module
 from edje.training import run as run_module
-from edje.training.build import build_from
+from edje.training.build import build_model
 from edje.training.devices import Devices
 from training_harness import (
     RANK_STEPS,
     SEE_STEPS,
     TINY,
-    Told,
+    RecordedConsole,
     at_batch,
     content,
     last_step,
@@ -41,7 +41,7 @@ from training_harness import (
 HEAD = TINY[: TINY.index("[[phase]]")]
 CPU = Devices(torch.device("cpu"))
 NUM_STEPS = SEE_STEPS + RANK_STEPS
-#: One step from the finished run's weights, on losses of which each sample has its own share.
+#: One step from the finished run's weights, on losses that are means over samples.
 ONE_STEP = """
 [[phase]]
 name = "one"
@@ -55,7 +55,7 @@ losses = {itm = 1, text_recovery = 1}
 negatives = {source = "corpus", per_sample = 2, top_k = 2}
 score_dropout = 0.0
 """
-#: One step of both contrasts, in which each sample is compared with all others.
+#: One step of both contrastive losses, which compare each sample with all others.
 CONTRAST = """
 [[phase]]
 name = "contrast"
@@ -85,7 +85,7 @@ mirror = false
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("training")
     train(tiny_recipe(folder), folder / "out")
     return folder / "out"
@@ -121,17 +121,17 @@ def edje_train(tmp_path, out):
     return run
 
 
-def begun_by(finished, *parts):
-    """The line of a recipe that begins with parts of the finished run."""
+def start_from(finished, *parts):
+    """The line of a recipe that starts from parts of the finished run."""
     return f'start = {{checkpoint = "{finished}/checkpoint", parts = {list(parts)}}}\n'
 
 
 def one_step_after(finished):
-    return begun_by(finished, "vision", "adapter", "text", "meeting", "first_stage") + HEAD + ONE_STEP
+    return start_from(finished, "vision", "adapter", "text", "meeting", "first_stage") + HEAD + ONE_STEP
 
 
 def student_of(finished, head):
-    return begun_by(finished, "vision", "first_stage") + head + STUDENT.replace("TEACHER", f"{finished}/checkpoint")
+    return start_from(finished, "vision", "first_stage") + head + STUDENT.replace("TEACHER", f"{finished}/checkpoint")
 
 
 def assert_same(out, finished):
@@ -139,7 +139,7 @@ def assert_same(out, finished):
     assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
-# What a run leaves behind
+# Results
 
 
 def test_a_run_leaves_a_checkpoint_with_its_first_stage(finished):
@@ -148,15 +148,15 @@ def test_a_run_leaves_a_checkpoint_with_its_first_stage(finished):
 
     assert loaded.config.trained
     assert first_stage.dim == 8
-    # The head standardises by what the first stage said of the training pairs.
+    # The head standardises by the statistics of the training pairs.
     assert loaded.config.joint.first_stage.std not in (0.0, 1.0)
     assert all(each.isfinite().all() for each in loaded.model.state_dict().values())
 
 
-def test_it_says_what_it_lost_on_the_way_and_how_well_it_ranks_after_each_phase(finished):
-    said = metrics(finished)
+def test_metrics_contain_the_losses_of_steps_and_the_recall_after_each_phase(finished):
+    logged = metrics(finished)
 
-    assert [(line["step"], line["phase"]) for line in said] == [
+    assert [(line["step"], line["phase"]) for line in logged] == [
         (0, "see"),
         (SEE_STEPS - 1, "see"),
         (SEE_STEPS - 1, "see"),
@@ -164,29 +164,29 @@ def test_it_says_what_it_lost_on_the_way_and_how_well_it_ranks_after_each_phase(
         (NUM_STEPS - 1, "rank"),
         (NUM_STEPS - 1, "rank"),
     ]
-    assert {"mlm", "first_stage", "gradient_norm", "learning_rate"} <= said[0].keys()
-    assert {"itm", "mlm", "text_recovery"} <= said[3].keys()
-    assert {"first_stage_r1", "reranked_r1"} <= said[5].keys()
+    assert {"mlm", "first_stage", "gradient_norm", "learning_rate"} <= logged[0].keys()
+    assert {"itm", "mlm", "text_recovery"} <= logged[3].keys()
+    assert {"first_stage_r1", "reranked_r1"} <= logged[5].keys()
     assert any(path.name.startswith("events") for path in (finished / "tensorboard").iterdir())
 
 
-def test_what_a_phase_does_not_train_stays_as_it_is_to_the_last_bit(finished):
+def test_parts_that_a_phase_does_not_train_stay_the_same_bit_for_bit(finished):
     names = sorted(path.name for path in (finished / "state").iterdir())
     assert names == [f"{SEE_STEPS:08d}", f"{NUM_STEPS:08d}"]
     before, after = (safetensors.torch.load_file(finished / "state" / name / "tensors.safetensors") for name in names)
 
-    moved = {name.removeprefix("module.") for name in before if not torch.equal(before[name], after[name])}
-    assert not {name for name in moved if name.startswith(("model.vision.", "first_stage."))}
+    changed = {name.removeprefix("module.") for name in before if not torch.equal(before[name], after[name])}
+    assert not {name for name in changed if name.startswith(("model.vision.", "first_stage."))}
     for part in (
         "model.adapter.fc1.weight",
         "model.joint.words.weight",
         "model.joint.head.out.bias",
         "heads.word_bias",
     ):
-        assert part in moved
+        assert part in changed
 
 
-def test_a_set_that_can_be_learned_by_heart_is_learned(finished, out, tmp_path):
+def test_a_small_set_is_learned(finished, out, tmp_path):
     recipe = tiny_recipe(tmp_path, "phase.0.epochs=8", 'skip=["rank"]')
 
     train(recipe, out)
@@ -196,17 +196,17 @@ def test_a_set_that_can_be_learned_by_heart_is_learned(finished, out, tmp_path):
     assert last["mlm"] < 0.9 * first["mlm"]
 
 
-def test_places_and_the_decoder_that_begins_at_them_are_trained_and_saved(out, tmp_path):
+def test_position_vectors_and_a_decoder_that_starts_at_them_are_trained_and_saved(out, tmp_path):
     changes = ('adapter.kind="decoder"', "adapter.num_tokens=3", "adapter.places=true", 'skip=["rank"]')
     recipe = tiny_recipe(tmp_path, *changes)
 
     adapter = load_checkpoint(train(recipe, out)).model.adapter
 
-    drawn = build_from(recipe, ["one caption"]).model.adapter
+    drawn = build_model(recipe, ["one caption"]).model.adapter
     for ours, before in ((adapter.places.table.weight, drawn.places.table.weight), (adapter.query, drawn.query)):
         assert ours.shape == before.shape
         assert not torch.equal(ours, before)
-    assert (adapter.query[0] * adapter.places.spread(3)).sum(dim=1).min() > 0  # near where they began
+    assert (adapter.query[0] * adapter.places.spread(3)).sum(dim=1).min() > 0  # close to their initial values
 
 
 @pytest.mark.parametrize("kind", ["late", "minimal", "maxsim"])
@@ -216,7 +216,7 @@ def test_a_student_of_any_kind_learns_from_a_local_teacher(finished, out, tmp_pa
     head = head.replace("num_layers = 2", num_layers)
     head = head.replace('kind = "local"\nnum_tokens = 4', 'kind = "compression"\nnum_tokens = 2')
     recipe = tiny_recipe(tmp_path, text=student_of(finished, head))
-    if kind == "late":  # and in bf16, however slow it may be here
+    if kind == "late":  # also in bf16, even where it is slow
         recipe = recipe.model_copy(update={"phase": (recipe.phase[0].model_copy(update={"precision": "bf16"}),)})
         monkeypatch.setattr(loop_module, "computes_bf16", lambda device: True)
 
@@ -230,10 +230,10 @@ def test_a_student_of_any_kind_learns_from_a_local_teacher(finished, out, tmp_pa
     assert "late_interaction_r1" in metrics(out)[-1]
 
 
-# How it goes on
+# Resuming
 
 
-def test_a_run_that_lost_its_last_state_goes_on_from_the_one_before_bit_for_bit(finished, recipe, out):
+def test_a_run_with_a_damaged_state_resumes_from_the_one_before_bit_for_bit(finished, recipe, out):
     def power_cut():
         raise RuntimeError("power cut")
 
@@ -241,22 +241,22 @@ def test_a_run_that_lost_its_last_state_goes_on_from_the_one_before_bit_for_bit(
         train(recipe, out, save_every=1)
     newest = max((out / "state").iterdir())
     (newest / "tensors.safetensors").write_bytes((newest / "tensors.safetensors").read_bytes()[:-100])
-    told = Told()
+    output = RecordedConsole()
 
-    train(recipe, out, told=told)
+    train(recipe, out, output=output)
 
-    assert f"{newest} was changed or cut off and is passed over" in told.text
+    assert f"{newest} was changed or truncated and is skipped" in output.text
     assert_same(out, finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_after_its_step_and_the_command_goes_on_from_there(edje_train, finished, out, number):
+def test_a_signal_stops_a_run_after_its_step_and_the_command_resumes_from_there(edje_train, finished, out, number):
     step = SEE_STEPS + 2 if number == signal.SIGTERM else 1
     with at_batch(step, lambda: signal.raise_signal(number)):
         stopped = edje_train()
 
     assert stopped.exit_code == 130
-    assert "The same command goes on" in stopped.stderr
+    assert "The same command resumes" in stopped.stderr
     assert max(path.name for path in (out / "state").iterdir()) == f"{step + 1:08d}"
 
     done = edje_train()
@@ -266,7 +266,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_command_goes_on_from_there(e
     assert_same(out, finished)
 
 
-def test_an_end_within_the_validation_loses_neither_steps_nor_lines(finished, recipe, out, monkeypatch):
+def test_an_interrupt_within_the_validation_loses_neither_steps_nor_lines(finished, recipe, out, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -282,7 +282,7 @@ def test_an_end_within_the_validation_loses_neither_steps_nor_lines(finished, re
     assert_same(out, finished)
 
 
-def test_a_run_that_ended_before_its_checkpoint_was_written_writes_the_same_one(finished, recipe, out):
+def test_a_run_that_stopped_before_its_checkpoint_writes_the_same_one(finished, recipe, out):
     shutil.copytree(finished, out)
     shutil.rmtree(out / "checkpoint" / "first_stage")
 
@@ -292,7 +292,7 @@ def test_a_run_that_ended_before_its_checkpoint_was_written_writes_the_same_one(
     assert_same(out, finished)
 
 
-def test_a_run_that_is_complete_is_left_alone(edje_train, finished, out, monkeypatch):
+def test_a_complete_run_is_not_changed(edje_train, finished, out, monkeypatch):
     shutil.copytree(finished, out)
     monkeypatch.setattr(run_module, "Run", pytest.fail)
 
@@ -303,15 +303,15 @@ def test_a_run_that_is_complete_is_left_alone(edje_train, finished, out, monkeyp
     assert done.stdout.strip() == str(out / "checkpoint")
 
 
-def test_where_there_is_no_fast_bf16_float32_is_used_and_said_so(finished, out, tmp_path, monkeypatch):
+def test_float32_replaces_bf16_on_a_slow_device_with_a_log_line(finished, out, tmp_path, monkeypatch):
     for module in (run_module, loop_module):
         monkeypatch.setattr(module, "computes_bf16", lambda device: False)
-    told = Told()
+    output = RecordedConsole()
     changes = ['phase.0.precision="bf16"', 'phase.1.precision="bf16"']
 
-    train(tiny_recipe(tmp_path, *changes), out, told=told)
+    train(tiny_recipe(tmp_path, *changes), out, output=output)
 
-    assert told.text.count("see: cpu has no fast bf16, so float32 is used instead") == 1
+    assert output.text.count("see: cpu has no fast bf16; float32 is used instead") == 1
     assert_same(out, finished)
 
 
@@ -335,13 +335,13 @@ def assert_close(ours, theirs):
 # Several devices
 
 
-@pytest.mark.timeout(600)  # two processes import torch anew
+@pytest.mark.timeout(600)  # two processes import torch
 @pytest.mark.parametrize("losses", ["matching", "contrast"])
-def test_two_devices_do_together_what_one_does(finished, out, tmp_path, losses):
+def test_two_devices_have_the_gradients_of_one(finished, out, tmp_path, losses):
     text = one_step_after(finished).replace('"corpus"', '"batch"')
     if losses == "contrast":
         apart = HEAD.replace('kind = "full"', 'kind = "late"\ntext_layers = 1\nvisual_layers = 1\nmatch_dim = 8')
-        text = begun_by(finished, "vision", "first_stage") + apart + CONTRAST
+        text = start_from(finished, "vision", "first_stage") + apart + CONTRAST
     alone = last_step(tiny_recipe(tmp_path, text=text), out, CPU)
     tiny_recipe(tmp_path, text=text.replace("batch_size = 8", "batch_size = 4"))
     with socket.socket() as free:
@@ -376,7 +376,7 @@ def test_two_devices_do_together_what_one_does(finished, out, tmp_path, losses):
     assert load_checkpoint(out / "checkpoint").config.trained
 
 
-# Input that is faulty
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_two_devices_do_together_what_one_does(finished, out, tmp_path, losses):
     [
         (["--set", "k=four"], "RecipeError: 'k=four' changes nothing"),
         (["--set", "kk=4"], "kk: Extra inputs are not permitted"),
-        (["--device", "abacus"], "DeviceError: the device 'abacus'"),
+        (["--device", "abacus"], "DeviceError: the device 'abacus' is unavailable"),
         (["--set", "phase.0.batch_size=1000"], "100 captions do not fill a batch of 1000 on each of 1 devices"),
         (["--set", "adapter.num_tokens=5"], "do not fit together: a local adapter keeps all 4 patch tokens, not 5"),
         (["--set", "joint.num_heads=3"], "do not fit together: widths 16 and 16 do not divide"),
@@ -394,7 +394,7 @@ def test_two_devices_do_together_what_one_does(finished, out, tmp_path, losses):
         (["--set", 'data={kind="flickr8k", folder="nowhere"}'], "DataError"),
     ],
 )
-def test_what_cannot_be_trained_ends_with_a_sentence(edje_train, options, words):
+def test_an_invalid_run_ends_with_a_sentence(edje_train, options, words):
     done = edje_train(*options)
 
     assert done.exit_code == 1, done.output
@@ -403,7 +403,7 @@ def test_what_cannot_be_trained_ends_with_a_sentence(edje_train, options, words)
     assert done.stdout == ""
 
 
-def test_a_recipe_that_is_not_there_and_a_folder_that_is_a_file_end_so_too(edje_train, out, tmp_path):
+def test_a_missing_recipe_and_a_file_in_place_of_the_folder_end_with_a_sentence(edje_train, out, tmp_path):
     absent = edje_train(path=tmp_path / "absent.toml")
     out.write_text("in the way")
     in_the_way = edje_train()
@@ -413,7 +413,7 @@ def test_a_recipe_that_is_not_there_and_a_folder_that_is_a_file_end_so_too(edje_
     assert str(out) in in_the_way.stderr.splitlines()[-1]
 
 
-def test_a_teacher_that_reads_other_words_is_refused(finished, out, tmp_path):
+def test_a_teacher_with_another_vocabulary_is_refused(finished, out, tmp_path):
     text = student_of(finished, HEAD)
     text = text.replace(", late_interaction = 0.1", "").replace("train_groups = 5", "train_groups = 6")
 
@@ -425,7 +425,7 @@ def test_a_teacher_that_reads_other_words_is_refused(finished, out, tmp_path):
     train(tiny_recipe(tmp_path, text=text), out)
 
 
-def test_pictures_that_do_not_decode_are_left_out_and_named_once_and_training_goes_on(out, tmp_path):
+def test_undecodable_images_are_left_out_and_named_once(out, tmp_path):
     table = write_scenes(tmp_path / "pictures", "train", 20, size=16)
     broken = sorted((tmp_path / "pictures").glob("*.png"))[3]
     broken.write_bytes(broken.read_bytes()[:40])
@@ -435,10 +435,10 @@ def test_pictures_that_do_not_decode_are_left_out_and_named_once_and_training_go
     table.write_text("\n".join(lines))
     text = TINY.replace('kind = "scenes"\ntrain_groups = 5\ndev_groups = 1\n', 'kind = "table"\nwhole = true\n')
     text = text.replace("whole = true\n", f'whole = true\ncsv_path = "{table}"\nimage_root = "{table.parent}"\n')
-    told = Told()
+    output = RecordedConsole()
 
-    train(tiny_recipe(tmp_path, "phase.1.crop_views=1", text=text), out, told=told)
+    train(tiny_recipe(tmp_path, "phase.1.crop_views=1", text=text), out, output=output)
 
-    assert told.text.count(broken.name) == 1
-    assert "1 image that cannot be decoded" in told.text
+    assert output.text.count(broken.name) == 1
+    assert "1 image that cannot be decoded" in output.text
     assert metrics(out)[-1]["phase"] == "rank"

@@ -1,4 +1,4 @@
-"""What a run says of itself: one JSON object a line in metrics.jsonl, the same for TensorBoard. Knows no tensors."""
+"""Writes the metrics of a run: one JSON object per line in metrics.jsonl, and TensorBoard's files. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from edje.files import write_file
 from edje.optional import need
 
 
-class Journal:
-    """Appends. A run that is resumed first takes back what was said after the state it resumes from."""
+class MetricsLog:
+    """Appends lines. A resumed run first removes the lines that were written after its state was saved."""
 
     def __init__(self, folder: Path, *, resume_step: int, num_lines: int) -> None:
-        """`num_lines` had been written when the state was saved, of the `resume_step` steps before it."""
+        """`num_lines` had been written when the state was saved, after `resume_step` steps."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = path.read_bytes().splitlines(keepends=True)[:num_lines] if path.exists() else []
@@ -25,14 +25,14 @@ class Journal:
         writer = need("torch.utils.tensorboard", "train").SummaryWriter
         self._board = writer(str(folder / "tensorboard"), purge_step=resume_step)
 
-    def say(self, step: int, phase: str, values: Mapping[str, float]) -> None:
-        """Record values of one step; steps count through all phases."""
+    def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Append the values of one step; steps are counted over all phases."""
         self._file.write(json.dumps({"step": step, "phase": phase, **values}) + "\n")
         self.num_lines += 1
         for name, value in values.items():
             self._board.add_scalar(f"{phase}/{name}", value, step)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""What is trained: the model with its tokenizer, the first stage beside it, and what only training needs."""
+"""The model under training, with its tokenizer, its first stage and the training heads."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from edje.model.edje import Edje
 from edje.model.weights import save_checkpoint
 from edje.recipe import Phase, Recipe
 from edje.text import Tokenizer
-from edje.training.build import build_from, draw_heads, load_teacher, take_over
+from edje.training.build import build_model, initialise_heads, load_start, load_teacher
 from edje.training.devices import Devices
-from edje.training.first_stage.candidates import new_first_stage
+from edje.training.first_stage.candidates import create_first_stage
 from edje.training.step import TrainingHeads, TrainingStep
 
 
-class Learner:
+class TrainingModel:
     """The parts of a recipe's model, on this process's device."""
 
     def __init__(self, recipe: Recipe, data: Dataset, devices: Devices) -> None:
-        """The data's captions give the vocabulary where the recipe names none."""
+        """The captions of `data` give the vocabulary if the recipe names none."""
         captions = (each for image in data.images for each in image.captions)
-        built = build_from(recipe, captions)
+        built = build_model(recipe, captions)
         self._tokenizer_json = built.tokenizer_json
         self._device = devices.device
         self.config: EdjeConfig = built.config
         self.tokenizer = Tokenizer(built.tokenizer_json, built.config)
         self.model: Edje = built.model
-        self.first_stage: FirstStage = new_first_stage(recipe, built.config, devices.device)
+        self.first_stage: FirstStage = create_first_stage(recipe, built.config, devices.device)
         source = data.source if isinstance(data.source, LabelledSource) else None
         heads = TrainingHeads(
             built.config.joint,
@@ -42,38 +42,38 @@ class Learner:
             source.label_sizes if source else (),
             source.num_regions if source else 0,
         )
-        draw_heads(heads, recipe.seed)
+        initialise_heads(heads, recipe.seed)
         trained = self.first_stage if isinstance(self.first_stage, FirstStageModel) else None
         cls_id, sep_id, mask_id = (self.tokenizer.id_of(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
         module = TrainingStep(self.model, trained, heads, (cls_id, sep_id, mask_id))
         if recipe.start is not None:
-            take_over(module, recipe.start, built.tokenizer_json)
+            load_start(module, recipe.start, built.tokenizer_json)
         self.module = module.to(devices.device)
 
     @property
     def reads_first_stage(self) -> bool:
-        """Whether the head reads the first stage's scores."""
+        """Whether the head reads first-stage scores."""
         return self.config.joint.first_stage is not None
 
     @property
-    def score_spread(self) -> tuple[float, float] | None:
-        """Mean and deviation by which the head standardises the first stage's scores, if it reads them."""
+    def score_statistics(self) -> tuple[float, float] | None:
+        """Mean and deviation by which the head standardises first-stage scores, if it reads them."""
         first_stage = self.config.joint.first_stage
         return None if first_stage is None else (first_stage.mean, first_stage.std)
 
     def standardise(self, mean: float, std: float) -> None:
-        """Tell the head how the first stage's scores are spread."""
+        """Set the mean and deviation by which the head standardises first-stage scores."""
         head = self.model.joint.score_input
-        assert head is not None  # whoever calls has asked `reads_first_stage`
+        assert head is not None  # the caller has checked `reads_first_stage`
         head.mean, head.std = mean, std
         first_stage = FirstStageConfig(mean=mean, std=std, hidden_dim=head.fc1.out_features)
         self.config = replace(self.config, joint=replace(self.config.joint, first_stage=first_stage))
 
     @property
     def gain(self) -> float:
-        """How much a standardised first-stage score counts in the logit."""
+        """The weight of a standardised first-stage score in the logit."""
         head = self.model.joint.score_input
-        assert head is not None  # whoever asks has asked `reads_first_stage`
+        assert head is not None  # the caller has checked `reads_first_stage`
         return head.gain.item()
 
     @gain.setter
@@ -83,16 +83,16 @@ class Learner:
         with torch.no_grad():
             head.gain.fill_(gain)
 
-    def begin(self, phase: Phase) -> None:
-        """Have the module compute this phase's losses. Raises `RecipeError` for a teacher of another kind."""
+    def set_phase(self, phase: Phase) -> None:
+        """Let the module compute this phase's losses. Raises `RecipeError` for a teacher that does not fit."""
         teacher = None
         if phase.teacher is not None:
             teacher = load_teacher(Path(phase.teacher), self.config, self.model, self._tokenizer_json)
             teacher = teacher.to(self._device)
-        self.module.begin(phase, teacher)
+        self.module.set_phase(phase, teacher)
 
-    def write(self, checkpoint: Path) -> str:
-        """Leave a checkpoint in the place of an older one, whole or not at all. Returns its digest."""
+    def write_checkpoint(self, checkpoint: Path) -> str:
+        """Write a checkpoint, or replace it, atomically. Returns its digest."""
         with draft_directory(checkpoint) as draft:
             digest = save_checkpoint(draft, self.config, self.model.eval(), self._tokenizer_json)
             save_first_stage(draft, self.first_stage)

@@ -1,4 +1,4 @@
-"""Which captions, images and pairs a step works on, and how fast it learns: functions of seed, phase and step alone."""
+"""The captions, images and pairs of a batch, and the learning rate: functions of seed, phase and step alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edje.recipe import Phase, RecipeError
-from edje.training.batches.sampling import Epochs, plan_step
-from edje.training.negatives import NONE, Truth
-from edje.training.negatives import draw as draw_rows
+from edje.training.batches.negatives import MISSING, Positives, sample_columns
+from edje.training.batches.plan import CaptionOrder, plan_batch
 from edje.training.schedule import learning_rate, parameter_groups, part_of
 
 seeds = st.integers(0, 2**32 - 1)
@@ -28,16 +27,16 @@ seeds = st.integers(0, 2**32 - 1)
     seed=seeds,
     epoch=st.integers(0, 3),
 )
-def test_an_epoch_shows_every_caption_once_on_one_device(num_captions, per_device, num_devices, seed, epoch):
+def test_an_epoch_contains_every_caption_once_on_one_device(num_captions, per_device, num_devices, seed, epoch):
     batch = per_device * num_devices
     if num_captions < batch:
         with pytest.raises(ValueError, match="do not fill a batch"):
-            Epochs(num_captions, batch, seed)
+            CaptionOrder(num_captions, batch, seed)
         return
-    epochs = Epochs(num_captions, batch, seed)
-    first = epoch * epochs.steps_per_epoch
+    order = CaptionOrder(num_captions, batch, seed)
+    first = epoch * order.steps_per_epoch
 
-    batches = [epochs.batch(first + step) for step in range(epochs.steps_per_epoch)]
+    batches = [order.batch(first + step) for step in range(order.steps_per_epoch)]
 
     shown = np.concatenate(batches)
     assert all(len(each) == batch for each in batches)
@@ -46,10 +45,10 @@ def test_an_epoch_shows_every_caption_once_on_one_device(num_captions, per_devic
     assert set(shown.tolist()) <= set(range(num_captions))
 
 
-def test_each_epoch_has_an_order_of_its_own():
-    epochs = Epochs(100, 50, seed=3)
+def test_each_epoch_has_another_order():
+    order = CaptionOrder(100, 50, seed=3)
 
-    orders = [np.concatenate([epochs.batch(2 * epoch), epochs.batch(2 * epoch + 1)]).tolist() for epoch in range(2)]
+    orders = [np.concatenate([order.batch(2 * epoch), order.batch(2 * epoch + 1)]).tolist() for epoch in range(2)]
 
     assert orders[0] != orders[1]
     assert orders[0] != list(range(100))
@@ -57,12 +56,12 @@ def test_each_epoch_has_an_order_of_its_own():
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, num_groups=st.integers(1, 6), epoch=st.integers(0, 2))
-def test_groups_stand_together_one_caption_of_each_image_and_an_epoch_still_shows_all(seed, num_groups, epoch):
+def test_groups_are_adjacent_with_one_caption_of_each_image(seed, num_groups, epoch):
     images = np.arange(3 * num_groups).repeat(2)  # groups of three images with two captions each
     groups = images // 3
-    epochs = Epochs(len(images), 3, seed, images, groups)
+    order = CaptionOrder(len(images), 3, seed, images, groups)
 
-    batches = [epochs.batch(epoch * epochs.steps_per_epoch + step) for step in range(epochs.steps_per_epoch)]
+    batches = [order.batch(epoch * order.steps_per_epoch + step) for step in range(order.steps_per_epoch)]
 
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(images)))
     for batch in batches:
@@ -70,8 +69,8 @@ def test_groups_stand_together_one_caption_of_each_image_and_an_epoch_still_show
         assert len(set(images[batch].tolist())) == 3
 
 
-def test_a_step_is_the_same_whichever_was_asked_for_before():
-    one, other = Epochs(20, 5, 0), Epochs(20, 5, 0)
+def test_a_batch_does_not_depend_on_the_batches_before():
+    one, other = CaptionOrder(20, 5, 0), CaptionOrder(20, 5, 0)
 
     forward = [one.batch(step).tolist() for step in range(12)]
     backward = [other.batch(step).tolist() for step in reversed(range(12))]
@@ -81,95 +80,95 @@ def test_a_step_is_the_same_whichever_was_asked_for_before():
 
 @st.composite
 def steps(draw):
-    """A global batch, and a miner with answers for any caption and image."""
+    """A global batch, and a sampler for any caption and image."""
     num_images = draw(st.integers(1, 8))
     rng = np.random.default_rng(draw(seeds))
     images = rng.integers(0, num_images, draw(st.integers(6, 20)))
     num_devices, num_negatives = draw(st.sampled_from([1, 2, 3])), draw(st.integers(0, 3))
     batch = rng.permutation(len(images))[: num_devices * draw(st.integers(1, 2))]
-    found_images = rng.integers(NONE, num_images, (len(images), 4))
-    found_captions = rng.integers(NONE, len(images), (num_images, 4))
+    found_images = rng.integers(MISSING, num_images, (len(images), 4))
+    found_captions = rng.integers(MISSING, len(images), (num_images, 4))
 
-    def mine(captions, images_of_them, rng):
+    def sample(captions, images_of_them, rng):
         return draw_some(found_images[captions], rng), draw_some(found_captions[images_of_them], rng)
 
     def draw_some(lists, rng):
-        return draw_rows(lists, num_negatives, rng)
+        return sample_columns(lists, num_negatives, rng)
 
-    return images, batch, num_devices, num_negatives, mine if num_negatives else None
+    return images, batch, num_devices, num_negatives, sample if num_negatives else None
 
 
 def planned(step, rank, num_devices, seed=0):
-    images, batch, _, num_negatives, miner = step
-    truth = Truth(np.arange(len(images)), images)
-    return plan_step(batch, images, truth, rank, num_devices, miner, num_negatives, np.random.default_rng(seed))
+    images, batch, _, _, sampler = step
+    positives = Positives(np.arange(len(images)), images)
+    return plan_batch(batch, images, positives, rank, num_devices, sampler, np.random.default_rng(seed))
 
 
 def named_pairs(plan):
-    """The blocks of a plan as pairs of captions and images by their numbers, NONE where there is none."""
+    """The blocks of a plan as pairs of caption and image indices, MISSING for a pair that does not exist."""
 
     def name(names, places):
-        return [NONE if place == NONE else int(names[place]) for place in places.tolist()]
+        return [MISSING if place == MISSING else int(names[place]) for place in places.tolist()]
 
     pairs = list(zip(name(plan.captions, plan.pair_caption), name(plan.images, plan.pair_image), strict=True))
-    num = len(plan.own_caption)
+    num = len(plan.sample_caption)
     middle = num + num * plan.num_negatives
     return pairs[:num], pairs[num:middle], pairs[middle:]
 
 
 @settings(max_examples=40, deadline=None)
 @given(step=steps())
-def test_pairs_come_as_positives_then_images_for_each_caption_then_captions_for_each_image(step):
-    images, batch, _, num_negatives, miner = step
+def test_pairs_are_positives_then_images_for_each_caption_then_captions_for_each_image(step):
+    images, batch, _, num_negatives, sampler = step
 
     plan = planned(step, 0, 1)
 
     own, with_images, with_captions = named_pairs(plan)
     assert own == [(int(caption), int(images[caption])) for caption in batch]
-    found = miner(batch, images[batch], np.random.default_rng(0)) if miner else np.empty((2, len(batch), 0), int)
+    found = sampler(batch, images[batch], np.random.default_rng(0)) if sampler else np.empty((2, len(batch), 0), int)
     for row, caption in enumerate(batch.tolist()):
         for column in range(num_negatives):
             image, other = int(found[0][row, column]), int(found[1][row, column])
             at = row * num_negatives + column
-            assert with_images[at] == ((NONE, NONE) if image == NONE else (caption, image))
-            assert with_captions[at] == ((NONE, NONE) if other == NONE else (other, int(images[caption])))
+            assert with_images[at] == ((MISSING, MISSING) if image == MISSING else (caption, image))
+            assert with_captions[at] == ((MISSING, MISSING) if other == MISSING else (other, int(images[caption])))
 
 
 @settings(max_examples=40, deadline=None)
 @given(step=steps())
-def test_every_name_is_there_once_and_is_needed(step):
+def test_a_plan_lists_each_needed_index_once(step):
     plan = planned(step, 0, 1)
 
     for names, places in (
-        (plan.captions, np.concatenate((plan.own_caption, plan.pair_caption))),
-        (plan.images, np.concatenate((plan.own_image, plan.pair_image))),
+        (plan.captions, np.concatenate((plan.sample_caption, plan.pair_caption))),
+        (plan.images, np.concatenate((plan.sample_image, plan.pair_image))),
     ):
         assert names.tolist() == sorted(set(names.tolist()))
-        assert set(places.tolist()) - {NONE} <= set(range(len(names)))
-    assert (plan.pair_caption == NONE).tolist() == (plan.pair_image == NONE).tolist()
-    assert plan.images_of_own.diagonal().all()
-    assert plan.captions_of_own.diagonal().all()
+        assert set(places.tolist()) - {MISSING} <= set(range(len(names)))
+    assert (plan.pair_caption == MISSING).tolist() == (plan.pair_image == MISSING).tolist()
+    assert plan.image_is_positive.diagonal().all()
+    assert plan.caption_is_positive.diagonal().all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(step=steps())
-def test_each_device_is_told_its_rows_of_what_is_true_in_the_global_batch(step):
+def test_each_device_gets_its_rows_of_the_positives_of_the_global_batch(step):
     num_devices = step[2]
 
     whole = planned(step, 0, 1)
     shares = [planned(step, rank, num_devices) for rank in range(num_devices)]
 
-    assert np.array_equal(np.concatenate([share.images_of_own for share in shares]), whole.images_of_own)
-    assert np.array_equal(np.concatenate([share.captions_of_own for share in shares]), whole.captions_of_own)
-    assert np.array_equal(whole.captions_of_own, whole.images_of_own.T)
+    assert np.array_equal(np.concatenate([share.image_is_positive for share in shares]), whole.image_is_positive)
+    assert np.array_equal(np.concatenate([share.caption_is_positive for share in shares]), whole.caption_is_positive)
+    assert np.array_equal(whole.caption_is_positive, whole.image_is_positive.T)
     for share in shares:
-        rows = np.arange(len(share.own_caption))
-        assert share.images_of_own[rows, share.first + rows].all()
+        rows = np.arange(len(share.sample_caption))
+        assert share.image_is_positive[rows, share.sample_offset + rows].all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(step=steps())
-def test_all_devices_together_do_what_one_would(step):
+def test_all_devices_together_have_the_pairs_of_one(step):
     num_devices = step[2]
 
     whole = named_pairs(planned(step, 0, 1))
@@ -190,13 +189,13 @@ def test_the_rate_rises_evenly_over_the_warm_up():
     assert rates == pytest.approx([4e-4, 6e-4, 8e-4, 1e-3])
 
 
-def test_the_rate_then_falls_by_a_tenth_each_epoch():
+def test_the_rate_then_decays_by_a_factor_each_epoch():
     rates = [learning_rate(phase(warmup_steps=1), step, 10, 100) for step in (1, 9, 10, 19, 20, 99)]
 
     assert rates == pytest.approx([1e-3, 1e-3, 0.9e-3, 0.9e-3, 0.81e-3, 1e-3 * 0.9**9])
 
 
-def test_or_along_half_a_cosine_to_nothing():
+def test_a_cosine_decay_ends_at_zero():
     wanted = phase(warmup_steps=10, decay="cosine")
 
     rates = [learning_rate(wanted, step, 10, 110) for step in (10, 35, 60, 109)]
@@ -223,7 +222,7 @@ class Parts(nn.Module):
         self.first_stage.log_scale = nn.Parameter(torch.ones(()))
 
 
-def test_matrices_decay_and_nothing_else_does():
+def test_only_matrices_have_weight_decay():
     module = Parts()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
 
@@ -246,17 +245,17 @@ def test_matrices_decay_and_nothing_else_does():
     assert {name for name, each in module.named_parameters() if each.requires_grad} == {name for name, _, _ in told}
 
 
-def test_word_weights_are_counted_and_never_trained():
+def test_word_weights_are_never_trained():
     groups = parameter_groups(Parts(), phase(train={"first_stage": 1.0}, losses={"first_stage": 1.0}))
 
     assert [parameter.ndim for group in groups for parameter in group["params"]] == [0]
 
 
-def test_a_phase_that_trains_nothing_of_this_model_is_refused():
+def test_a_phase_without_trained_parameters_is_refused():
     module = Parts()
     del module.model.joint.visual_norm
 
-    with pytest.raises(RecipeError, match="'p' trains nothing: this model has no visual"):
+    with pytest.raises(RecipeError, match="'p' trains visual, but this model has none of these parts"):
         parameter_groups(module, phase(train={"visual": 1.0}))
 
 

@@ -1,0 +1,230 @@
+"""Builds a phase's batches from the dataset and the current model.
+
+Images that cannot be decoded are counted, named once and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from edje.data.augmentation import view_of
+from edje.data.dataset import Dataset, LabelledSource, Problems
+from edje.data.spec import ScenesSpec
+from edje.features.extraction import extract, extractor_of, pooled_only
+from edje.features.storage import Features
+from edje.recipe import Phase, Recipe, RecipeError
+from edje.training.batches.batch import BatchBuilder
+from edje.training.batches.corpus import (
+    Captions,
+    FeatureImages,
+    ImageSource,
+    PixelImages,
+    decodable_images,
+    encode_captions,
+)
+from edje.training.batches.embeddings import FirstStageEmbeddings
+from edje.training.batches.grounding import GroundingLabeller
+from edje.training.batches.negatives import Ints, Positives
+from edje.training.batches.plan import CaptionOrder
+from edje.training.batches.text_states import TextStates, cached_text_states
+from edje.training.build import normalise_inputs
+from edje.training.devices import Devices
+from edje.training.first_stage.candidates import embed_split, negative_sampler
+from edje.training.first_stage.vector_cache import Half, cached_embeddings
+from edje.training.training_model import TrainingModel
+
+#: Number of images that give the mean and deviation of patch tokens.
+_STATISTICS_IMAGES = 1000
+_STATISTICS_BATCH = 32
+_PAIR_LOSSES = {"itm", "distillation"}
+
+
+class PhaseData:
+    """Builds the batches of each phase, with the model as it is at the start of the phase."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Dataset,
+        trained: TrainingModel,
+        features: Path,
+        devices: Devices,
+        console: Console,
+        log: Callable[[str], None],
+    ) -> None:
+        """`features` is the folder for stored features; `log` prints a sentence about images that are left out."""
+        self._recipe = recipe
+        self._data = data
+        self._trained = trained
+        self._folder = features
+        self._devices = devices
+        self._console = console
+        self._log = log
+        self._embeddings: FirstStageEmbeddings | None = None
+        self._reported: set[str] = set()  # names of datasets whose undecodable images were reported
+
+    def batches(self, number: int, phase: Phase, *, is_fresh: bool) -> BatchBuilder:
+        """The batches of a phase. `is_fresh` is true before the phase's first step. Raises `RecipeError`."""
+        captions, images, pooled = self._inputs(number, phase, is_fresh)
+        num_devices = self._devices.num_devices
+        if len(captions) < phase.batch_size * num_devices:
+            raise RecipeError(
+                f"phase {phase.name!r}: {len(captions)} captions do not fill a batch of {phase.batch_size} on each of "
+                f"{num_devices} devices: set a smaller batch_size"
+            )
+        self._embeddings = None if pooled is None else self._embed(phase, captions, pooled)
+        positives = Positives(captions.keys, captions.images)
+        sampler = None
+        if _PAIR_LOSSES & phase.losses.keys():
+            assert self._embeddings is not None  # the recipe ensures it
+            sampler, statistics = negative_sampler(
+                phase.negatives, self._embeddings, captions, positives, self._recipe.k
+            )
+            if self._trained.reads_first_stage:
+                self._trained.standardise(*statistics())
+        return BatchBuilder(
+            captions=captions,
+            positives=positives,
+            order=CaptionOrder(
+                len(captions),
+                phase.batch_size * num_devices,
+                self._recipe.seed + number,
+                captions.images,
+                self._groups()[captions.images] if phase.groups_together else None,
+            ),
+            images=images,
+            embeddings=self._embeddings,
+            text_states=self._text_states(phase, captions),
+            sampler=sampler,
+            rank=self._devices.rank,
+            num_devices=num_devices,
+            device=self._devices.device,
+            region_labels=self._labelled_source() if "regions" in phase.losses else None,
+            grounding=(
+                GroundingLabeller(self._labelled_source(), captions, self._trained.tokenizer)
+                if "grounding" in phase.losses
+                else None
+            ),
+        )
+
+    def _labelled_source(self) -> LabelledSource:
+        source = self._data.source
+        assert isinstance(source, LabelledSource)  # the recipe ensures it
+        return source
+
+    def features_of(self, dataset: Dataset) -> Features:
+        """The tower's features of a dataset's images."""
+        features = self._extract(dataset)
+        self._report(dataset, features)
+        return features
+
+    def _inputs(
+        self, number: int, phase: Phase, is_fresh: bool
+    ) -> tuple[Captions, ImageSource, NDArray[np.floating] | None]:
+        """Captions and images of a phase, and the pooled embeddings where the tower is frozen."""
+        trained, data = self._trained, self._data
+        if "vision" in phase.train:
+            preprocess = trained.config.preprocess
+            usable = np.arange(len(data.images))
+            if not isinstance(self._recipe.data, ScenesSpec):  # drawn images can always be decoded
+                usable = decodable_images(data, preprocess.image_size, preprocess.resample)
+                self._report(data)
+            captions = encode_captions(data, trained.tokenizer, usable)
+            return captions, PixelImages(data, preprocess.image_size, preprocess.resample), None
+        if not self._recipe.keeps_patches:
+            return self._pixel_inputs(number, is_fresh)
+        features = [self.features_of(data)]
+        views = range(1, phase.crop_views + 1)
+        features += [self._extract(view_of(data, view, may_mirror=phase.mirror)) for view in views]
+        rows = features[0].rows
+        if is_fresh and self._adapter_is_initial(number):
+            self._normalise(features[0].tokens[rows[:_STATISTICS_IMAGES]])
+        return encode_captions(data, trained.tokenizer, rows), FeatureImages(features), features[0].pooled
+
+    def _pixel_inputs(self, number: int, is_fresh: bool) -> tuple[Captions, ImageSource, NDArray[np.floating]]:
+        """The inputs where the frozen tower runs in every step and only pooled embeddings are stored."""
+        trained, data = self._trained, self._data
+        features = self._extract(data, keeps_patches=False)
+        self._report(data, features)
+        preprocess = trained.config.preprocess
+        images = PixelImages(data, preprocess.image_size, preprocess.resample)
+        if is_fresh and self._adapter_is_initial(number):
+            rows = features.rows[:_STATISTICS_IMAGES]
+            self._normalise(np.concatenate([self._patch_tokens(images, some) for some in _chunks(rows)]))
+        return encode_captions(data, trained.tokenizer, features.rows), images, features.pooled
+
+    @torch.inference_mode()
+    def _patch_tokens(self, images: PixelImages, rows: Ints) -> NDArray[np.float32]:
+        """The tower's patch tokens of some images: (U, S, D)."""
+        pixels, _ = images.batch(rows, rows)
+        patches: NDArray[np.float32] = (
+            self._trained.model.extract(pixels.to(self._devices.device))[0].float().cpu().numpy()
+        )
+        return patches
+
+    def _normalise(self, patches: NDArray[np.floating]) -> None:
+        """Adapt the adapter to the mean and deviation of patch tokens (N, S, D)."""
+        some = torch.from_numpy(patches.astype(np.float32))
+        mean, std = some.mean((0, 1)), some.std((0, 1), correction=0) + 1e-3
+        normalise_inputs(self._trained.model.adapter, mean.to(self._devices.device), std.to(self._devices.device))
+
+    def _adapter_is_initial(self, number: int) -> bool:
+        """Whether the adapter has its initial weights and has not been adapted to features before this phase."""
+        recipe = self._recipe
+        begun = set() if recipe.start is None else set(recipe.start.parts)
+        earlier = [phase for phase in recipe.phase[:number] if phase.name not in recipe.skip]
+        begun = begun.union(*(phase.train for phase in earlier))
+        return "adapter" not in begun and all("vision" in phase.train for phase in earlier)
+
+    def _groups(self) -> Ints:
+        """A group number for each image; an image without a group forms one alone."""
+        names = [f"{n}" if image.group is None else f"group {image.group}" for n, image in enumerate(self._data.images)]
+        return np.unique(names, return_inverse=True)[1]
+
+    def _embed(self, phase: Phase, captions: Captions, pooled: NDArray[np.floating]) -> FirstStageEmbeddings | None:
+        groups = [image.group for image in self._data.images]
+        first_stage = self._trained.first_stage
+
+        def from_disk() -> tuple[Half, Half]:
+            return cached_embeddings(first_stage, captions, pooled, self._folder, shows_progress=self._devices.leads)
+
+        cached = from_disk if self._recipe.first_stage.kind == "hub" else None
+        return embed_split(self._recipe, phase, first_stage, captions, pooled, groups, self._embeddings, cached)
+
+    def _text_states(self, phase: Phase, captions: Captions) -> TextStates | None:
+        if not self._trained.config.joint.text_layers or "text" in phase.train or phase.word_dropout:
+            return None
+        return cached_text_states(
+            self._trained.model, captions, self._folder, self._devices.device, shows_progress=self._devices.leads
+        )
+
+    def _extract(self, dataset: Dataset, *, keeps_patches: bool = True) -> Features:
+        trained = self._trained
+        console = self._console if self._devices.leads else Console(quiet=True)
+        # Views share their dataset's problems and every phase extracts; `_report` counts each image once.
+        dataset = replace(dataset, problems=Problems())
+        extractor = extractor_of(trained.model.eval(), trained.config)
+        if not keeps_patches:
+            extractor = pooled_only(extractor)
+        return extract(extractor, dataset, self._folder, console=console)
+
+    def _report(self, dataset: Dataset, features: Features | None = None) -> None:
+        """Log once which images of a dataset cannot be decoded."""
+        if dataset.name in self._reported:
+            return
+        self._reported.add(dataset.name)
+        for index in () if features is None else features.unreadable:
+            dataset.problems.record("undecodable_image", dataset.images[index].image_id)
+        if "undecodable_image" in dataset.problems.counts:
+            self._log(f"{dataset.name}: {dataset.problems.report()}")
+
+
+def _chunks(rows: Ints) -> list[Ints]:
+    return [rows[start : start + _STATISTICS_BATCH] for start in range(0, len(rows), _STATISTICS_BATCH)]
