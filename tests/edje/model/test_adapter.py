@@ -9,7 +9,7 @@ from edje.config import AdapterConfig
 from edje.model.adapter import Places
 from edje.model.edje import build_edje
 from edje.model.variants import VARIANTS
-from edje.training.build import draw_for_training
+from edje.training.build import initialise_model
 
 NUM_PATCHES = 16
 COMPRESSORS = ("compression", "decoder")
@@ -19,7 +19,7 @@ KINDS = ("local", *COMPRESSORS)
 def drawn(kind, *, places, num_tokens=NUM_PATCHES):
     adapter = AdapterConfig(kind=kind, num_tokens=num_tokens, hidden_dim=32, places=places)
     model = build_edje(replace(VARIANTS["tiny"], adapter=adapter))
-    draw_for_training(model, seed=0)
+    initialise_model(model, seed=0)
     return model
 
 
