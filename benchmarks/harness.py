@@ -29,8 +29,11 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition  # noqa: E402
 
 from edje.init import initialise  # noqa: E402
 from edje.model.variants import VARIANTS  # noqa: E402
-from protocols.blob import BlobLayout, encode_blob  # noqa: E402
-from protocols.keys import blob_key  # noqa: E402
+from protocols.blob import (  # noqa: E402
+    BlobLayout,
+    blob_key,
+    encode_blob,
+)
 from protocols.topics import Topics  # noqa: E402
 from services import Services, create_topics, free_port  # noqa: E402
 from workers.store.client import RedisStore  # noqa: E402

@@ -2,7 +2,7 @@
 
 import pytest
 
-from protocols.keys import blob_key, blob_keys
+from protocols.blob import blob_key, blob_keys
 from protocols.topics import Topics
 
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from protocols.blob import encode_blob
-from protocols.keys import blob_key
+from protocols.blob import blob_key, encode_blob
 from service_harness import Service, reply_in
 
 pytest_plugins = ["service_fixtures"]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from protocols.blob import blob_key
 from protocols.events import ImageIndexed, RerankResponse
-from protocols.keys import blob_key
 from service_harness import Service, reply_in
 from workers.store.client import RedisStore
 

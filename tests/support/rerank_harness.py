@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from protocols.blob import BlobLayout, encode_blob
+from protocols.blob import BlobLayout, blob_key, encode_blob
 from protocols.encoding import CONTENT_TYPE_HEADER, MSGPACK, content_type_of, decode
 from protocols.events import RerankResponse
-from protocols.keys import blob_key
 from protocols.topics import Topics
 from trt.contract import EngineInfo, QueryStates, check_pairs, check_texts
 from trt.slab.layout import HostSlab, SlotLayout

@@ -18,9 +18,8 @@ from kafka import KafkaAdminClient, KafkaProducer
 
 from edje.init import initialise
 from edje.model.variants import VARIANTS
-from protocols.blob import BlobLayout, encode_blob
+from protocols.blob import BlobLayout, blob_key, encode_blob
 from protocols.dead_letters import DeadLetter
-from protocols.keys import blob_key
 from protocols.topics import Topics
 from service_worker import LIMIT_S, Worker, eventually, let_pass
 from workers.bus.reader import KafkaReader

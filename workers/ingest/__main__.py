@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from edje.images import ImageLimits
-from protocols.blob import BlobLayout
-from protocols.keys import blob_key
+from protocols.blob import BlobLayout, blob_key
 from trt.contract import Engine
 from trt.load import load_engine
 from workers.dead_letters import DeadLetters

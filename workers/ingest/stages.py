@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from tenacity import stop_after_attempt
 
 from edje.images import ImageError, ImageLimits, decode_image
-from protocols.blob import BlobError, BlobLayout, content_sha256_of, encode_blob
-from protocols.keys import blob_key
+from protocols.blob import BlobError, BlobLayout, blob_key, content_sha256_of, encode_blob
 from trt.contract import ImageEncoder
 from workers.errors import Misconfigured, Poison, Transient
 from workers.ports import Interval, TokenStore

@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from edje.text import Tokenizer
-from protocols.blob import BlobLayout
-from protocols.keys import blob_key
+from protocols.blob import BlobLayout, blob_key
 from trt.contract import Engine, EngineInfo
 from trt.load import load_engine, slots_in
 from workers.dead_letters import DeadLetters

@@ -13,8 +13,7 @@ from concurrent.futures import Future
 
 import structlog
 
-from protocols.blob import BlobError, BlobLayout, BlobMissing, decode_blobs
-from protocols.keys import blob_keys
+from protocols.blob import BlobError, BlobLayout, BlobMissing, blob_keys, decode_blobs
 from trt.contract import TokenSlab
 from workers.metrics import Metrics
 from workers.rerank.slots import SlotTable

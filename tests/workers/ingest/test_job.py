@@ -15,11 +15,10 @@ import pytest
 from PIL import Image
 
 from edje.images import ImageLimits
-from protocols.blob import BlobLayout, decode_blobs, encode_blob
+from protocols.blob import BlobLayout, blob_key, decode_blobs, encode_blob
 from protocols.dead_letters import DeadLetter
 from protocols.encoding import MSGPACK, decode, encode
 from protocols.events import ImageIndexed, ImageNew
-from protocols.keys import blob_key
 from protocols.topics import Topics
 from tracing_harness import Recorded
 from trt.contract import EngineBroken, EngineInfo

@@ -638,8 +638,7 @@ class RealEngine:
         from edje.model.variants import VARIANTS
         from edje.model.weights import load_checkpoint
         from edje.text import Tokenizer
-        from protocols.blob import BlobLayout, encode_blob
-        from protocols.keys import blob_key
+        from protocols.blob import BlobLayout, blob_key, encode_blob
         from trt.runtimes.torch_engine import TorchEngine
         from trt.slab.host import SharedSlab
         from trt.slab.layout import SlotLayout
