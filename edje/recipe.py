@@ -1,240 +1,268 @@
-"""A recipe: everything a training run depends on, as one TOML file. Knows neither torch nor data.
+"""A recipe: everything that a training run depends on, as frozen data. Knows neither torch nor files.
 
-Closed: a name nobody knows is an error. Relative paths are taken from the folder of the recipe; in a change given on
-the command line, from where the command is given.
+`edje.recipe_file` reads one from TOML.
 """
 
 from __future__ import annotations
 
-import json
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from edje.config import AdapterConfig
 from edje.data.spec import DataSpec
-from edje.recipe_table import change, located
 from edje.tower_config import VitConfig
-from protocols.validation import problems_in
 
 Part = Literal["vision", "adapter", "text", "visual", "meeting", "first_stage"]
 LossName = Literal[
     "itm", "mlm", "text_recovery", "distillation", "late_interaction", "first_stage", "regions", "grounding"
 ]
-#: Losses that read the first stage's scores or embeddings of the training pairs.
-_ASKS_FIRST_STAGE = {"itm", "distillation", "text_recovery"}
-Weight = Annotated[float, Field(ge=0)]
+#: Losses that need the first stage's scores or embeddings of the training pairs.
+_FIRST_STAGE_READERS = {"itm", "distillation", "text_recovery"}
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RecipeError(ValueError):
-    """The recipe cannot be followed; the message says where."""
+    """The recipe cannot be used; the message names the field and what to change."""
 
 
 class _Closed(BaseModel):
+    """Refuses unknown fields and values of another type."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class JointRecipe(_Closed):
-    """The joint encoder; sizes that are left out come from the BERT it starts from."""
+    """The joint encoder."""
 
-    kind: Literal["full", "late", "minimal", "maxsim"] = "full"
-    dim: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
-    hidden_dim: PositiveInt | None = None
-    num_layers: Annotated[int, Field(ge=0)] | None = None
-    text_layers: Annotated[int, Field(ge=0)] = 0
-    visual_layers: Annotated[int, Field(ge=0)] = 0
-    match_dim: Annotated[int, Field(ge=0)] = 0
-    reads_first_stage: bool = False
-    bert: str | None = None  # a folder, package:NAME/folder or a name on the hub; None: from scratch
-    bert_layers: tuple[int, ...] | None = None  # which of its layers the layers after the meeting start from
-    bert_visual_layers: tuple[int, ...] | None = None
+    kind: Literal["full", "late", "minimal", "maxsim"] = Field(
+        "full",
+        description="Where text and image are read together: from the first layer (`full`), after separate layers, in "
+        "layers that update both (`late`) or the text alone (`minimal`), or only in a product of tokens (`maxsim`).",
+    )
+    dim: PositiveInt | None = Field(None, description="Width of the states. None: that of `bert`.")
+    num_heads: PositiveInt | None = Field(None, description="Attention heads of a layer. None: those of `bert`.")
+    hidden_dim: PositiveInt | None = Field(None, description="Width of the MLP in a layer. None: that of `bert`.")
+    num_layers: Count | None = Field(
+        None, description="Layers that read text and image together. None: all layers of `bert`, for `full`."
+    )
+    text_layers: Count = Field(0, description="Layers that read the text alone, once per query.")
+    visual_layers: Count = Field(0, description="Layers that read the visual tokens alone, once per image, offline.")
+    match_dim: Count = Field(0, description="Width in which text and visual tokens are compared. 0: not compared.")
+    reads_first_stage: bool = Field(False, description="Whether the logit includes the first stage's score.")
+    bert: str | None = Field(
+        None,
+        description="A BERT that gives weights, sizes and vocabulary: a folder, `package:NAME/folder` or `hub:NAME`. "
+        "None: random weights.",
+    )
+    bert_layers: tuple[int, ...] | None = Field(
+        None, description="Layers of `bert` whose weights the layers for text and image start from. None: chosen."
+    )
+    bert_visual_layers: tuple[int, ...] | None = Field(
+        None, description="Layers of `bert` whose weights the visual layers start from. None: random weights."
+    )
 
 
 class FirstStageRecipe(_Closed):
-    """`cca` is fitted before the first phase, cross-fitted in `folds`; `dual` is trained in phases that say so.
+    """The first stage, which finds the candidates that the model reranks."""
 
-    `hub` is the pair of encoders that the tower belongs to (SigLIP, CLIP).
-    For negatives from the corpus, `pool_images` are searched together: as many as at test time.
-    """
-
-    kind: Literal["cca", "dual", "hub"]
-    dim: PositiveInt = 128
-    folds: Annotated[int, Field(ge=2)] = 5
-    ridge: PositiveFloat = 0.5
-    correlation_power: Weight = 1.0
-    image_power: PositiveFloat = 0.5
-    text_dim: PositiveInt = 64
-    num_layers: Annotated[int, Field(ge=0)] = 1
-    num_heads: PositiveInt = 4
-    source: str | None = None  # of kind hub
-    pool_images: PositiveInt | None = 1000  # None: all of them; with `cca` a fold is a pool
+    kind: Literal["cca", "dual", "hub"] = Field(
+        description="`cca`: fitted in closed form before the first phase. `dual`: trained by the phases that train the "
+        "part `first_stage`. `hub`: the published pair of encoders that the tower belongs to (SigLIP, CLIP)."
+    )
+    dim: PositiveInt = Field(128, description="Width of the embeddings.")
+    folds: int = Field(5, ge=2, description="Folds of the cross-fitting of `cca`.")
+    ridge: PositiveFloat = Field(0.5, description="Ridge penalty of `cca`.")
+    correlation_power: NonNegative = Field(1.0, description="Power of the canonical correlations that weigh `cca`.")
+    image_power: PositiveFloat = Field(
+        0.5, description="Power applied to pooled embeddings before `cca`; below 1 it damps large values."
+    )
+    text_dim: PositiveInt = Field(64, description="Width of the text encoder of `dual`.")
+    num_layers: Count = Field(1, description="Layers of the text encoder of `dual`.")
+    num_heads: PositiveInt = Field(4, description="Attention heads of the text encoder of `dual`.")
+    source: str | None = Field(None, description="The model on the hub for the kind `hub`. None: that of the tower.")
+    pool_images: PositiveInt | None = Field(
+        1000,
+        description="Number of images that are searched together for negatives from the corpus, as many as in a search "
+        "after training. None: all. With `cca` a fold is searched together.",
+    )
 
 
 class Negatives(_Closed):
-    """`per_sample` for each caption and each image, drawn from the `top_k` that the first stage ranks highest.
+    """The negative pairs."""
 
-    From the `batch` (all devices' together, as in the paper), or from the `corpus`: what the first stage, cross-fitted,
-    would hand over at test time; a caption whose image is not among the best `top_k` is not ranked and has none. Take
-    it where the head reads a weak first stage: beside the worst mistakes of a batch, what is right scores low.
-    """
-
-    source: Literal["batch", "corpus"] = "batch"
-    per_sample: PositiveInt = 1
-    top_k: PositiveInt | None = None  # None: the hardest `per_sample`
+    source: Literal["batch", "corpus"] = Field(
+        "batch",
+        description="`batch`: from the batches of all devices, as in the paper. `corpus`: from the candidates that the "
+        "first stage retrieves in the whole data; captions whose image it does not retrieve have no negatives.",
+    )
+    per_sample: PositiveInt = Field(1, description="Negative images of each caption, and captions of each image.")
+    top_k: PositiveInt | None = Field(
+        None, description="Negatives are drawn from this many with the highest scores. None: `per_sample`."
+    )
 
 
 class Start(_Closed):
-    """Parts of another checkpoint to begin with; their names and shapes must agree with this model's."""
+    """Parts of another checkpoint to start from."""
 
-    checkpoint: str
-    parts: tuple[Part, ...]
+    checkpoint: str = Field(description="Folder of the checkpoint. Its parts must have the same names and shapes.")
+    parts: tuple[Part, ...] = Field(description="The parts that are loaded.")
 
 
 class Phase(_Closed):
-    """One stretch of training: what is trained, on which losses, for how long."""
+    """One phase of training."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # also of a folder
-    epochs: PositiveFloat  # one epoch shows each caption once
-    batch_size: PositiveInt  # captions per device and step, before accumulation
-    accumulate: PositiveInt = 1
-    learning_rate: PositiveFloat
-    # part: factor on the learning rate; what is not named stays frozen
-    train: Annotated[dict[Part, PositiveFloat], Field(min_length=1)]
-    losses: Annotated[dict[LossName, PositiveFloat], Field(min_length=1)]
-    negatives: Negatives = Negatives()
-    groups_together: bool = False  # a batch holds whole groups of images that were made to be confused
-    start_learning_rate: PositiveFloat = 1e-6
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    decay: Literal["per_epoch", "cosine"] = "per_epoch"
-    decay_per_epoch: Annotated[float, Field(gt=0, le=1)] = 0.9
-    weight_decay: Weight = 0.05
-    clip_norm: PositiveFloat = 1.0
-    precision: Literal["fp32", "bf16"] = "bf16"
-    mask_share: Probability = 0.5  # of a caption's tokens, for mlm
-    word_dropout: Probability = 0.0  # share of a caption's words that are masked, for all losses
-    token_dropout: Probability = 0.0  # share of patches that are not shown
-    score_dropout: Probability = 0.1  # share of pairs whose first-stage score is not shown
-    teacher: str | None = None  # a checkpoint with the same tower
-    crop_views: Annotated[int, Field(ge=0)] = 0  # crops and mirror images of each picture, besides the picture itself
-    mirror: bool = True  # whether a view may be a mirror image: not where captions speak of left and right
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]+$", description="Name of the phase, and of the folder of its checkpoint in `after/`."
+    )
+    epochs: PositiveFloat = Field(description="Passes over all captions.")
+    batch_size: PositiveInt = Field(description="Captions in a batch on each device.")
+    accumulate: PositiveInt = Field(1, description="Batches whose gradients are added up for one step.")
+    learning_rate: PositiveFloat = Field(description="Learning rate after the warm-up.")
+    train: dict[Part, PositiveFloat] = Field(
+        min_length=1,
+        description="Parts that are trained, each with a factor on the learning rate: `vision`, `adapter`, `text`, "
+        "`visual`, `meeting` (the layers for text and image, and the head), `first_stage`. All others are frozen.",
+    )
+    losses: dict[LossName, PositiveFloat] = Field(min_length=1, description="The losses, each with its weight.")
+    negatives: Negatives = Field(Negatives(), description="The negative pairs of the losses `itm` and `distillation`.")
+    groups_together: bool = Field(
+        False, description="Whether a batch consists of whole groups: drawn scenes with their confusers."
+    )
+    start_learning_rate: PositiveFloat = Field(1e-6, description="Learning rate at the start of the warm-up.")
+    warmup_steps: Count = Field(100, description="Steps of the linear warm-up.")
+    decay: Literal["per_epoch", "cosine"] = Field(
+        "per_epoch", description="Decay of the learning rate: by a factor after each epoch, or along a cosine to zero."
+    )
+    decay_per_epoch: float = Field(0.9, gt=0, le=1, description="Factor of the decay `per_epoch`.")
+    weight_decay: NonNegative = Field(0.05, description="Weight decay of matrices.")
+    clip_norm: PositiveFloat = Field(1.0, description="Gradients with a larger norm are scaled down to it.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="Type of the computation. bf16 falls back to fp32 on devices without it in hardware."
+    )
+    mask_share: Probability = Field(0.5, description="Share of a caption's tokens that the loss `mlm` masks.")
+    word_dropout: Probability = Field(0.0, description="Share of a caption's tokens that are masked for all losses.")
+    token_dropout: Probability = Field(0.0, description="Share of patch tokens that are set to zero.")
+    score_dropout: Probability = Field(0.1, description="Share of pairs whose first-stage score is withheld.")
+    teacher: str | None = Field(
+        None, description="Checkpoint of the teacher for the loss `distillation`, with the same tower and vocabulary."
+    )
+    crop_views: Count = Field(0, description="Augmented views of each image (crops, mirror images), besides itself.")
+    mirror: bool = Field(
+        True, description="Whether views may be mirrored. False where captions distinguish left and right."
+    )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Phase:
+    def _is_consistent(self) -> Phase:
         if ("distillation" in self.losses) != (self.teacher is not None):
-            raise ValueError("the loss 'distillation' and a `teacher` belong together")
+            raise ValueError("the loss 'distillation' and the field `teacher` need each other: set both or neither")
         if ("first_stage" in self.losses) != ("first_stage" in self.train):
-            raise ValueError("the loss 'first_stage' and the part 'first_stage' in `train` belong together")
-        moving, asking = self.train.keys() & {"vision", "first_stage"}, self.losses.keys() & _ASKS_FIRST_STAGE
-        if moving and asking:
             raise ValueError(
-                f"the loss {min(asking)!r} asks a first stage that stands still: leave it to a later phase, or take "
-                f"{min(moving)!r} out of `train`"
+                "the loss 'first_stage' and the part 'first_stage' in `train` need each other: set both or neither"
+            )
+        changing = self.train.keys() & {"vision", "first_stage"}
+        reading = self.losses.keys() & _FIRST_STAGE_READERS
+        if changing and reading:
+            raise ValueError(
+                f"the loss {min(reading)!r} reads the first stage, which changes while {min(changing)!r} is trained: "
+                f"move the loss to a later phase, or remove {min(changing)!r} from `train`"
             )
         if "vision" in self.train and (self.crop_views or self.negatives.source == "corpus"):
-            raise ValueError("a tower in training has no features yet: no `crop_views`, negatives from the batch")
+            raise ValueError(
+                "a phase that trains 'vision' has no stored features: set crop_views to 0 and negatives.source to "
+                "'batch'"
+            )
         if self.negatives.top_k is not None and self.negatives.top_k < self.negatives.per_sample:
             raise ValueError("negatives: `top_k` is smaller than `per_sample`")
         return self
 
 
 class Recipe(_Closed):
-    """A whole run."""
+    """A training run."""
 
-    name: str
-    seed: Annotated[int, Field(ge=0)] = 0
-    data: DataSpec
-    tower: str | None = None  # one that exists, frozen: hub:NAME, timm:NAME or onnx:PATH; or else
-    vision: VitConfig | None = None  # one of our own, from scratch
-    image_size: PositiveInt | None = None  # pixels; None: what the tower was made for
-    keeps_patches: bool = True  # what the tower sees lies on the disk; else the tower runs in every step
-    max_caption_pieces: PositiveInt = 61
-    adapter: AdapterConfig
-    joint: JointRecipe
-    first_stage: FirstStageRecipe
-    vocabulary: str | None = None  # vocab.txt or a source; None: that of the BERT, or else the training captions' words
-    start: Start | None = None
-    skip: tuple[str, ...] = ()  # phases that are not run, because what they would give comes with `start`
-    calibrate: bool = False  # at the end the dev split says how much the first stage's score counts
-    phase: tuple[Phase, ...]
-    k: PositiveInt = 10  # candidates per query in the validation after each phase
-    dev_captions: PositiveInt = 1000
+    name: str = Field(description="Name of the model.")
+    seed: Count = Field(0, description="Seed of all random draws.")
+    data: DataSpec = Field(description="The images and captions.")
+    tower: str | None = Field(
+        None,
+        description="A published vision tower, which stays frozen: `hub:NAME`, `timm:NAME` or `onnx:PATH`. Excludes "
+        "`vision`.",
+    )
+    vision: VitConfig | None = Field(
+        None, description="A vision tower that is trained from random weights. Excludes `tower`."
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="Side of the images in pixels. None: the size that the tower was trained with."
+    )
+    keeps_patches: bool = Field(
+        True, description="Whether patch tokens are stored on the disk. False: the tower runs in every step."
+    )
+    max_caption_pieces: PositiveInt = Field(61, description="Word pieces after which a caption is truncated.")
+    adapter: AdapterConfig = Field(description="The adapter, which maps patch tokens to stored visual tokens.")
+    joint: JointRecipe = Field(description="The joint encoder.")
+    first_stage: FirstStageRecipe = Field(description="The first stage.")
+    vocabulary: str | None = Field(
+        None,
+        description="`vocab.txt`, `tokenizer.json`, or a folder that contains one. None: that of `joint.bert`, or else "
+        "the words of the training captions.",
+    )
+    start: Start | None = Field(None, description="Parts of another checkpoint to start from.")
+    skip: tuple[str, ...] = Field((), description="Names of phases that are left out, because `start` replaces them.")
+    calibrate: bool = Field(
+        False, description="Whether the weight of the first stage's score is fitted on the split dev after training."
+    )
+    phase: tuple[Phase, ...] = Field(description="The phases, in order.")
+    k: PositiveInt = Field(10, description="Candidates per query in the validation after each phase.")
+    dev_captions: PositiveInt = Field(1000, description="Captions of the split dev that validation uses as queries.")
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Those that are run."""
+        """The phases that are not skipped."""
         return tuple(phase for phase in self.phase if phase.name not in self.skip)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _is_consistent(self) -> Recipe:
         if (self.tower is None) == (self.vision is None):
-            raise ValueError("give either `tower` (one that exists) or `vision` (one to train)")
+            raise ValueError("set either `tower` (published, frozen) or `vision` (trained from random weights)")
         if self.vision is not None and self.image_size is None:
-            raise ValueError("a tower of one's own needs an `image_size`")
+            raise ValueError("`vision` needs an `image_size`")
         names = [phase.name for phase in self.phase]
         if not self.phases or len(set(names)) < len(names):
-            raise ValueError("phases need names, each its own")
+            raise ValueError("the recipe needs at least one phase that is not skipped, and every phase another name")
         if self.calibrate and not self.joint.reads_first_stage:
-            raise ValueError("`calibrate` weighs the first stage's score: it needs joint.reads_first_stage")
+            raise ValueError("`calibrate` fits the weight of the first stage's score: set joint.reads_first_stage")
         if unknown := set(self.skip) - set(names):
-            raise ValueError(f"skip: there is no phase {min(unknown)!r}")
+            raise ValueError(f"skip: there is no phase {min(unknown)!r}, but {', '.join(names)}")
         trains_tower = ["vision" in phase.train for phase in self.phases]
         if self.tower is not None and any(trains_tower):
-            raise ValueError("a tower that exists stays frozen: no phase may train 'vision'")
+            raise ValueError("a published tower stays frozen: remove 'vision' from `train`")
         if not self.keeps_patches and any(phase.crop_views for phase in self.phases):
-            raise ValueError("`crop_views` are kept like the pictures themselves: they need `keeps_patches`")
+            raise ValueError("`crop_views` need stored features: set keeps_patches = true")
         if trains_tower != sorted(trains_tower, reverse=True):
-            raise ValueError("once the tower is frozen its features are kept: a later phase cannot train 'vision'")
+            raise ValueError("a phase trains 'vision' after a phase that has stored the tower's features: reorder them")
         return self
 
     @model_validator(mode="after")
     def _losses_have_their_parts(self) -> Recipe:
         kind = self.first_stage.kind
-        is_known = kind != "dual" or (self.start is not None and "first_stage" in self.start.parts)
+        is_trained = kind != "dual" or (self.start is not None and "first_stage" in self.start.parts)
         for phase in self.phases:
             if "late_interaction" in phase.losses and (self.joint.kind == "full" or not self.joint.match_dim):
-                raise ValueError(
-                    "the loss 'late_interaction' needs a joint encoder of another kind, with a `match_dim`"
-                )
+                raise ValueError("the loss 'late_interaction' needs a joint.match_dim and a joint.kind other than full")
             if "regions" in phase.losses and (self.data.kind != "scenes" or "vision" not in phase.train):
-                raise ValueError("the loss 'regions' teaches a tower what stands where, which only drawn scenes say")
+                raise ValueError("the loss 'regions' needs data.kind = 'scenes', and 'vision' in `train`")
             if "grounding" in phase.losses and (self.data.kind != "scenes" or self.joint.num_layers in (0, 1)):
-                raise ValueError(
-                    "the loss 'grounding' teaches words, in a joint encoder of two layers or more, what they say of a "
-                    "picture: only drawn scenes know it"
-                )
+                raise ValueError("the loss 'grounding' needs data.kind = 'scenes' and joint.num_layers of at least 2")
             if "first_stage" in phase.losses and kind != "dual":
-                raise ValueError(f"a first stage of kind {kind!r} is not trained: the loss 'first_stage' is for 'dual'")
-            if not is_known and phase.losses.keys() & _ASKS_FIRST_STAGE:
-                raise ValueError(f"phase {phase.name!r} asks a first stage that no earlier phase has trained")
-            is_known = is_known or "first_stage" in phase.losses
+                raise ValueError(f"the loss 'first_stage' is for a first stage of kind 'dual'; this one is {kind!r}")
+            if not is_trained and phase.losses.keys() & _FIRST_STAGE_READERS:
+                raise ValueError(
+                    f"phase {phase.name!r} reads the first stage, but no earlier phase trains it: add a phase with the "
+                    "loss 'first_stage'"
+                )
+            is_trained = is_trained or "first_stage" in phase.losses
         if kind == "hub" and self.first_stage.source is None and not (self.tower or "").startswith("hub:"):
-            raise ValueError("a first stage of kind 'hub' belongs to a tower hub:NAME, or names its `source`")
+            raise ValueError("a first stage of kind 'hub' needs a tower `hub:NAME` or its `source`")
         return self
-
-
-def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe in a TOML file, with changes such as `joint.kind="late"` or `phase.0.epochs=2`.
-
-    Raises `RecipeError`.
-    """
-    try:
-        table = located(tomllib.loads(path.read_text(encoding="utf-8")), path.parent)
-    except (OSError, ValueError) as error:  # not there, not TOML, or not UTF-8
-        raise RecipeError(f"{path} cannot be read: {error}") from error
-    try:
-        for each in changes:
-            change(table, each)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    try:
-        # As JSON, in which an array is a tuple and a table a dataclass.
-        return Recipe.model_validate_json(json.dumps(located(table, Path())))
-    except TypeError as error:
-        raise RecipeError(f"{path}: {error}") from error
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {'; '.join(problems_in(error, root='recipe'))}") from error

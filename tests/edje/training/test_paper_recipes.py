@@ -18,7 +18,7 @@ from edje.evaluation.report import read_report
 from edje.first_stage.dual_encoder import load_first_stage
 from edje.first_stage.hub import HubFirstStage
 from edje.model.weights import load_checkpoint
-from edje.recipe import read_recipe
+from edje.recipe_file import read_recipe
 from edje.training.batches.corpus import Captions
 from edje.training.devices import Devices
 from edje.training.first_stage.vector_cache import cached_embeddings
