@@ -38,7 +38,7 @@ from rich.table import Table  # noqa: E402
 
 from edje.config import EdjeConfig, JointConfig  # noqa: E402
 from edje.evaluation.plots import COLOURS  # noqa: E402
-from edje.init import initialise  # noqa: E402
+from edje.init import write_untrained  # noqa: E402
 from edje.model.flops import cost_of  # noqa: E402
 from edje.model.variants import VARIANTS  # noqa: E402
 from edje.tower_config import TimmVisionConfig  # noqa: E402
@@ -100,7 +100,7 @@ def encoder(folder: Path, kind: str, joint: JointConfig, num_slots: int, **optio
     tiny = VARIANTS["tiny"]
     if not folder.exists():
         config = replace(tiny, name=kind, adapter=replace(tiny.adapter, num_tokens=NUM_VISUAL), joint=joint)
-        initialise(config, folder, seed=0)
+        write_untrained(config, folder, seed=0)
     engine = opened(folder, num_slots, **options)
     random = np.random.default_rng(0)
     to_tokens, to_scales, rows = engine.slab.stage(range(num_slots))
@@ -191,7 +191,7 @@ def images_per_s(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, config in towers().items():
         checkpoint = folder / config.name
-        initialise(config, checkpoint, seed=0)
+        write_untrained(config, checkpoint, seed=0)
         engine = opened(checkpoint, 1)
         size = config.preprocess.image_size
         pixels = np.random.default_rng(0).integers(0, 256, (2, 3, size, size), np.uint8)

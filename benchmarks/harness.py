@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "deploy" / "local")]
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition  # noqa: E402
 
-from edje.init import initialise  # noqa: E402
+from edje.init import write_untrained  # noqa: E402
 from edje.model.variants import VARIANTS  # noqa: E402
 from protocols.blob import (  # noqa: E402
     BlobLayout,
@@ -53,7 +53,7 @@ def make_checkpoint(folder: Path) -> str:
         adapter=replace(tiny.adapter, num_tokens=NUM_TOKENS),
         joint=replace(tiny.joint, dim=TOKEN_DIM, num_heads=12, num_layers=1, max_positions=NUM_TOKENS + 64),
     )
-    return initialise(config, folder, seed=0)
+    return write_untrained(config, folder, seed=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""The numbers a model is made of, as frozen data, and their canonical JSON.
+"""The configuration of a model as frozen dataclasses, and its canonical JSON.
 
-Knows neither torch nor files; `edje.model.variants` has named instances.
+Knows neither torch nor files; `edje.model.variants` has named configurations.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from edje.tower_config import Count, VisionConfig
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """From patch tokens to the visual tokens that are stored.
+    """Maps patch tokens to the visual tokens that are stored.
 
-    `compression` attends from `num_tokens` learned queries; `local` maps every patch by itself (the teacher);
-    `decoder` is compression by `num_layers` decoder layers in the joint encoder's width, as VEDJE does it.
-    With `places` a learned vector for each patch joins what is made of it, in a decoder its key: for towers whose
-    patches do not tell where they lie (docs/LOG.md). Off is the published form of each.
+    Kinds:
+        compression: one cross-attention layer from `num_tokens` learned queries.
+        local: an MLP on each patch (the teacher of the distillation).
+        decoder: `num_layers` decoder layers from `num_tokens` learned queries, in the joint encoder's width (VEDJE).
+
+    `places` adds a learned vector for each patch position to the projected patches (in a decoder to the keys), for
+    towers whose patch tokens do not encode their position (docs/LOG.md). The published models have none.
     """
 
     __pydantic_config__ = _CLOSED
@@ -36,8 +39,8 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstStageConfig:
-    """How a first-stage score enters the head: standardised with the training pairs' `mean` and `std`."""
+class FirstStageScoreConfig:
+    """Input of the first-stage score to the head, standardised by the training pairs' `mean` and `std`."""
 
     __pydantic_config__ = _CLOSED
 
@@ -48,12 +51,16 @@ class FirstStageConfig:
 
 @dataclass(frozen=True, slots=True)
 class JointConfig:
-    """What reads a caption and an image's visual tokens, in BERT layout.
+    """The joint encoder: reads a caption and an image's visual tokens, in BERT layout.
 
-    `full` is the paper's encoder: every layer reads both. The others read text and image apart first, in `text_layers`
-    (once per query) and `visual_layers` (once per image, offline), and meet later: `late` in `num_layers` layers over
-    both, `minimal` in `num_layers` layers that update the text alone, `maxsim` in no layer at all.
-    `vocab_size` counts the `<image>` token, `sep_id` closes the sequence of `full`.
+    Kinds:
+        full: the paper's encoder; every layer reads text and image.
+        late: `text_layers` read the text (once per query), `visual_layers` the image (once per image, offline), then
+            `num_layers` fusion layers update both.
+        minimal: the same, but the fusion layers update the text alone.
+        maxsim: no fusion layers; the logit is the late interaction of text and visual tokens.
+
+    `vocab_size` includes the `<image>` token; `sep_id` is the token that closes the sequence of `full`.
     """
 
     __pydantic_config__ = _CLOSED
@@ -69,30 +76,28 @@ class JointConfig:
     kind: Literal["full", "late", "minimal", "maxsim"] = "full"
     text_layers: Annotated[int, Field(ge=0)] = 0
     visual_layers: Annotated[int, Field(ge=0)] = 0
-    match_dim: Annotated[int, Field(ge=0)] = 0  # width in which text and visual tokens are compared; 0: they are not
-    first_stage: FirstStageConfig | None = None  # the head reads the first stage's score as well
+    match_dim: Annotated[int, Field(ge=0)] = 0  # width of the late interaction; 0: there is none
+    first_stage: FirstStageScoreConfig | None = None  # None: the head does not read the first stage's score
 
     @property
-    def apart(self) -> bool:
-        """Whether text and image are read apart before they meet."""
+    def is_late_fusion(self) -> bool:
+        """Whether text and image are encoded separately before the fusion layers."""
         return self.kind != "full"
 
     def __post_init__(self) -> None:
         if self.kind == "full" and (self.text_layers or self.visual_layers or self.match_dim):
-            raise ValueError(
-                "0 text layers, 0 visual layers and no matching belong to kind 'full': it reads all at once"
-            )
+            raise ValueError("kind 'full' needs text_layers, visual_layers and match_dim to be 0")
         if (self.kind == "maxsim") != (self.num_layers == 0):
-            raise ValueError(f"{self.num_layers} layers after the meeting do not make the kind {self.kind!r}")
+            raise ValueError(f"kind {self.kind!r} cannot have num_layers {self.num_layers}: only 'maxsim' has 0")
         if self.kind == "maxsim" and not self.match_dim:
-            raise ValueError("kind 'maxsim' compares tokens: its match_dim cannot be 0")
+            raise ValueError("kind 'maxsim' needs a match_dim")
 
 
 @dataclass(frozen=True, slots=True)
 class PreprocessConfig:
-    """What happens to pixels and captions before the model sees them.
+    """Preprocessing of images and captions.
 
-    Every picture is squeezed to a square, whatever its tower's published preprocessing does.
+    Every image is resized to a square without cropping, whatever the tower's published preprocessing does.
     """
 
     __pydantic_config__ = _CLOSED
@@ -100,19 +105,19 @@ class PreprocessConfig:
     image_size: Count
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    resample: Literal["bilinear", "bicubic"] = "bilinear"  # of SigLIP 2; SigLIP 1 and CLIP were trained on bicubic
-    canonical_captions: bool = True  # lower case, punctuation removed, as in training
+    resample: Literal["bilinear", "bicubic"] = "bilinear"  # SigLIP 2; SigLIP 1 and CLIP were trained on bicubic
+    canonical_captions: bool = True  # lower case, punctuation removed
     max_caption_pieces: Count = 61  # word pieces, without [CLS] and [SEP]
 
     @property
     def max_text_tokens(self) -> int:
-        """Word pieces with the caption's own [CLS] and [SEP]."""
+        """Word pieces with the caption's [CLS] and [SEP]."""
         return self.max_caption_pieces + 2
 
 
 @dataclass(frozen=True, slots=True)
 class EdjeConfig:
-    """The whole model. `trained` is False for weights that only have the right shape."""
+    """The whole model. `trained` is False for random weights."""
 
     __pydantic_config__ = _CLOSED
 
@@ -127,15 +132,20 @@ class EdjeConfig:
         vision, joint, adapter = self.vision, self.joint, self.adapter
         if vision.dim % vision.num_heads or joint.dim % joint.num_heads:
             raise ValueError(
-                f"widths {vision.dim} and {joint.dim} do not divide into {vision.num_heads} and {joint.num_heads} heads"
+                f"the widths {vision.dim} (vision) and {joint.dim} (joint) must be multiples of the numbers of heads, "
+                f"{vision.num_heads} and {joint.num_heads}"
             )
-        num_patches = self.num_patches  # refuses an image that is no whole number of patches
+        num_patches = self.num_patches  # raises if the image size is no multiple of the patch size
         if adapter.kind == "local" and adapter.num_tokens != num_patches:
-            raise ValueError(f"a local adapter keeps all {num_patches} patch tokens, not {adapter.num_tokens}")
+            raise ValueError(
+                f"adapter.num_tokens is {adapter.num_tokens}: a local adapter has one for each of {num_patches} patches"
+            )
         if joint.max_positions < self.max_sequence:
-            raise ValueError(f"{joint.max_positions} positions for sequences of {self.max_sequence} tokens")
+            raise ValueError(
+                f"joint.max_positions is {joint.max_positions}: sequences have up to {self.max_sequence} tokens"
+            )
         if not 0 <= joint.sep_id < joint.vocab_size:
-            raise ValueError(f"[SEP] is token {joint.sep_id} of a vocabulary of {joint.vocab_size}")
+            raise ValueError(f"joint.sep_id is {joint.sep_id}, beyond the vocabulary of {joint.vocab_size} tokens")
 
     @property
     def num_patches(self) -> int:
@@ -143,10 +153,12 @@ class EdjeConfig:
 
     @property
     def max_sequence(self) -> int:
-        """The longest sequence that shares BERT's positions: the caption with [CLS] and [SEP], and for an encoder that
-        reads all at once the visual tokens and the last [SEP]."""
+        """Length of the longest sequence with position embeddings.
+
+        The caption with [CLS] and [SEP]; for kind `full` also the visual tokens and the last [SEP].
+        """
         num_text = self.preprocess.max_text_tokens
-        return num_text if self.joint.apart else num_text + self.adapter.num_tokens + 1
+        return num_text if self.joint.is_late_fusion else num_text + self.adapter.num_tokens + 1
 
 
 @cache
@@ -155,7 +167,7 @@ def _adapter() -> TypeAdapter[EdjeConfig]:
 
 
 def canonical_json(config: EdjeConfig) -> str:
-    """One spelling per configuration: sorted keys, no spaces. Digests are taken over it."""
+    """The configuration as JSON with sorted keys and no spaces, the input of digests."""
     return json.dumps(asdict(config), sort_keys=True, separators=(",", ":"))
 
 

@@ -10,13 +10,14 @@ import typer
 
 from edje.checkpoint import CheckpointError
 from edje.config import EdjeConfig
-from edje.model.edje import build_edje, draw_weights
+from edje.model.edje import build_edje
+from edje.model.initialisation import initialise_untrained
 from edje.model.variants import VARIANTS
 from edje.model.weights import save_checkpoint
 from edje.vocabulary import VocabularyError, character_tokenizer, wordpiece_tokenizer
 
 
-def initialise(config: EdjeConfig, checkpoint: Path, *, seed: int, vocabulary: Path | None = None) -> str:
+def write_untrained(config: EdjeConfig, checkpoint: Path, *, seed: int, vocabulary: Path | None = None) -> str:
     """Write an untrained checkpoint of this shape and return its digest: the same seed, the same digest.
 
     Without a vocabulary file the tokenizer reads character by character.
@@ -26,7 +27,7 @@ def initialise(config: EdjeConfig, checkpoint: Path, *, seed: int, vocabulary: P
     joint = replace(config.joint, sep_id=numbers["[SEP]"], vocab_size=max(config.joint.vocab_size, len(numbers)))
     config = replace(config, trained=False, joint=joint)
     model = build_edje(config)
-    draw_weights(model, seed)
+    initialise_untrained(model, seed)
     return save_checkpoint(checkpoint, config, model, tokenizer.to_str())
 
 
@@ -40,7 +41,7 @@ def main(
     if variant not in VARIANTS:
         raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
     try:
-        digest = initialise(VARIANTS[variant], checkpoint, seed=seed, vocabulary=vocab)
+        digest = write_untrained(VARIANTS[variant], checkpoint, seed=seed, vocabulary=vocab)
     except (CheckpointError, VocabularyError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"{checkpoint}: model {digest}, variant {variant}, UNTRAINED: its scores mean nothing")

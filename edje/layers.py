@@ -1,4 +1,4 @@
-"""Blocks that the vision tower, the adapter and the joint encoder share. Knows tensors only."""
+"""Layers that the vision tower, the adapter and the joint encoder share. Knows tensors only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: Keys and values of another sequence, already apart by heads: two (B, H, S, D / H).
+#: Keys and values of another sequence, split into heads: two tensors (B, H, S, D / H).
 KeysValues = tuple[Tensor, Tensor]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one matrix for queries, keys and values; it may look at another sequence too."""
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one matrix for queries, keys and values.
+
+    The sequence can attend to keys and values of another sequence as well (`extra_kv`).
+    """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -19,34 +22,34 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None, beside: KeysValues | None = None) -> Tensor:
-        """(B, S, D) -> (B, S, D). The mask (B, 1, 1, S) is as long as `hidden` and `beside` together."""
-        queries, keys, values = (self.by_head(part) for part in self.qkv(hidden).chunk(3, dim=-1))
-        return self._attend(queries, keys, values, mask, beside)
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, extra_kv: KeysValues | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, D). The mask (B, 1, 1, S') is True where attention is allowed, over both sequences."""
+        queries, keys, values = (self.split_heads(part) for part in self.qkv(hidden).chunk(3, dim=-1))
+        return self._attend(queries, keys, values, mask, extra_kv)
 
-    def first(self, hidden: Tensor, mask: Tensor | None = None, beside: KeysValues | None = None) -> Tensor:
-        """(B, S, D) -> (B, 1, D): what `forward` gives for the first token, without the work for the others."""
+    def cls_only(self, hidden: Tensor, mask: Tensor | None = None, extra_kv: KeysValues | None = None) -> Tensor:
+        """The first token of `forward`'s result, (B, 1, D), without computing the others."""
         dim = hidden.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         queries = functional.linear(hidden[:, :1], weight[:dim], bias[:dim])
         keys, values = functional.linear(hidden, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-        return self._attend(self.by_head(queries), self.by_head(keys), self.by_head(values), mask, beside)
+        return self._attend(self.split_heads(queries), self.split_heads(keys), self.split_heads(values), mask, extra_kv)
 
-    def by_head(self, hidden: Tensor) -> Tensor:  # (B, S, D) -> (B, H, S, D / H)
+    def split_heads(self, hidden: Tensor) -> Tensor:  # (B, S, D) -> (B, H, S, D / H)
         batch, length, dim = hidden.shape
         return hidden.view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)
 
     def _attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, beside: KeysValues | None
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, extra_kv: KeysValues | None
     ) -> Tensor:
-        if beside is not None:
-            keys, values = torch.cat((keys, beside[0]), dim=2), torch.cat((values, beside[1]), dim=2)
+        if extra_kv is not None:
+            keys, values = torch.cat((keys, extra_kv[0]), dim=2), torch.cat((values, extra_kv[1]), dim=2)
         mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from one sequence to another, with torch's own parameter names."""
+    """Multi-head attention from one sequence to another, with the parameter names of `nn.MultiheadAttention`."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with a GELU between; `approximate` is torch's name for the kind of GELU."""
+    """Two linear maps with a GELU between them; `approximate` is passed to torch's GELU."""
 
     def __init__(self, dim: int, hidden_dim: int, approximate: str = "none") -> None:
         super().__init__()
@@ -69,7 +72,9 @@ class Mlp(nn.Module):
         return self.fc2(functional.gelu(self.fc1(hidden), approximate=self.approximate))  # type: ignore[no-any-return]
 
 
-def table(num_rows: int, dim: int) -> nn.Embedding:
-    """An embedding with its memory and no values yet: torch's own initialisation, which is thrown away here, imports
-    its compiler when the module is built on the meta device, and that takes seconds."""
+def empty_embedding(num_rows: int, dim: int) -> nn.Embedding:
+    """An embedding with uninitialised weights.
+
+    Torch's default initialisation on the meta device imports its compiler, which takes seconds.
+    """
     return nn.Embedding(num_rows, dim, _weight=torch.empty(num_rows, dim))

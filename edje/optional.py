@@ -1,4 +1,4 @@
-"""Packages that only some models need, imported when one of those is met."""
+"""Imports of packages that only some models need."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class PackageMissing(RuntimeError):
-    """A model needs a package that is not installed; the message says which, and how it is had."""
+    """A package that this model needs is not installed; the message gives the command that installs it."""
 
 
-def need(package: str, extra: str) -> Any:
-    """The package, imported. Raises `PackageMissing`."""
+def require_package(package: str, extra: str) -> Any:
+    """Import a package, or raise `PackageMissing`; `extra` is the extra of `edje-rerank` that installs it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

@@ -1,6 +1,7 @@
-"""Relative paths in a file are meant from that file's folder, wherever the program is started. Opens nothing.
+"""Resolves relative paths in a file against the folder of that file. Opens nothing.
 
-Neither `~` nor environment variables are expanded. What is no text is handed on: to complain about it is for others.
+Neither `~` nor environment variables are expanded. Values that are not text are returned unchanged, for the validation
+that follows to report.
 """
 
 from __future__ import annotations
@@ -9,37 +10,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edje.imports.sources import HUB_PREFIX, PACKAGE_PREFIX, is_on_the_hub
+from edje.imports.sources import HUB_PREFIX, PACKAGE_PREFIX, is_hub_repository
 
-#: What of a table that describes a dataset is a path, whatever the kind of dataset.
+#: Fields of a dataset's description that are paths, in every kind of dataset.
 _DATA_PATHS = ("json_path", "image_root", "csv_path", "folder")
-_GRAPH_PREFIX = "onnx:"
+_ONNX_PREFIX = "onnx:"
 
 
-def path_from(folder: Path, value: Any) -> Any:
-    """A path, taken from `folder`."""
+def resolve_path(folder: Path, value: Any) -> Any:
+    """The path as an absolute path, relative to `folder`."""
     return str(folder.absolute() / value) if isinstance(value, str) and value else value
 
 
-def source_from(folder: Path, value: Any) -> Any:
-    """A source of weights (see `edje.imports.sources.find_source`), taken from `folder` where it is a path."""
+def resolve_source(folder: Path, value: Any) -> Any:
+    """A source of weights (see `edje.imports.sources.find_source`), resolved where it is a path."""
     if not isinstance(value, str) or value.startswith((PACKAGE_PREFIX, HUB_PREFIX)):
         return value
-    return value if is_on_the_hub(value, folder / value) else path_from(folder, value)
+    return value if is_hub_repository(value, folder / value) else resolve_path(folder, value)
 
 
-def tower_from(folder: Path, value: Any) -> Any:
-    """The name of a tower (see `edje.towers.sources`), taken from `folder` where it is a graph's file."""
-    if not isinstance(value, str) or not value.startswith(_GRAPH_PREFIX):
+def resolve_tower(folder: Path, value: Any) -> Any:
+    """The name of a tower (see `edje.towers.sources`), resolved where it names a graph's file."""
+    if not isinstance(value, str) or not value.startswith(_ONNX_PREFIX):
         return value
-    return _GRAPH_PREFIX + str(path_from(folder, value.removeprefix(_GRAPH_PREFIX)))
+    return _ONNX_PREFIX + str(resolve_path(folder, value.removeprefix(_ONNX_PREFIX)))
 
 
-def data_from(folder: Path, table: Any) -> Any:
-    """A table that describes a dataset, its paths taken from `folder`; of several datasets, those of each."""
+def resolve_data(folder: Path, table: Any) -> Any:
+    """The description of a dataset, or of several as `parts`, with its paths resolved."""
     if not isinstance(table, Mapping):
         return table
-    located = {name: path_from(folder, value) if name in _DATA_PATHS else value for name, value in table.items()}
+    resolved = {name: resolve_path(folder, value) if name in _DATA_PATHS else value for name, value in table.items()}
     if isinstance(parts := table.get("parts"), Mapping):
-        located["parts"] = {name: data_from(folder, part) for name, part in parts.items()}
-    return located
+        resolved["parts"] = {name: resolve_data(folder, part) for name, part in parts.items()}
+    return resolved

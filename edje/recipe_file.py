@@ -15,17 +15,17 @@ from typing import Any, Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from edje.paths import data_from, path_from, source_from, tower_from
+from edje.paths import resolve_data, resolve_path, resolve_source, resolve_tower
 from edje.recipe import Recipe, RecipeError
 
 #: The fields that may contain a path, and the function that makes it absolute.
 _PATHS: Final[Mapping[tuple[str, ...], Callable[[Path, Any], Any]]] = {
-    ("data",): data_from,
-    ("tower",): tower_from,
-    ("start", "checkpoint"): path_from,
-    ("vocabulary",): source_from,
-    ("joint", "bert"): source_from,
-    ("first_stage", "source"): source_from,
+    ("data",): resolve_data,
+    ("tower",): resolve_tower,
+    ("start", "checkpoint"): resolve_path,
+    ("vocabulary",): resolve_source,
+    ("joint", "bert"): resolve_source,
+    ("first_stage", "source"): resolve_source,
 }
 
 
@@ -61,7 +61,7 @@ def _with_absolute_paths(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     phases = table.get("phase")
     for phase in phases if isinstance(phases, list) else []:
         if isinstance(phase, dict) and "teacher" in phase:
-            phase["teacher"] = path_from(folder, phase["teacher"])
+            phase["teacher"] = resolve_path(folder, phase["teacher"])
     return table
 
 

@@ -1,9 +1,13 @@
-"""The numbers a vision tower is made of, one frozen class per kind of tower.
+"""Configurations of vision towers, one frozen class per kind.
 
-Knows neither torch nor the libraries that bring towers; `edje.towers.base` builds what is described here. Whatever the
-kind, a configuration says how wide its patch tokens are (`dim`), how many there are for a square image
-(`num_tokens`), how wide the pooled embedding is (`pooled_dim`), and with how many heads and which LayerNorm epsilon
-the adapter reads them (`num_heads`, `norm_eps`: the tower's own where it has any).
+Knows neither torch nor the libraries of third-party towers; `edje.towers.build` builds the towers. Every kind has
+these fields or properties:
+
+    dim          width of a patch token
+    num_tokens   number of patch tokens of a square image
+    pooled_dim   width of the pooled embedding
+    num_heads    attention heads of the adapter, as many as the tower's where it has any
+    norm_eps     epsilon of the adapter's LayerNorms
 """
 
 from __future__ import annotations
@@ -20,10 +24,10 @@ CLOSED = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True, slots=True)
 class VitConfig:
-    """The tower of `edje.towers.vit`: SigLIP layout, square patches, no class token, an attention head that pools.
+    """The local tower, `edje.towers.vit`: SigLIP layout, square patches, no class token, attention pooling.
 
-    With the stem `conv` a few small convolutions with stride 2 lead to the same grid: a small tower that is trained
-    from scratch learns much faster with it. `patch` is SigLIP's one large convolution.
+    `stem` is SigLIP's one large convolution (`patch`), or small convolutions with stride 2 to the same grid (`conv`),
+    with which a small tower learns much faster from scratch.
     """
 
     __pydantic_config__ = CLOSED
@@ -41,16 +45,19 @@ class VitConfig:
         if self.stem == "patch":
             return
         if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"a conv stem halves the image again and again; {self.patch_size} is no power of two")
+            raise ValueError(f"stem 'conv' needs a patch_size that is a power of two, not {self.patch_size}")
         if self.dim % (self.patch_size // 2):
-            raise ValueError(f"a conv stem to {self.patch_size}-pixel patches cannot double its way to {self.dim}")
+            raise ValueError(
+                f"stem 'conv' doubles the channels up to dim: {self.dim} must be a multiple of patch_size / 2 = "
+                f"{self.patch_size // 2}"
+            )
 
     @property
     def pooled_dim(self) -> int:
         return self.dim
 
     def num_tokens(self, image_size: int) -> int:
-        return _grid(image_size, self.patch_size)
+        return _num_patches(image_size, self.patch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +74,20 @@ class HubVisionConfig:
     hidden_dim: Count
     hidden_act: Literal["gelu", "gelu_pytorch_tanh", "quick_gelu"]
     norm_eps: float
-    hidden_state: Literal["last", "penultimate"]  # the last one is taken after the tower's closing LayerNorm
-    keep_class_token: bool = False
+    hidden_state: Literal["last", "penultimate"]  # "last" is the output of the tower's final LayerNorm
     kind: Literal["transformers"] = "transformers"
-
-    def __post_init__(self) -> None:
-        if self.keep_class_token and self.architecture == "siglip_vision_model":
-            raise ValueError("a siglip_vision_model has no class token to keep")
 
     @property
     def pooled_dim(self) -> int:
         return self.dim
 
     def num_tokens(self, image_size: int) -> int:
-        return _grid(image_size, self.patch_size) + self.keep_class_token
+        return _num_patches(image_size, self.patch_size)
 
 
 @dataclass(frozen=True, slots=True)
 class TimmVisionConfig:
-    """A tower of the timm library, by the model's name: any that ends in a grid of features or in tokens."""
+    """A tower of the timm library by model name: any model that returns a feature grid or a sequence of tokens."""
 
     __pydantic_config__ = CLOSED
 
@@ -103,13 +105,13 @@ class TimmVisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class OnnxVisionConfig:
-    """A tower that is an ONNX graph with an output `tokens` and perhaps `pooled`; the file lies in the checkpoint."""
+    """A tower that is an ONNX graph with an output `tokens` and optionally `pooled`; the checkpoint holds the file."""
 
     __pydantic_config__ = CLOSED
 
     dim: Count
     tokens_per_image: Count
-    pooled_dim: Count  # equal to `dim` where the graph has no `pooled`: the mean of the tokens stands in
+    pooled_dim: Count  # equal to `dim` for a graph without `pooled`: the mean of the tokens is used
     num_heads: Count
     norm_eps: float = 1e-6
     kind: Literal["onnx"] = "onnx"
@@ -124,7 +126,7 @@ VisionConfig = Annotated[
 ]
 
 
-def _grid(image_size: int, patch_size: int) -> int:
+def _num_patches(image_size: int, patch_size: int) -> int:
     if image_size % patch_size:
-        raise ValueError(f"{image_size} pixels are no whole number of {patch_size}-pixel patches")
+        raise ValueError(f"an image size of {image_size} pixels is no multiple of the patch size {patch_size}")
     return int((image_size // patch_size) ** 2)

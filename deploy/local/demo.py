@@ -143,14 +143,14 @@ def first_stage_of(choices: Choices, pictures: Pictures, kafka: Mapping[str, Any
     """The checkpoint's own over the vectors that the ingest worker has published, or the words of the captions."""
     if not choices.searches_vectors():
         return WordOverlap(pictures.described)
-    from demo_dual_encoder import DualEncoder, pooled_here  # torch takes seconds to import
+    from demo_dual_encoder import VectorIndex, pooled_here  # torch takes seconds to import
 
     pooled = published_embeddings(kafka, topics)
     # Your Redis has them from an earlier run: an index of vectors would have them too.
     stored_before = {file.image_id: file.path for file in pictures.files if file.image_id not in pooled}
     if stored_before:
         pooled |= pooled_here(choices.checkpoint, stored_before)
-    return DualEncoder.load(choices.checkpoint, {file.image_id: pooled[file.image_id] for file in pictures.files})
+    return VectorIndex.load(choices.checkpoint, {file.image_id: pooled[file.image_id] for file in pictures.files})
 
 
 def tell(choices: Choices, pictures: Pictures, first_stage: FirstStage, answers: Answers, started_at: float) -> None:

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from demo_first_stage import Found, best_of
-from edje.first_stage.dual_encoder import FirstStage as Embedder
-from edje.first_stage.dual_encoder import load_first_stage
+from edje.first_stage.base import FirstStageEncoder as Embedder
+from edje.first_stage.load import load_first_stage
 from edje.images import ImageLimits, decode_image
 from edje.model.weights import load_checkpoint
 from edje.text import Tokenizer
@@ -24,7 +24,7 @@ from edje.text import Tokenizer
 LIMITS = ImageLimits(max_bytes=32 << 20, max_pixels=50_000_000)
 
 
-class DualEncoder:
+class VectorIndex:
     """An index over the vectors of all images. Implements the demo's `FirstStage`."""
 
     means = "the cosine of two vectors"
@@ -37,7 +37,7 @@ class DualEncoder:
         self._images = embedder.image_vectors(np.array(list(pooled.values()), np.float32))
 
     @classmethod
-    def load(cls, checkpoint: Path, pooled: Mapping[str, Sequence[float]]) -> DualEncoder:
+    def load(cls, checkpoint: Path, pooled: Mapping[str, Sequence[float]]) -> VectorIndex:
         """The first stage of a checkpoint over these images. Raises `CheckpointError`."""
         return cls(load_first_stage(checkpoint), Tokenizer.load(checkpoint), pooled)
 
@@ -61,5 +61,5 @@ def pooled_here(checkpoint: Path, paths: Mapping[str, Path]) -> dict[str, list[f
     found = {}
     for image_id, path in paths.items():
         pixels = decode_image(path.read_bytes(), preprocess.image_size, LIMITS, preprocess.resample)
-        found[image_id] = loaded.model.extract(torch.from_numpy(pixels)[None])[1][0].tolist()
+        found[image_id] = loaded.model.run_tower(torch.from_numpy(pixels)[None])[1][0].tolist()
     return found

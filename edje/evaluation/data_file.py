@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from edje.data.dataset import DataError
 from edje.data.spec import DataSpec
-from edje.paths import data_from
+from edje.paths import resolve_data
 from protocols.validation import first_problem
 
 
@@ -35,6 +35,6 @@ def read_data_spec(path: Path) -> DataSpec:
             f"{path} is not a valid {'JSON' if path.suffix == '.json' else 'TOML'} file: {error}"
         ) from error
     try:
-        return _adapter().validate_python(data_from(path.parent, content.get("data", content)))
+        return _adapter().validate_python(resolve_data(path.parent, content.get("data", content)))
     except ValidationError as error:
         raise DataError(f"{path} does not describe a dataset: {first_problem(error, root='the dataset')}") from error

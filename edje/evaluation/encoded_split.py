@@ -25,7 +25,7 @@ from edje.evaluation.storage import Storage, StoredTokens, store_tokens
 from edje.evaluation.torch_scorers import TorchScorers, joint_cost, late_interaction_cost
 from edje.features.extraction import extract, extractor_of
 from edje.features.storage import Features
-from edje.first_stage.dual_encoder import load_first_stage
+from edje.first_stage.load import load_first_stage
 from edje.model.edje import Edje
 from edje.model.weights import load_checkpoint
 from edje.text import Tokenizer

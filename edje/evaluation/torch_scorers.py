@@ -17,7 +17,7 @@ from edje.config import JointConfig
 from edje.evaluation.cost import ScorerCost, scorer_cost
 from edje.model.edje import Edje
 from edje.model.flops import Cost, cost_of
-from edje.model.late_fusion import ApartEncoder, TokenMatch
+from edje.model.late_fusion import LateFusionEncoder, LateInteraction
 
 #: Enough pairs to keep two cores or one GPU busy: 256 x 96 tokens x 1,536 hidden values are 150 MB.
 BATCH_PAIRS = 256
@@ -50,9 +50,9 @@ class TorchScorers:
         self._states: dict[int, Tensor] = {}  # by length: (captions, length, d)
 
     @property
-    def _match(self) -> TokenMatch | None:
+    def _match(self) -> LateInteraction | None:
         joint = self._model.joint
-        return joint.match if isinstance(joint, ApartEncoder) else None
+        return joint.match if isinstance(joint, LateFusionEncoder) else None
 
     @property
     def has_late_interaction(self) -> bool:
@@ -95,7 +95,7 @@ class TorchScorers:
             states = self._encoded(length, captions)
             step = max(1, _MATRIX_VALUES // (num_images * length * num_visual))
             for start in range(0, len(captions), step):
-                scores = match.matrix(states[start : start + step], self._tokens, None)
+                scores = match.score_matrix(states[start : start + step], self._tokens, None)
                 matrix[captions[start : start + step]] = scores.float().cpu().numpy()
         return matrix
 

@@ -32,7 +32,7 @@ from edje.features.storage import Draft, Features, FeaturesError, open_features
 from edje.images import ImageError, Resample
 from edje.model.edje import Edje
 from edje.progress import progress_bars
-from edje.towers.base import graph_of
+from edje.towers.base import onnx_graph
 
 #: As many as decode faster than a small tower runs; more only contend with it for the processor.
 DECODING_THREADS = min(8, os.cpu_count() or 1)
@@ -62,10 +62,10 @@ def extractor_of(model: Edje, config: EdjeConfig) -> Extractor:
     for name, tensor in sorted(model.vision.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    digest.update(graph_of(model.vision) or b"")
+    digest.update(onnx_graph(model.vision) or b"")
     device = model.pixel_scale.device
     return Extractor(
-        see=lambda pixels: model.extract(pixels.to(device)),
+        see=lambda pixels: model.run_tower(pixels.to(device)),
         image_size=preprocess.image_size,
         resample=preprocess.resample,
         digest=digest.hexdigest(),

@@ -1,1 +1,1 @@
-"""First stages: models that embed texts and images as single vectors to find the candidates."""
+"""First stages: encoders that embed texts and images as single vectors, to find the candidates."""

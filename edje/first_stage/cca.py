@@ -1,8 +1,7 @@
-"""Canonical correlation analysis: a first stage fitted in closed form, and cross-fitted for its own training pairs.
+"""Canonical correlation analysis: a first stage fitted in closed form to pooled embeddings and bags of words.
 
-On the images it was fitted on, such a model ranks far better than on any other; scores and mistakes of training pairs
-must therefore come from a model that has not seen them, or whatever learns from them learns to trust it too much.
-Fits and returns weights; trains nothing.
+The fitted encoder ranks the images of its training pairs far better than other images. A joint encoder that learns from
+first-stage scores therefore needs scores of an encoder that was not fitted to the same pairs (cross-fitting).
 """
 
 from __future__ import annotations
@@ -15,20 +14,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from edje.first_stage.dual_encoder import FirstStageModel, FirstStageModelConfig
+from edje.first_stage.dual_encoder import DualEncoder, DualEncoderConfig
 
 Matrix = NDArray[np.float32]
-#: A word in fewer captions than this says more about the photographer than about the picture.
+#: Words in fewer captions are ignored, because their correlations are mostly chance.
 MIN_CAPTIONS = 5
-#: Rounding alone makes correlations up to about this large.
+#: Correlations up to this size come from rounding.
 _NO_CORRELATION = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class CcaSettings:
-    """`ridge` is added to both covariances, as a multiple of their mean variance.
+    """Settings of the fit.
 
-    Directions count by the `correlation_power`-th power of their correlation.
+    Attributes:
+        dim: number of directions to keep.
+        ridge: added to the diagonal of both covariances, in units of their mean variance.
+        correlation_power: each direction is weighted by its correlation to this power.
+        image_power: see `DualEncoderConfig`.
     """
 
     dim: int = 128
@@ -39,8 +42,16 @@ class CcaSettings:
 
 def fit_cca(
     pooled: Matrix, texts: list[list[int]], image_of_text: NDArray[np.int64], vocab_size: int, settings: CcaSettings
-) -> FirstStageModel:
-    """(N, E) pooled embeddings, word ids of each text without [CLS] and [SEP], and the image of each."""
+) -> DualEncoder:
+    """Fit a dual encoder without layers.
+
+    Args:
+        pooled: pooled embeddings of the images, (N, E).
+        texts: token ids of each text, without [CLS] and [SEP].
+        image_of_text: row of the image of each text.
+        vocab_size: size of the tokenizer's vocabulary.
+        settings: of the fit.
+    """
     weights, used = _word_weights(texts, vocab_size)
     bags = _bags(texts, weights, used)
     text_mean = bags.mean(axis=0)
@@ -48,27 +59,27 @@ def fit_cca(
     image_mean, image_std = images.mean(axis=0), images.std(axis=0) + 1e-3
     images = (images - image_mean) / image_std
     bags -= text_mean
-    # Per image the mean of its texts is enough for the covariance between the two sides.
+    # The covariance between images and texts needs only the sum of each image's texts.
     num_texts = np.bincount(image_of_text, minlength=len(images)).astype(np.float32)
     sums = np.zeros((len(images), bags.shape[1]), np.float32)
     np.add.at(sums, image_of_text, bags)
     left = _root((images * num_texts[:, None]).T @ images / len(texts), settings.ridge)
     right = _root(bags.T @ bags / len(texts), settings.ridge)
     cross = torch.from_numpy(images.T @ sums / len(texts)).double()
-    # Between whitened sides the singular values are the correlations. Their squares are the eigenvalues of the smaller
-    # Gram matrix, which are found several times as fast.
+    # The singular values of the whitened cross-covariance are the correlations. An eigendecomposition of the smaller
+    # Gram matrix gives their squares several times as fast.
     whitened = solve_triangular(left, cross, upper=False)
     whitened = solve_triangular(right, whitened.T, upper=False).T
     squares, u = torch.linalg.eigh(whitened @ whitened.T)
     correlations = squares.clamp(min=0).sqrt().flip(0)[: settings.dim]
     u = u.flip(1)[:, : settings.dim]
-    # Where there are fewer directions the rest is zero, which changes no comparison.
+    # Directions without correlation, and those that pad the result to `dim`, are zero and change no dot product.
     strength = torch.where(correlations > _NO_CORRELATION, correlations**settings.correlation_power, 0.0)
     v = whitened.T @ u / correlations.clamp(min=_NO_CORRELATION)
     to_image = (solve_triangular(left.T, u, upper=True) * strength).numpy() / image_std[:, None]
     to_text = (solve_triangular(right.T, v, upper=True) * strength).numpy()
-    num_lacking = settings.dim - len(strength)
-    to_image, to_text = (np.pad(each, ((0, 0), (0, num_lacking))) for each in (to_image, to_text))
+    padding = settings.dim - len(strength)
+    to_image, to_text = (np.pad(each, ((0, 0), (0, padding))) for each in (to_image, to_text))
     return _as_model(to_image, image_mean, to_text, text_mean, weights, used, vocab_size, settings)
 
 
@@ -82,10 +93,10 @@ def _as_model(
     used: NDArray[np.int64],
     vocab_size: int,
     settings: CcaSettings,
-) -> FirstStageModel:
+) -> DualEncoder:
     dim = to_text.shape[1]
-    model = FirstStageModel(
-        FirstStageModelConfig(
+    model = DualEncoder(
+        DualEncoderConfig(
             dim=dim,
             vocab_size=vocab_size,
             image_dim=len(to_image),
@@ -105,7 +116,7 @@ def _as_model(
 
 
 def _word_weights(texts: list[list[int]], vocab_size: int) -> tuple[Matrix, NDArray[np.int64]]:
-    """The inverse document frequency of each word that is frequent enough, zero for the others; and which these are."""
+    """Inverse document frequencies (V,), zero for rare words, and the ids of the words that are not rare."""
     counts = np.zeros(vocab_size, np.int64)
     for words in texts:
         counts[list(set(words))] += 1
@@ -116,6 +127,7 @@ def _word_weights(texts: list[list[int]], vocab_size: int) -> tuple[Matrix, NDAr
 
 
 def _bags(texts: list[list[int]], weights: Matrix, used: NDArray[np.int64]) -> Matrix:
+    """Weighted bags of words of unit length, (C, number of used words)."""
     column = np.full(len(weights), -1)
     column[used] = np.arange(len(used))
     bags = np.zeros((len(texts), len(used)), np.float32)
@@ -128,7 +140,7 @@ def _bags(texts: list[list[int]], weights: Matrix, used: NDArray[np.int64]) -> M
 
 
 def _root(covariance: NDArray[np.floating], ridge: float) -> Tensor:
-    """The lower triangular root of a covariance with something added to its diagonal."""
+    """Cholesky factor of the covariance with the ridge on its diagonal."""
     damped = torch.from_numpy(covariance).double()
     damped.diagonal().add_(ridge * float(damped.diagonal().mean()))
     root: Tensor = torch.linalg.cholesky(damped)

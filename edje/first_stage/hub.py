@@ -1,12 +1,8 @@
-"""The first stage that a published tower belongs to: SigLIP, SigLIP 2 or CLIP, its text encoder beside our tower.
+"""First stages of the hub: the text encoder of SigLIP, SigLIP 2 or CLIP, beside the model's own vision tower.
 
-An image's vector is made of what the tower pools anyway (SigLIP compares just that, CLIP maps it once more), a text's
-by the model's own text encoder and tokenizer. Both lie in the checkpoint, so that it can be judged where there is no
-hub and means the same when a name on the hub means something else one day; that is 2.3 GB for SigLIP 2 Large, which
-the service never reads.
-
-Captions are made canonical before the model's own tokenizer sees them: it is what the joint encoder was trained on, and
-not every published tokenizer lower-cases by itself what its model expects in lower case.
+The image vector is the tower's pooled embedding (SigLIP) or a linear map of it (CLIP). The text vector comes from the
+model's text encoder and tokenizer. The checkpoint holds both, so that nothing is fetched from the hub again; for
+SigLIP 2 Large they take 2.3 GB, which the service never reads.
 """
 
 from __future__ import annotations
@@ -26,21 +22,45 @@ from torch import nn
 from torch.nn import functional
 
 from edje.checkpoint import CheckpointIncomplete, CheckpointMismatch, CheckpointTampered
-from edje.first_stage.dual_encoder import FirstStage, Vectors, parse_described, take_weights, write_folder
+from edje.first_stage.base import FirstStageEncoder, Vectors, load_weights, parse_config, write_folder
 from edje.imports.sources import HUB_PREFIX, SourceError
-from edje.optional import PackageMissing, need
+from edje.optional import PackageMissing, require_package
 from edje.text import canonical_caption
 from edje.tower_config import Count
 
 _TOKENIZER = "tokenizer"
 _CHUNK = 64
-#: The library's classes of a text encoder and its configuration. SigLIP 2 at a fixed resolution calls itself `siglip`.
+#: The library's classes of a text encoder and of its configuration. SigLIP 2 at a fixed resolution is a `siglip`.
 _CLASSES = {"siglip": ("SiglipTextConfig", "SiglipTextModel"), "clip": ("CLIPTextConfig", "CLIPTextModel")}
+
+
+#: Changes to a caption before the model's tokenizer reads it; "canonical" is lower case without punctuation.
+TextPreparation = Literal["as_written", "lower_case", "canonical"]
+
+
+def published_preparation(tokenizer: Any) -> TextPreparation:
+    """The preparation that the model was trained with, from its published tokenizer configuration.
+
+    `do_lower_case` decides where it is given. SigLIP, SigLIP 2 and CLIP were all trained on lower case, so that is the
+    default: SigLIP 2 is published with Gemma's tokenizer, which keeps capitals (R@1 on Flickr30k 73.7 instead of 80.7,
+    github.com/google-research/big_vision issue 166). Only SigLIP 1 was trained without punctuation.
+    """
+    settings = tokenizer.init_kwargs
+    if settings.get("do_lower_case") is False:
+        return "as_written"
+    name = settings.get("tokenizer_class") or type(tokenizer).__name__
+    return "canonical" if name.removesuffix("Fast") == "SiglipTokenizer" else "lower_case"
+
+
+def _prepared(caption: str, preparation: TextPreparation) -> str:
+    if preparation == "canonical":
+        return canonical_caption(caption)
+    return caption.lower() if preparation == "lower_case" else caption
 
 
 @dataclass(frozen=True, slots=True)
 class HubFirstStageConfig:
-    """`source` says where it came from; nothing is fetched from there again."""
+    """The text encoder; `source` is its name on the hub or its folder, for information only."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -48,26 +68,26 @@ class HubFirstStageConfig:
     architecture: Literal["siglip", "clip"]
     dim: Count
     image_dim: Count
-    text_config: dict[str, Any]  # the library's own
-    canonical_captions: bool = True
+    text_config: dict[str, Any]  # the library's configuration
+    text_preparation: TextPreparation
 
 
-class HubFirstStage(FirstStage):
-    """A text encoder of the transformers library, and the maps into the space in which both sides are compared."""
+class HubFirstStage(FirstStageEncoder):
+    """A text encoder of the transformers library, and for CLIP the linear maps to the common space."""
 
     def __init__(self, config: HubFirstStageConfig, tokenizer: Any) -> None:
         super().__init__()
-        transformers = need("transformers", "train")
+        transformers = require_package("transformers", "train")
         config_class, model_class = (getattr(transformers, name) for name in _CLASSES[config.architecture])
         self.config = config
         text_config = config_class.from_dict(config.text_config)
         self.text = model_class(text_config)
-        maps = config.architecture == "clip"  # SigLIP's two encoders end in the same space
-        self.text_out = nn.Linear(text_config.hidden_size, config.dim, bias=False) if maps else nn.Identity()
-        self.image_out = nn.Linear(config.image_dim, config.dim, bias=False) if maps else nn.Identity()
+        has_maps = config.architecture == "clip"  # SigLIP's encoders end in the common space
+        self.text_out = nn.Linear(text_config.hidden_size, config.dim, bias=False) if has_maps else nn.Identity()
+        self.image_out = nn.Linear(config.image_dim, config.dim, bias=False) if has_maps else nn.Identity()
         self._tokenizer = tokenizer
-        # SigLIP reads a text's last place and was trained on padded ones; CLIP reads the place where the text ends.
-        self._padding = True if maps else "max_length"
+        # SigLIP pools the last position and was trained on padded texts; CLIP pools the end-of-text token.
+        self._padding = True if has_maps else "max_length"
         self._max_tokens = int(text_config.max_position_embeddings)
 
     @property
@@ -80,43 +100,39 @@ class HubFirstStage(FirstStage):
 
     @torch.inference_mode()
     def caption_vectors(self, captions: Sequence[str], text_ids: Sequence[Sequence[int]]) -> Vectors:
-        """See `FirstStage`; the captions are read as they were written."""
+        """See `FirstStageEncoder`; reads the text."""
         vectors = np.empty((len(captions), self.dim), np.float32)
         for start in range(0, len(captions), _CHUNK):
-            some = list(captions[start : start + _CHUNK])
-            read = self._tokenizer(
-                [canonical_caption(each) for each in some] if self.config.canonical_captions else some,
+            inputs = self._tokenizer(
+                [_prepared(each, self.config.text_preparation) for each in captions[start : start + _CHUNK]],
                 padding=self._padding,
                 truncation=True,
                 max_length=self._max_tokens,
                 return_tensors="pt",
             )
-            pooled = self.text(**read.to(self._device())).pooler_output
+            pooled = self.text(**inputs.to(self._device())).pooler_output
             vectors[start : start + _CHUNK] = functional.normalize(self.text_out(pooled).float(), dim=-1).cpu()
         return vectors
 
     @torch.inference_mode()
     def image_vectors(self, pooled: NDArray[np.floating]) -> Vectors:
-        """See `FirstStage`."""
+        """See `FirstStageEncoder`."""
         vectors = np.empty((len(pooled), self.dim), np.float32)
         for start in range(0, len(pooled), _CHUNK):
-            some = torch.from_numpy(np.array(pooled[start : start + _CHUNK], np.float32)).to(self._device())
-            vectors[start : start + _CHUNK] = functional.normalize(self.image_out(some).float(), dim=-1).cpu()
+            chunk = torch.from_numpy(np.array(pooled[start : start + _CHUNK], np.float32)).to(self._device())
+            vectors[start : start + _CHUNK] = functional.normalize(self.image_out(chunk).float(), dim=-1).cpu()
         return vectors
 
     def save(self, folder: Path) -> None:
-        """Weights, tokenizer and, last, what describes them, into an empty folder."""
+        """Write the tokenizer, the weights and, last, config.json."""
         self._tokenizer.save_pretrained(folder / _TOKENIZER)
-        envelope = {"kind": "hub", "config": asdict(self.config), "tokenizer_sha256": _digests(folder / _TOKENIZER)}
-        write_folder(folder, envelope, self.state_dict())
+        fields = {"kind": "hub", "config": asdict(self.config), "tokenizer_sha256": _file_digests(folder / _TOKENIZER)}
+        write_folder(folder, fields, self.state_dict())
 
 
-def published_first_stage(source: str, *, canonical_captions: bool = True) -> HubFirstStage:
-    """The pair of encoders of this name, on the hub or in a local folder. Raises `SourceError`.
-
-    Of the images' side only what follows the tower is taken.
-    """
-    transformers = need("transformers", "train")
+def load_published_first_stage(source: str) -> HubFirstStage:
+    """Load the text encoder, and CLIP's maps, from the hub or a local folder. Raises `SourceError`."""
+    transformers = require_package("transformers", "train")
     name = source.removeprefix(HUB_PREFIX)
     try:
         whole = transformers.AutoConfig.from_pretrained(name)
@@ -125,7 +141,7 @@ def published_first_stage(source: str, *, canonical_captions: bool = True) -> Hu
                 f"{name} is a {whole.model_type}: a first stage of kind 'hub' is one of {', '.join(_CLASSES)}, "
                 "with a text encoder"
             )
-        # Never a pickle, and the type that our own checkpoints keep.
+        # Safetensors because a pickle can run code; float32 because our checkpoints store it.
         model = transformers.AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except SourceError:
@@ -141,35 +157,35 @@ def published_first_stage(source: str, *, canonical_captions: bool = True) -> Hu
         architecture=whole.model_type,
         dim=int(whole.projection_dim if is_clip else model.text_model.config.projection_size),
         image_dim=int(whole.vision_config.hidden_size),
-        text_config=json.loads(json.dumps(model.text_model.config.to_dict())),  # keys as a file would have them
-        canonical_captions=canonical_captions,
+        text_config=json.loads(json.dumps(model.text_model.config.to_dict())),  # keys as text, as in a file
+        text_preparation=published_preparation(tokenizer),
     )
     with torch.device("meta"):
-        ours = HubFirstStage(config, tokenizer)
-    ours.text = model.text_model
+        encoder = HubFirstStage(config, tokenizer)
+    encoder.text = model.text_model
     if is_clip:
-        ours.text_out, ours.image_out = model.text_projection, model.visual_projection
-    return ours.eval().requires_grad_(False)
+        encoder.text_out, encoder.image_out = model.text_projection, model.visual_projection
+    return encoder.eval().requires_grad_(False)
 
 
-def load_hub_first_stage(folder: Path, envelope: dict[str, Any], data: bytes) -> HubFirstStage:
-    """What `HubFirstStage.save` wrote. Raises `CheckpointError`."""
-    config = parse_described(folder, HubFirstStageConfig, envelope.get("config"))
-    if _digests(folder / _TOKENIZER) != envelope.get("tokenizer_sha256"):
+def load_hub_first_stage(folder: Path, fields: dict[str, Any], data: bytes) -> HubFirstStage:
+    """The encoder that `HubFirstStage.save` wrote. Raises `CheckpointError`."""
+    config = parse_config(folder, HubFirstStageConfig, fields.get("config"))
+    if _file_digests(folder / _TOKENIZER) != fields.get("tokenizer_sha256"):
         raise CheckpointTampered(f"{folder / _TOKENIZER} is not as it was saved: copy the whole folder again")
     try:
-        tokenizer = need("transformers", "train").AutoTokenizer.from_pretrained(folder / _TOKENIZER)
-        # On the CPU: the library keeps position numbers and the like in buffers that no file stores.
-        model = HubFirstStage(config, tokenizer)
+        tokenizer = require_package("transformers", "train").AutoTokenizer.from_pretrained(folder / _TOKENIZER)
+        # Not on the meta device: the library has buffers, such as position numbers, that no file stores.
+        encoder = HubFirstStage(config, tokenizer)
     except PackageMissing as error:
         raise CheckpointMismatch(f"{folder} cannot be loaded here: {error}") from error
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointIncomplete(f"{folder} cannot be loaded: {error}: copy the whole folder again") from error
-    return take_weights(folder, model, data)
+    return load_weights(folder, encoder, data)
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """Digest by file name."""
+def _file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file by file name."""
     try:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
     except OSError as error:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from edje.optional import PackageMissing, need
+from edje.optional import PackageMissing, require_package
 
 PACKAGE_PREFIX, HUB_PREFIX = "package:", "hub:"
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,14 +34,14 @@ def find_source(source: str, patterns: Sequence[str]) -> Path:
     if source.startswith(HUB_PREFIX):
         return hub_folder(source.removeprefix(HUB_PREFIX), patterns)
     path = Path(source)
-    if is_on_the_hub(source, path):
+    if is_hub_repository(source, path):
         return hub_folder(source, patterns)
     if not path.exists():
         raise SourceError(f"{source} does not exist: give a file, a folder, package:NAME/folder or hub:OWNER/NAME")
     return path
 
 
-def is_on_the_hub(source: str, path: Path) -> bool:
+def is_hub_repository(source: str, path: Path) -> bool:
     """Whether a source without a prefix means a repository, because no file or folder is where it points as a path."""
     return not path.exists() and path.suffix not in _FILES and bool(_ON_THE_HUB.fullmatch(source))
 
@@ -69,7 +69,7 @@ def hub_folder(
     `endpoint` and `cache` are huggingface_hub's own settings where they are None.
     """
     try:
-        folder = need("huggingface_hub", "train").snapshot_download(
+        folder = require_package("huggingface_hub", "train").snapshot_download(
             repository, allow_patterns=list(patterns), endpoint=endpoint, cache_dir=cache
         )
     except PackageMissing as error:

@@ -1,9 +1,9 @@
-"""The joint encoder: reads a caption and an image's visual tokens together and gives one logit.
+"""The paper's joint encoder: reads a caption and an image's visual tokens together and returns one logit.
 
-BERT's layout over `[CLS] caption [SEP] v_1 ... v_m [SEP]`. What depends on the text alone (`encode_queries`) is apart
-from what depends on the pair (`score`), so a query is embedded once for all its candidates.
-Embeddings and head compute in their own precision, the layers in theirs: `layers` may be turned to bf16 alone.
-`edje.model.late_fusion` has the encoders in which text and image meet later; `build_joint` picks.
+BERT's layout over `[CLS] caption [SEP] v_1 ... v_m [SEP]`. `encode_queries` computes the part that depends on the text
+alone, once for all candidates of a query; `score` computes the rest. Embeddings and head compute in their weights'
+precision and the layers in theirs, so that `layers` alone can be bfloat16. The encoders that fuse text and image later
+are in `edje.model.late_fusion`.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ import torch
 from torch import Tensor, nn
 
 from edje.config import JointConfig
-from edje.layers import Attention, KeysValues, Mlp, table
-from edje.model.head import FirstStageInput, MatchingHead
+from edje.layers import KeysValues, Mlp, SelfAttention, empty_embedding
+from edje.model.head import FirstStageScoreInput, MatchingHead
 
-TEXT, IMAGE = 0, 1  # token types; the last [SEP] counts as image
+TEXT, IMAGE = 0, 1  # token types; the last [SEP] has type IMAGE
 
 
 class JointBlock(nn.Module):
-    """A layer that normalises after it has mixed."""
+    """A post-norm transformer layer."""
 
     def __init__(self, config: JointConfig) -> None:
         super().__init__()
-        self.attention = Attention(config.dim, config.num_heads)
+        self.attention = SelfAttention(config.dim, config.num_heads)
         self.attention_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.mlp = Mlp(config.dim, config.hidden_dim)
         self.mlp_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, beside: KeysValues | None = None) -> Tensor:
-        """(B, S, d), (B, 1, 1, S) -> (B, S, d)"""
-        return self._finish(hidden, self.attention(hidden, mask, beside))
+    def forward(self, hidden: Tensor, mask: Tensor | None, extra_kv: KeysValues | None = None) -> Tensor:
+        """(B, S, d) -> (B, S, d); see `SelfAttention` for the mask and `extra_kv`."""
+        return self._after_attention(hidden, self.attention(hidden, mask, extra_kv))
 
-    def first(self, hidden: Tensor, mask: Tensor | None, beside: KeysValues | None = None) -> Tensor:
-        """What `forward` gives for [CLS], (B, 1, d): nobody reads the other tokens of the last layer."""
-        return self._finish(hidden[:, :1], self.attention.first(hidden, mask, beside))
+    def cls_only(self, hidden: Tensor, mask: Tensor | None, extra_kv: KeysValues | None = None) -> Tensor:
+        """[CLS] of `forward`'s result, (B, 1, d), without computing the other tokens."""
+        return self._after_attention(hidden[:, :1], self.attention.cls_only(hidden, mask, extra_kv))
 
-    def _finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        hidden = self.attention_norm(hidden + mixed)
+    def _after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = self.attention_norm(hidden + attended)
         return self.mlp_norm(hidden + self.mlp(hidden))  # type: ignore[no-any-return]
 
 
 class TextEmbeddings(nn.Module):
-    """Words, positions and types of BERT, and the norm over their sum."""
+    """BERT's word, position and type embeddings, and the norm over their sum."""
 
     def __init__(self, config: JointConfig) -> None:
         super().__init__()
-        self.words = table(config.vocab_size, config.dim)
-        self.positions = table(config.max_positions, config.dim)
-        self.types = table(2, config.dim)
+        self.words = empty_embedding(config.vocab_size, config.dim)
+        self.positions = empty_embedding(config.max_positions, config.dim)
+        self.types = empty_embedding(2, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
     def embed_text(self, text_ids: Tensor) -> Tensor:  # (Q, T) -> (Q, T, d)
@@ -59,7 +59,7 @@ class TextEmbeddings(nn.Module):
 
 
 class JointEncoder(TextEmbeddings):
-    """Embeddings, layers over both sequences at once, and the matching head."""
+    """Embeddings, layers over the whole sequence, and the matching head."""
 
     def __init__(self, config: JointConfig) -> None:
         super().__init__(config)
@@ -68,16 +68,16 @@ class JointEncoder(TextEmbeddings):
         self.head = MatchingHead(config)
 
     @property
-    def score_input(self) -> FirstStageInput | None:
-        """Where the first stage's score comes in, if this encoder reads it."""
+    def score_input(self) -> FirstStageScoreInput | None:
+        """The input of the first-stage score; None for a model that does not read it."""
         return self.head.first_stage
 
     def encode_visual(self, visual: Tensor) -> Tensor:  # (B, m, d) -> (B, m, d)
-        """What is stored of an image: the adapter's tokens as they are."""
+        """The visual tokens to store: the adapter's tokens unchanged."""
         return visual
 
     def encode_queries(self, text_ids: Tensor, text_lengths: Tensor | None = None) -> Tensor:  # (Q, T) -> (Q, T, d)
-        """Captions with their [CLS] and [SEP], padded on the right with any token: `score` masks the padding."""
+        """Embedded captions with [CLS] and [SEP]; any token may pad them on the right, because `score` masks it."""
         return self.embed_text(text_ids)
 
     def score(
@@ -87,57 +87,62 @@ class JointEncoder(TextEmbeddings):
         text_lengths: Tensor | None = None,
         first_stage: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, d) encoded captions, (B, m, d) stored tokens -> (B,) logits.
+        """Logits of pairs, (B,).
 
-        `text_lengths` (B,) says how much of each caption is not padding; None means that none of it is.
-        `first_stage` (B,) is what the first stage gave, for a head that reads it; NaN where it gave nothing.
+        Args:
+            text: encoded captions, (B, T, d).
+            visual: stored visual tokens, (B, m, d).
+            text_lengths: lengths of the captions without padding, (B,); None if none is padded.
+            first_stage: first-stage scores, (B,), NaN where a pair has none; read only by a head that was built for it.
         """
-        hidden, mask = self._join(text, visual, text_lengths)
+        hidden, mask = self._joined(text, visual, text_lengths)
         *layers, last = (cast(JointBlock, layer) for layer in self.layers)
         for layer in layers:
             hidden = layer(hidden, mask)
-        return self.head(last.first(hidden, mask)[:, 0], first_stage)  # type: ignore[no-any-return]
+        return self.head(last.cls_only(hidden, mask)[:, 0], first_stage)  # type: ignore[no-any-return]
 
-    def read(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None) -> Tensor:
-        """The caption's tokens after the last layer, (B, T, d): read with the image, or (None) without one."""
-        return self.read_by_layer(text, visual, text_lengths)[-1]
+    def text_states(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None) -> Tensor:
+        """The caption's tokens after the last layer, (B, T, d); without `visual` the image is left out."""
+        return self.text_states_by_layer(text, visual, text_lengths)[-1]
 
-    def read_by_layer(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None) -> list[Tensor]:
-        """The same after each layer."""
-        hidden, mask = self._join(text, visual, text_lengths)
-        after = []
+    def text_states_by_layer(
+        self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None
+    ) -> list[Tensor]:
+        """The caption's tokens after each layer, (B, T, d) each."""
+        hidden, mask = self._joined(text, visual, text_lengths)
+        states = []
         for layer in self.layers:
             hidden = layer(hidden, mask)
-            after.append(hidden[:, : text.shape[1]])
-        return after
+            states.append(hidden[:, : text.shape[1]])
+        return states
 
-    def _join(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Both sequences as one (B, S, d) in the layers' precision, and what of it may be looked at (B, 1, 1, S)."""
-        images = None if visual is None else self._embed_images(visual, text.shape[1], text_lengths)
+    def _joined(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The whole sequence (B, S, d) in the layers' precision, and its attention mask (B, 1, 1, S)."""
+        images = None if visual is None else self._embed_visual(visual, text.shape[1], text_lengths)
         num_images = 0 if images is None else images.shape[1]
-        mask = None if text_lengths is None else visible(text_lengths, text.shape[1], num_images)
+        mask = None if text_lengths is None else attention_mask(text_lengths, text.shape[1], num_images)
         hidden = text if images is None else torch.cat((text, images), dim=1)
         return hidden.to(compute_dtype(self.layers)), mask
 
-    def _embed_images(self, visual: Tensor, num_text: int, text_lengths: Tensor | None) -> Tensor:
-        """Visual tokens and the last [SEP] at the positions that follow the caption: (B, m + 1, d)."""
-        after = visual.shape[1] + 1
+    def _embed_visual(self, visual: Tensor, num_text: int, text_lengths: Tensor | None) -> Tensor:
+        """Visual tokens and the last [SEP], at the positions that follow the caption: (B, m + 1, d)."""
+        num_added = visual.shape[1] + 1
         if text_lengths is None:
-            positions = self.positions.weight[num_text : num_text + after]
+            positions = self.positions.weight[num_text : num_text + num_added]
         else:
-            positions = self.positions(text_lengths[:, None] + torch.arange(after, device=visual.device))
-        last = self.words.weight[self.sep_id].expand(visual.shape[0], 1, -1)
-        words = torch.cat((visual.to(last.dtype), last), dim=1)
+            positions = self.positions(text_lengths[:, None] + torch.arange(num_added, device=visual.device))
+        sep = self.words.weight[self.sep_id].expand(visual.shape[0], 1, -1)
+        words = torch.cat((visual.to(sep.dtype), sep), dim=1)
         return self.norm(words + positions + self.types.weight[IMAGE])  # type: ignore[no-any-return]
 
 
-def visible(text_lengths: Tensor, num_text: int, num_images: int) -> Tensor:
-    """True where a token may be looked at, padding of the text aside: (B, 1, 1, num_text + num_images)."""
+def attention_mask(text_lengths: Tensor, num_text: int, num_images: int) -> Tensor:
+    """False at the text's padding, True elsewhere: (B, 1, 1, num_text + num_images)."""
     is_text = torch.arange(num_text, device=text_lengths.device) < text_lengths[:, None]
     is_image = is_text.new_ones((text_lengths.shape[0], num_images))
     return torch.cat((is_text, is_image), dim=1)[:, None, None, :]
 
 
 def compute_dtype(layers: nn.ModuleList) -> torch.dtype:
-    """What the layers compute in."""
+    """The precision that the layers compute in: that of their weights."""
     return next(layers.parameters()).dtype

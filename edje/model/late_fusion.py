@@ -1,18 +1,18 @@
-"""Encoders that read text and image apart before they meet, so that less is left to do for a pair.
+"""Joint encoders that encode text and image separately before they fuse them, so that a pair costs less.
 
-After PreTTR (arXiv 2004.14255) and MICE (arXiv 2602.16299), which did this for text. The text layers run once per
-query, the visual layers once per image, offline: what is stored is their result, as large as the adapter's tokens.
-Visual tokens have positions of their own, because they must not depend on a caption they have never seen.
+After PreTTR (arXiv 2004.14255) and MICE (arXiv 2602.16299), which do this for text. The text layers run once per query.
+The visual layers run once per image, offline, and their output is stored; it is as large as the adapter's tokens.
+Visual tokens have positions that do not depend on the caption, because the caption is unknown when they are stored.
 
-    late      the layers after the meeting update text and image
-    minimal   they update the text alone; it looks at itself and at the image's states, which stay as stored
-    maxsim    there are none: each text token looks for its most similar visual token (ColBERT, arXiv 2004.12832)
+    late      fusion layers that update text and image
+    minimal   fusion layers that update the text alone; it attends to itself and to the stored visual tokens
+    maxsim    no fusion layers: each text token finds its most similar visual token (ColBERT, arXiv 2004.12832)
 
-Where a visual token lies is said twice: to the visual layers, and again at the meeting. A late interaction asks what a
-token shows wherever it lies, and states that were taught by it no longer tell (docs/LOG.md).
+Position vectors are added before the visual layers and once more before the fusion layers, because states trained by a
+late interaction, which ignores positions, lose them (docs/LOG.md).
 
-With a `match_dim`, `late` and `minimal` add that similarity to their logit: one checkpoint then also has the cheap
-scorer that a cascade begins with.
+With a `match_dim`, `late` and `minimal` add a late interaction to their logit, so that the checkpoint also contains the
+cheap scorer of a cascade.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edje.config import JointConfig
-from edje.layers import table
-from edje.model.head import FirstStageInput, MatchingHead
-from edje.model.joint import IMAGE, JointBlock, TextEmbeddings, compute_dtype, visible
+from edje.layers import KeysValues, empty_embedding
+from edje.model.head import FirstStageScoreInput, MatchingHead
+from edje.model.joint import IMAGE, JointBlock, TextEmbeddings, attention_mask, compute_dtype
 
-#: Of the similarity at the start of training: a mean cosine of 0.5 more is a factor of 150 in the odds, as in CLIP.
+#: Initial factor on the similarity: a mean cosine higher by 0.5 multiplies the odds by 150, as in CLIP.
 INITIAL_SCALE = 10.0
 
 
-class InteractionBlock(JointBlock):
-    """A layer in which text looks at itself and at visual states that nobody updates, through a map of their own."""
+class TextUpdateBlock(JointBlock):
+    """A layer that updates the text alone; the text attends to itself and to fixed visual tokens."""
 
     def __init__(self, config: JointConfig) -> None:
         super().__init__(config)
         self.visual_kv = nn.Linear(config.dim, 2 * config.dim)
 
-    def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:  # (B, m, d) -> two (B, H, m, d / H)
+    def keys_values(self, visual: Tensor) -> KeysValues:  # (B, m, d) -> two (B, H, m, d / H)
         keys, values = self.visual_kv(visual).chunk(2, dim=-1)
-        return self.attention.by_head(keys), self.attention.by_head(values)
+        return self.attention.split_heads(keys), self.attention.split_heads(values)
 
-    def by_head(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:  # (B, 2, m, d) -> two (B, H, m, d / H)
-        return self.attention.by_head(keys_values[:, 0]), self.attention.by_head(keys_values[:, 1])
+    def split_keys_values(self, keys_values: Tensor) -> KeysValues:  # (B, 2, m, d) -> two (B, H, m, d / H)
+        return self.attention.split_heads(keys_values[:, 0]), self.attention.split_heads(keys_values[:, 1])
 
 
-class TokenMatch(nn.Module):
-    """Late interaction: for each text token the most similar visual token, averaged over the text."""
+class LateInteraction(nn.Module):
+    """Cosine of each text token to its most similar visual token, averaged over the text, scaled and shifted."""
 
     def __init__(self, config: JointConfig) -> None:
         super().__init__()
@@ -71,12 +71,12 @@ class TokenMatch(nn.Module):
         """The late interaction of projected pairs: (B, T, k), (B, m, k) -> (B,). A batch of one text is broadcast."""
         return self._mean((text @ visual.transpose(1, 2)).amax(dim=2), text_lengths)
 
-    def pairs(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None) -> Tensor:
-        """The late interaction of pairs: (B, T, d), (B, m, d) -> (B,)."""
+    def score_pairs(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None) -> Tensor:
+        """Scores of text i with image i: (B, T, d), (B, m, d) -> (B,)."""
         return self.compare(self.project_text(text), self.project_visual(visual), text_lengths)
 
-    def matrix(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None) -> Tensor:
-        """(Q, T, d), (N, m, d) -> (Q, N): everything with everything."""
+    def score_matrix(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None) -> Tensor:
+        """Scores of every text with every image: (Q, T, d), (N, m, d) -> (Q, N)."""
         texts, visuals = self.project_text(text), self.project_visual(visual)
         best = torch.einsum("qtd,nmd->qntm", texts, visuals).amax(dim=3)
         return self._mean(best, None if text_lengths is None else text_lengths[:, None])
@@ -94,31 +94,32 @@ class TokenMatch(nn.Module):
         return self.log_scale.exp() * mean + self.bias
 
 
-class ApartEncoder(TextEmbeddings):
-    """Text layers, visual layers, and how the two meet."""
+class LateFusionEncoder(TextEmbeddings):
+    """Text layers, visual layers, fusion layers and late interaction, as the configuration asks for."""
 
     def __init__(self, config: JointConfig, num_visual_tokens: int) -> None:
         super().__init__(config)
         self.kind = config.kind
-        self.visual_positions = table(num_visual_tokens, config.dim)
+        self.visual_positions = empty_embedding(num_visual_tokens, config.dim)
         self.visual_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.meeting_positions = table(num_visual_tokens, config.dim) if config.num_layers else None
-        block = InteractionBlock if config.kind == "minimal" else JointBlock
+        # The name in the checkpoint of the positions that are added before the fusion layers.
+        self.meeting_positions = empty_embedding(num_visual_tokens, config.dim) if config.num_layers else None
+        block = TextUpdateBlock if config.kind == "minimal" else JointBlock
         self.text_layers = nn.ModuleList(JointBlock(config) for _ in range(config.text_layers))
         self.visual_layers = nn.ModuleList(JointBlock(config) for _ in range(config.visual_layers))
         self.layers = nn.ModuleList(block(config) for _ in range(config.num_layers))
-        self.match = TokenMatch(config) if config.match_dim else None
+        self.match = LateInteraction(config) if config.match_dim else None
         self.head = MatchingHead(config) if config.num_layers else None
         no_head = config.num_layers == 0 and config.first_stage is not None
-        self.first_stage = FirstStageInput(config.first_stage, 1) if no_head and config.first_stage else None
+        self.first_stage = FirstStageScoreInput(config.first_stage, 1) if no_head and config.first_stage else None
 
     @property
-    def score_input(self) -> FirstStageInput | None:
-        """Where the first stage's score comes in, if this encoder reads it."""
+    def score_input(self) -> FirstStageScoreInput | None:
+        """The input of the first-stage score; None for a model that does not read it."""
         return self.first_stage if self.head is None else self.head.first_stage
 
     def encode_visual(self, visual: Tensor) -> Tensor:  # (B, m, d) -> (B, m, d)
-        """The adapter's tokens after the visual layers: what is stored of an image."""
+        """The visual tokens to store: the adapter's tokens after the visual layers."""
         embedded = visual.to(self.types.weight.dtype) + self.visual_positions.weight + self.types.weight[IMAGE]
         hidden = self.visual_norm(embedded)
         if len(self.visual_layers):
@@ -128,9 +129,9 @@ class ApartEncoder(TextEmbeddings):
         return hidden  # type: ignore[no-any-return]
 
     def encode_queries(self, text_ids: Tensor, text_lengths: Tensor | None = None) -> Tensor:  # (Q, T) -> (Q, T, d)
-        """Captions with their [CLS] and [SEP] after the text layers; padding is not looked at."""
+        """Captions with [CLS] and [SEP] after the text layers; padding is masked."""
         hidden = self.embed_text(text_ids)
-        mask = None if text_lengths is None else visible(text_lengths, text_ids.shape[1], 0)
+        mask = None if text_lengths is None else attention_mask(text_lengths, text_ids.shape[1], 0)
         if len(self.text_layers):
             hidden = hidden.to(compute_dtype(self.text_layers))
         for layer in self.text_layers:
@@ -154,41 +155,41 @@ class ApartEncoder(TextEmbeddings):
         """
         logit: Tensor | float = 0.0
         if self.head is not None:
-            *_, last = self._meet(text, visual, text_lengths, cls_only=True, keys_values=keys_values)
+            *_, last = self._fused(text, visual, text_lengths, cls_only=True, keys_values=keys_values)
             logit = self.head(last[:, 0], first_stage)
         if self.match is not None:
-            logit = logit + (self.match.pairs(text, visual, text_lengths) if match is None else match)
+            logit = logit + (self.match.score_pairs(text, visual, text_lengths) if match is None else match)
         if self.first_stage is not None:
             score = first_stage if first_stage is not None else text.new_full(text.shape[:1], float("nan"))
-            added, straight = self.first_stage(score)
-            logit = logit + added[:, 0] + straight
+            hidden, to_logit = self.first_stage(score)
+            logit = logit + hidden[:, 0] + to_logit
         return cast(Tensor, logit)
 
     def similarity(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> Tensor:
-        """(Q, T, d), (N, m, d) -> (Q, N): the late interaction alone, for an encoder that has one."""
+        """The late interaction alone, (Q, T, d), (N, m, d) -> (Q, N). Raises `ValueError` if there is none."""
         if self.match is None:
             raise ValueError("this encoder was built without a late interaction (match_dim is 0)")
-        return self.match.matrix(text, visual, text_lengths)
+        return self.match.score_matrix(text, visual, text_lengths)
 
-    def read(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None) -> Tensor:
-        """The caption's tokens after the last layer, (B, T, d): read with the image, or (None) as they are."""
+    def text_states(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None) -> Tensor:
+        """The caption's tokens after the last fusion layer, (B, T, d); `text` itself without image or fusion layers."""
         if visual is None or not len(self.layers):
             return text
-        return self.read_by_layer(text, visual, text_lengths)[-1]
+        return self.text_states_by_layer(text, visual, text_lengths)[-1]
 
-    def read_by_layer(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> list[Tensor]:
-        """The same after each layer."""
-        return [hidden[:, : text.shape[1]] for hidden in self._meet(text, visual, text_lengths, cls_only=False)]
+    def text_states_by_layer(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> list[Tensor]:
+        """The caption's tokens after each fusion layer, (B, T, d) each."""
+        return [hidden[:, : text.shape[1]] for hidden in self._fused(text, visual, text_lengths, cls_only=False)]
 
     def visual_keys_values(self, visual: Tensor) -> Tensor:
         """The visual keys and values of every layer of a `minimal` encoder: (N, m, d) -> (N, L, 2, m, d)."""
         assert self.meeting_positions is not None, "only an encoder of kind 'minimal' has them"
         dtype = compute_dtype(self.layers)
         visual = visual.to(dtype) + self.meeting_positions.weight.to(dtype)
-        by_layer = [cast(InteractionBlock, layer).visual_kv(visual).chunk(2, dim=-1) for layer in self.layers]
+        by_layer = [cast(TextUpdateBlock, layer).visual_kv(visual).chunk(2, dim=-1) for layer in self.layers]
         return torch.stack([torch.stack(pair, dim=1) for pair in by_layer], dim=1)
 
-    def _meet(
+    def _fused(
         self,
         text: Tensor,
         visual: Tensor,
@@ -197,17 +198,20 @@ class ApartEncoder(TextEmbeddings):
         cls_only: bool,
         keys_values: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """What each layer gives, (B, S, d); of the last one only [CLS] if that is enough."""
-        assert self.meeting_positions is not None  # there are layers
+        """The states after each fusion layer, (B, S, d); with `cls_only` the last are [CLS] alone, (B, 1, d)."""
+        assert self.meeting_positions is not None  # exists whenever there are fusion layers
         dtype = compute_dtype(self.layers)
-        mask = None if text_lengths is None else visible(text_lengths, text.shape[1], visual.shape[1])
+        mask = None if text_lengths is None else attention_mask(text_lengths, text.shape[1], visual.shape[1])
         text, visual = text.to(dtype), visual.to(dtype) + self.meeting_positions.weight.to(dtype)
         hidden = text if self.kind == "minimal" else torch.cat((text, visual), dim=1)
         last = len(self.layers) - 1
         for number, module in enumerate(self.layers):
             layer = cast(JointBlock, module)
-            beside = None
-            if isinstance(layer, InteractionBlock):
-                beside = layer.keys_values(visual) if keys_values is None else layer.by_head(keys_values[:, number])
-            hidden = layer.first(hidden, mask, beside) if cls_only and number == last else layer(hidden, mask, beside)
+            extra_kv = None
+            if isinstance(layer, TextUpdateBlock) and keys_values is None:
+                extra_kv = layer.keys_values(visual)
+            elif isinstance(layer, TextUpdateBlock) and keys_values is not None:
+                extra_kv = layer.split_keys_values(keys_values[:, number])
+            is_last_cls = cls_only and number == last
+            hidden = layer.cls_only(hidden, mask, extra_kv) if is_last_cls else layer(hidden, mask, extra_kv)
             yield hidden

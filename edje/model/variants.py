@@ -1,4 +1,4 @@
-"""Named model shapes, as data. Numbers of the paper's models: arXiv 2510.06820, section 4 and appendix."""
+"""Named model configurations. Sizes of the paper's models: arXiv 2510.06820, section 4 and appendix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edje.tower_config import VitConfig
 
 _SIGLIP2_L16 = VitConfig(patch_size=16, dim=1024, num_layers=24, num_heads=16, hidden_dim=4096)
 _SIGLIP2_B16 = VitConfig(patch_size=16, dim=768, num_layers=12, num_heads=12, hidden_dim=3072)
-#: BERT's vocabulary and one `<image>` token; [SEP] is BERT's.
+#: BERT's vocabulary with one `<image>` token; `sep_id` is BERT's [SEP].
 _MINILM_L12 = JointConfig(dim=384, num_layers=12, num_heads=12, hidden_dim=1536, vocab_size=30_523, sep_id=102)
 _AT_384 = PreprocessConfig(image_size=384)
 
@@ -25,7 +25,7 @@ _ALL: Final = (
     _paper("paper-l16-32", _SIGLIP2_L16, num_tokens=32),
     _paper("paper-l16-128", _SIGLIP2_L16, num_tokens=128),
     _paper("paper-b16", _SIGLIP2_B16, num_tokens=64),
-    # The distillation teacher. 640 positions: all 576 patches and 64 tokens of text do not fit into BERT's 512.
+    # The distillation teacher. BERT's 512 positions are too few for 576 patches and 64 text tokens.
     EdjeConfig(
         name="paper-l16-local",
         trained=False,
@@ -34,8 +34,8 @@ _ALL: Final = (
         adapter=AdapterConfig(kind="local", num_tokens=576),
         joint=replace(_MINILM_L12, max_positions=640),
     ),
-    # For tests and demonstrations: the same code path in under a million parameters. The vocabulary is the
-    # character one of `edje.vocabulary`.
+    # For tests and demonstrations: less than a million parameters, with the character vocabulary of
+    # `edje.vocabulary`.
     EdjeConfig(
         name="tiny",
         trained=False,
@@ -49,24 +49,24 @@ _ALL: Final = (
 )
 
 
-def _apart(
-    of: EdjeConfig, kind: Literal["late", "minimal", "maxsim"], *, before: int, visual: int, after: int, match_dim: int
+def _late_fusion(
+    base: EdjeConfig, kind: Literal["late", "minimal", "maxsim"], *, text: int, visual: int, fusion: int, match_dim: int
 ) -> EdjeConfig:
-    """The same model with an encoder in which text and image meet after `before` and `visual` layers of their own."""
+    """The same model with a late-fusion encoder of so many text, visual and fusion layers."""
     joint = replace(
-        of.joint, kind=kind, text_layers=before, visual_layers=visual, num_layers=after, match_dim=match_dim
+        base.joint, kind=kind, text_layers=text, visual_layers=visual, num_layers=fusion, match_dim=match_dim
     )
-    return replace(of, name=f"{of.name}-{kind}", joint=joint)
+    return replace(base, name=f"{base.name}-{kind}", joint=joint)
 
 
 _BY_NAME: Final = {variant.name: variant for variant in _ALL}
 _L16, _TINY = _BY_NAME["paper-l16"], _BY_NAME["tiny"]
-_APART: Final = (
-    _apart(_L16, "late", before=6, visual=2, after=6, match_dim=128),
-    _apart(_L16, "minimal", before=6, visual=2, after=4, match_dim=128),
-    _apart(_TINY, "late", before=1, visual=1, after=2, match_dim=0),
-    _apart(_TINY, "minimal", before=1, visual=1, after=2, match_dim=32),
-    _apart(_TINY, "maxsim", before=1, visual=1, after=0, match_dim=32),
+_LATE_FUSION: Final = (
+    _late_fusion(_L16, "late", text=6, visual=2, fusion=6, match_dim=128),
+    _late_fusion(_L16, "minimal", text=6, visual=2, fusion=4, match_dim=128),
+    _late_fusion(_TINY, "late", text=1, visual=1, fusion=2, match_dim=0),
+    _late_fusion(_TINY, "minimal", text=1, visual=1, fusion=2, match_dim=32),
+    _late_fusion(_TINY, "maxsim", text=1, visual=1, fusion=0, match_dim=32),
 )
 
-VARIANTS: Final = _BY_NAME | {variant.name: variant for variant in _APART}
+VARIANTS: Final = _BY_NAME | {variant.name: variant for variant in _LATE_FUSION}

@@ -1,4 +1,4 @@
-"""Saving and loading a whole model: the half of a checkpoint that needs torch (`edje.checkpoint` is the other)."""
+"""Saves and loads a model as a checkpoint folder; `edje.checkpoint` reads the parts that need no torch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from edje.config import EdjeConfig
 from edje.files import draft_directory
 from edje.model.edje import Edje, build_edje
 from edje.optional import PackageMissing
-from edje.towers.base import TowerError, graph_of
+from edje.towers.base import TowerError, onnx_graph
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded model, ready to run on the CPU, and what identifies it."""
+    """A loaded model on the CPU in evaluation mode, its configuration and its digest."""
 
     config: EdjeConfig
     model: Edje
@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer_json: str) -> str:
-    """Write a new checkpoint folder, whole or not at all, and return its digest.
+    """Write a new checkpoint folder atomically and return its digest.
 
     Raises `CheckpointExists` unless the folder is new or empty.
     """
@@ -52,7 +52,7 @@ def save_checkpoint(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer
             draft / WEIGHTS_FILE,
         )
         (draft / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
-        graph = graph_of(model.vision)
+        graph = onnx_graph(model.vision)
         if graph is not None:
             (draft / GRAPH_FILE).write_bytes(graph)
         digest = digest_of(draft, config)
@@ -62,7 +62,7 @@ def save_checkpoint(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer
 
 
 def load_checkpoint(checkpoint: Path) -> Checkpoint:
-    """Read a checkpoint folder, after verifying its digest. Raises `CheckpointError`."""
+    """Verify the digest of a checkpoint folder and load the model. Raises `CheckpointError`."""
     config = read_config(checkpoint)
     digest = read_digest(checkpoint)
     try:

@@ -1,6 +1,6 @@
-"""Vision towers of the transformers library (SigLIP, SigLIP 2, CLIP), built from their numbers alone.
+"""Vision towers of the transformers library (SigLIP, SigLIP 2, CLIP), built from a configuration without downloads.
 
-The one module that knows how that library names things; the weights come from our own checkpoint.
+The one module that knows the library's names for towers; the weights come from the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edje.optional import need
+from edje.optional import require_package
 from edje.tower_config import HubVisionConfig
-from edje.towers.base import BorrowedTower, TowerError
+from edje.towers.base import FrozenTower, TowerError
 
-#: Our field, and what the library's vision configurations call it.
+#: Our field, and its name in the library's vision configurations.
 _FIELDS = {
     "patch_size": "patch_size",
     "dim": "hidden_size",
@@ -33,39 +33,41 @@ _CLASSES = {
 }
 
 
-class HubTower(BorrowedTower):
-    """The library's own module, read at the layer that the configuration names."""
+class HubTower(FrozenTower):
+    """The library's module; returns the hidden state that the configuration names, without CLIP's class token."""
 
     def __init__(self, config: HubVisionConfig, image_size: int) -> None:
         super().__init__(config, image_size)
         self._is_penultimate = config.hidden_state == "penultimate"
-        has_class_token = config.architecture == "clip_vision_model"
-        self._num_dropped = int(has_class_token and not config.keep_class_token)
+        self._num_class_tokens = int(config.architecture == "clip_vision_model")
         self._build = partial(_library_model, config, image_size)
         self.model = self._build()
 
-    def _renew(self) -> None:
+    def _rebuild(self) -> None:
         self.model = self._build()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, H, W) -> (B, S, D), (B, D)
-        seen = self.model(pixel_values=pixels, output_hidden_states=self._is_penultimate)
-        hidden = seen.hidden_states[-2] if self._is_penultimate else seen.last_hidden_state
-        return self._checked(hidden[:, self._num_dropped :], seen.pooler_output)
+        output = self.model(pixel_values=pixels, output_hidden_states=self._is_penultimate)
+        hidden = output.hidden_states[-2] if self._is_penultimate else output.last_hidden_state
+        return self._checked(hidden[:, self._num_class_tokens :], output.pooler_output)
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedTower:
-    """What a folder of the hub holds of a vision tower."""
+    """A vision tower as published on the hub."""
 
     config: HubVisionConfig
     image_size: int
-    preprocessor: Mapping[str, Any]  # as the hub publishes it; empty where it does not
+    preprocessor: Mapping[str, Any]  # the published preprocessor configuration; empty where there is none
     weights: Mapping[str, Tensor] | None
 
 
-def published_tower(name: str, *, is_pretrained: bool) -> PublishedTower:
-    """Read a SigLIP, SigLIP 2 or CLIP model by its name on the hub or its local folder. Raises `TowerError`."""
-    transformers = need("transformers", "train")
+def read_published_tower(name: str, *, is_pretrained: bool) -> PublishedTower:
+    """Read a SigLIP, SigLIP 2 or CLIP model by its name on the hub or its local folder.
+
+    Weights are read if `is_pretrained`. Raises `TowerError`.
+    """
+    transformers = require_package("transformers", "train")
     try:
         whole = transformers.AutoConfig.from_pretrained(name)
         vision = getattr(whole, "vision_config", whole).to_dict()
@@ -74,7 +76,7 @@ def published_tower(name: str, *, is_pretrained: bool) -> PublishedTower:
         weights = None
         if is_pretrained:
             model_class = getattr(transformers, _CLASSES[vision["model_type"]][1])
-            # Never a pickle, and the type that our own checkpoints keep.
+            # Safetensors because a pickle can run code; float32 because our checkpoints store it.
             weights = model_class.from_pretrained(name, use_safetensors=True, dtype=torch.float32).state_dict()
     except (OSError, ValueError) as error:
         raise TowerError(
@@ -91,13 +93,13 @@ def published_tower(name: str, *, is_pretrained: bool) -> PublishedTower:
 def _hub_vision_config(published: Mapping[str, Any]) -> HubVisionConfig:
     architecture = published["model_type"]
     fields = {ours: published[theirs] for ours, theirs in _FIELDS.items()}
-    # What the paper reads: SigLIP's last hidden state, CLIP's last but one.
+    # As in the paper: the last hidden state of SigLIP, the one before the last of CLIP.
     hidden_state: Literal["last", "penultimate"] = "last" if architecture == "siglip_vision_model" else "penultimate"
     return HubVisionConfig(architecture=architecture, hidden_state=hidden_state, **fields)
 
 
 def _library_model(config: HubVisionConfig, image_size: int) -> nn.Module:
-    transformers = need("transformers", "train")
+    transformers = require_package("transformers", "train")
     config_class, model_class = (getattr(transformers, name) for name in _CLASSES[config.architecture])
     fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
     model = model_class(config_class(image_size=image_size, **fields))

@@ -1,4 +1,4 @@
-"""A vision tower that is an ONNX graph, run by ONNX Runtime on the CPU, whatever device the rest of the model is on."""
+"""Vision towers that are ONNX graphs. ONNX Runtime computes them on the CPU, on whatever device the model is."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edje.optional import need
+from edje.optional import require_package
 from edje.tower_config import OnnxVisionConfig
-from edje.towers.base import BorrowedTower, TowerError
+from edje.towers.base import FrozenTower, TowerError
 
 _TOKENS, _POOLED = "tokens", "pooled"
-#: Says nothing about what it does not mind; errors come as exceptions.
+#: ONNX Runtime logs nothing below this severity; errors are raised as exceptions.
 _LOG_FATAL = 4
 
 
-class GraphTower(BorrowedTower):
-    """Images in, the graph's `tokens` out, and its `pooled` or the mean of the tokens. No gradient passes."""
+class OnnxTower(FrozenTower):
+    """Returns the graph's output `tokens`, and its `pooled` or the mean of the tokens. No gradient passes."""
 
     def __init__(self, config: OnnxVisionConfig, image_size: int, graph: bytes) -> None:
         super().__init__(config, image_size)
         self.graph = graph
-        self._run = GraphRunner(graph)
+        self._run = OnnxRunner(graph)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, H, W) -> (B, S, D), (B, E)
         return self._checked(*self._run(pixels))
 
 
-class GraphRunner:
-    """One graph, opened: `image_size` is what it asks for, None where it takes any."""
+class OnnxRunner:
+    """An open ONNX graph. `image_size` is the size it requires, None where it takes any."""
 
     def __init__(self, graph: bytes) -> None:
-        onnxruntime = need("onnxruntime", "train")
+        onnxruntime = require_package("onnxruntime", "train")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _LOG_FATAL
         options.intra_op_num_threads = torch.get_num_threads()
-        # Weights beside the graph would be looked for in the working directory: no graph may depend on that.
+        # By default external weights are read from the working directory; no graph may depend on that.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors have no common root
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             if "external" in str(error).lower():
                 raise TowerError(
                     "the ONNX graph keeps its weights in another file (external data): save it as one file, with "
@@ -51,23 +51,27 @@ class GraphRunner:
         self._input, self.image_size = _pixel_input(self._session.get_inputs())
         names = [output.name for output in self._session.get_outputs()]
         if _TOKENS not in names:
-            raise TowerError(f"the ONNX graph gives {', '.join(names)} but no output named {_TOKENS!r}: rename it so")
+            raise TowerError(
+                f"the ONNX graph has the outputs {', '.join(names)} and none named {_TOKENS!r}: rename the output with "
+                "the patch tokens"
+            )
         self._outputs = [name for name in (_TOKENS, _POOLED) if name in names]
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, H, W) -> (B, S, D), (B, E)
+        """Patch tokens and pooled embedding. Raises `TowerError`."""
         images = pixels.detach().to("cpu", torch.float32).numpy()
         try:
-            found = self._session.run(self._outputs, {self._input: images})
+            outputs = self._session.run(self._outputs, {self._input: images})
         except Exception as error:  # as above
             raise TowerError(f"ONNX Runtime cannot run the graph on {images.shape}: {str(error)[:300]}") from error
-        tokens, *rest = (torch.from_numpy(part).to(pixels.device) for part in found)
+        tokens, *rest = (torch.from_numpy(output).to(pixels.device) for output in outputs)
         if tokens.ndim != 3:
             raise TowerError(f"the ONNX graph's {_TOKENS!r} has {tokens.ndim} axes; expected images, tokens, width")
         return tokens, rest[0] if rest else tokens.mean(dim=1)
 
 
 def _pixel_input(inputs: list[Any]) -> tuple[str, int | None]:
-    """Name and image size of the one input, which must be fp32 images of any number, channels first."""
+    """Name and image size of the only input: float32 images, channels first, in batches of any size."""
     described = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
     shape: list[Any] = inputs[0].shape if len(inputs) == 1 and inputs[0].type == "tensor(float)" else []
     if len(shape) != 4 or shape[1] != 3 or isinstance(shape[0], int):

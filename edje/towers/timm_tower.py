@@ -1,4 +1,4 @@
-"""Vision towers of the timm library: any model that ends in a grid of features or in a row of tokens."""
+"""Vision towers of the timm library: any model that returns a feature grid or a sequence of tokens."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edje.optional import need
+from edje.optional import require_package
 from edje.tower_config import TimmVisionConfig
-from edje.towers.base import BorrowedTower
+from edje.towers.base import FrozenTower
 
 
-class GridTower(BorrowedTower):
-    """The library's model without its classifier; a grid becomes a row of tokens, class and register tokens go."""
+class TimmTower(FrozenTower):
+    """The library's model without its classifier."""
 
     def __init__(self, config: TimmVisionConfig, image_size: int) -> None:
         super().__init__(config, image_size)
         self._build = partial(library_model, config.model_name, image_size)
         self.model = self._build()
 
-    def _renew(self) -> None:
+    def _rebuild(self) -> None:
         self.model = self._build()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, H, W) -> (B, S, D), (B, E)
-        return self._checked(*see(self.model, pixels))
+        return self._checked(*patch_tokens(self.model, pixels))
 
 
-def see(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, H, W) -> (B, S, D), (B, E)
-    """The model's features as tokens, and what its classifier would have read."""
+def patch_tokens(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, H, W) -> (B, S, D), (B, E)
+    """The model's features as patch tokens, and its classifier's input as the pooled embedding.
+
+    A grid is flattened row by row; class and register tokens are left out.
+    """
     features = model.forward_features(pixels)
     pooled = model.forward_head(features, pre_logits=True)
     if features.ndim == 3:
@@ -38,8 +41,8 @@ def see(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, H, W) ->
 
 
 def library_model(model_name: str, image_size: int, *, is_pretrained: bool = False) -> nn.Module:
-    """The named model for images of this size; with `is_pretrained` the library downloads weights."""
-    timm = need("timm", "train")
+    """The named model for images of this size; with `is_pretrained` the library downloads the weights."""
+    timm = require_package("timm", "train")
     model = timm.create_model(model_name, pretrained=is_pretrained, num_classes=0)
     if hasattr(model, "set_input_size") and image_size != model.pretrained_cfg["input_size"][-1]:
         model.set_input_size(img_size=image_size)

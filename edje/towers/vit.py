@@ -1,4 +1,4 @@
-"""Our own vision tower: a ViT in SigLIP layout. Normalised pixels in, patch tokens and a pooled embedding out."""
+"""The local vision tower: a ViT in SigLIP layout, trainable and exportable."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import math
 import torch
 from torch import Tensor, nn
 
-from edje.layers import Attention, CrossAttention, Mlp
+from edje.layers import CrossAttention, Mlp, SelfAttention
 from edje.tower_config import VitConfig
 
-#: Channels of the stem are normalised in this many groups, as far as their number divides.
+#: Groups of each group norm in the stem; fewer where they do not divide the number of channels.
 _NORM_GROUPS = 8
 
 
 class VisionBlock(nn.Module):
-    """A layer that normalises before it mixes."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config.dim, config.num_heads)
+        self.attention = SelfAttention(config.dim, config.num_heads)
         self.mlp_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.mlp = Mlp(config.dim, config.hidden_dim, approximate="tanh")
 
@@ -30,7 +30,7 @@ class VisionBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned probe that looks at all patches."""
+    """Pools the patches by attention from one learned query."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class AttentionPool(nn.Module):
 
 
 def conv_stem(config: VitConfig) -> nn.Sequential:  # (B, 3, H, W) -> (B, D, H / patch, W / patch)
-    """Convolutions that halve the image and double the channels down to the patch grid, then one map without a norm.
+    """Strided convolutions from pixels to the patch grid; each halves the image and doubles the channels.
 
-    Group norms, unlike batch norms, see one image at a time: in training as in use.
+    Ends in a 1 x 1 convolution. Group norms, because batch norms would make a token depend on the rest of the batch.
     """
     width = config.dim // (config.patch_size // 2)
     steps: list[nn.Module] = []
@@ -63,7 +63,7 @@ def conv_stem(config: VitConfig) -> nn.Sequential:  # (B, 3, H, W) -> (B, D, H /
 
 
 class VisionTower(nn.Module):
-    """Patches with learned positions, layers, a last norm, and the pooling head."""
+    """Patch embedding with learned positions, pre-norm layers, a final norm and the attention pool."""
 
     def __init__(self, config: VitConfig, num_patches: int) -> None:
         super().__init__()

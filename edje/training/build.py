@@ -11,28 +11,25 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from edje.checkpoint import read_tokenizer_json
-from edje.config import EdjeConfig, FirstStageConfig, JointConfig, PreprocessConfig
+from edje.config import EdjeConfig, FirstStageScoreConfig, JointConfig, PreprocessConfig
 from edje.features.extraction import extractor_of
-from edje.first_stage.dual_encoder import load_first_stage
+from edje.first_stage.load import load_first_stage
 from edje.imports.bert import BertShape, load_bert, read_shape, tokenizer_json
 from edje.imports.bert_checkpoint import read_tokenizer
 from edje.imports.sources import find_source
-from edje.model.adapter import Adapter, LocalAdapter, Places
 from edje.model.edje import Edje, build_edje
+from edje.model.initialisation import initialise_for_training
 from edje.model.weights import load_checkpoint
 from edje.recipe import Recipe, RecipeError, Start
-from edje.towers.base import BorrowedTower, graph_of
-from edje.towers.sources import FoundTower, tower_from
+from edje.towers.base import onnx_graph
+from edje.towers.sources import LoadedTower, load_tower
 from edje.training.schedule import part_of
 from edje.vocabulary import caption_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 #: The files of a BERT that are read.
 BERT_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt")
-_TABLE_STD, _NORM_EPS = 0.02, 1e-12  # as in BERT
-_POSITION_STD = 1.0  # the size of the states that positions are added to
-_POSITIONS = ("meeting_positions.weight", "places.table.weight")
-_TABLES = ("words.weight", "positions.weight", "types.weight", ".positions", "query", "probe")
+_NORM_EPS = 1e-12  # as in BERT
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,7 @@ def build_model(recipe: Recipe, captions: Iterable[str]) -> BuiltModel:
         made = caption_tokenizer(captions) if path is None else read_tokenizer(find_source(path, TOKENIZER_FILES))
         tokenizer = made.to_str()
         vocab_size, sep_id = made.get_vocab_size(), made.get_vocab()["[SEP]"]
-    found = None if recipe.tower is None else tower_from(recipe.tower, image_size=recipe.image_size)
+    found = None if recipe.tower is None else load_tower(recipe.tower, image_size=recipe.image_size)
     try:
         config = EdjeConfig(
             name=recipe.name,
@@ -71,54 +68,13 @@ def build_model(recipe: Recipe, captions: Iterable[str]) -> BuiltModel:
         raise
     except ValueError as error:
         raise RecipeError(f"the parts of the model do not fit together: {error}") from error
-    model = build_edje(config, graph=None if found is None else graph_of(found.module))
-    initialise_model(model, recipe.seed)
+    model = build_edje(config, graph=None if found is None else onnx_graph(found.module))
+    initialise_for_training(model, recipe.seed)
     if found is not None:
         model.vision.load_state_dict(found.module.state_dict())
     if source is not None:
         load_bert(source, model.joint, joint.bert_layers, joint.bert_visual_layers)
     return BuiltModel(config, model, tokenizer)
-
-
-@torch.no_grad()
-def initialise_model(model: Edje, seed: int) -> None:
-    """Initialise all weights but a third-party tower's: matrices keep the scale of their input, tables are small, as in
-    BERT."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        if isinstance(model.vision, BorrowedTower) and name.startswith("vision."):
-            continue
-        if parameter.ndim == 0:
-            continue  # scales keep their initial value
-        if name.endswith(("bias", "absent")):
-            parameter.zero_()
-        elif parameter.ndim == 1:
-            parameter.fill_(1.0)
-        elif name.endswith(_POSITIONS):
-            parameter.normal_(0.0, _POSITION_STD, generator=generator)
-        else:
-            std = _TABLE_STD if name.endswith(_TABLES) else parameter[0].numel() ** -0.5
-            parameter.normal_(0.0, std, generator=generator)
-    initialise_queries(model.adapter)
-    if model.joint.head is not None:
-        # The first logits are zero, or the first stage's score: the untrained model does not change its order.
-        model.joint.head.out.weight.zero_()
-
-
-@torch.no_grad()
-def initialise_queries(adapter: Adapter) -> None:
-    """Let each query of a compressor first attend to one patch position, where the adapter has position vectors.
-
-    The query is that position's vector, and its projection is the one of the keys. Random queries attend to all patches
-    alike, and the tokens then contain what an image shows but not where.
-    """
-    if isinstance(adapter, LocalAdapter) or not isinstance(adapter.places, Places):
-        return
-    adapter.query.add_(adapter.places.spread(adapter.query.shape[1]))
-    for crossing in adapter.crossings:
-        weight = crossing.attention.in_proj_weight
-        dim = weight.shape[1]
-        weight[:dim] = weight[dim : 2 * dim]
 
 
 @torch.no_grad()
@@ -158,19 +114,6 @@ def load_start(module: nn.Module, start: Start, tokenizer: str) -> None:
         ours[name].copy_(theirs[name])
 
 
-def initialise_heads(heads: nn.Module, seed: int) -> None:
-    """Initialise the training heads."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(heads.named_parameters()):
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-
-
 def load_teacher(checkpoint: Path, config: EdjeConfig, model: Edje, tokenizer: str) -> Edje:
     """The teacher of `model` from a checkpoint. Raises `RecipeError` if it cannot score the same batches."""
     teacher = load_checkpoint(checkpoint)
@@ -191,7 +134,7 @@ def has_same_vocabulary(one: str, other: str) -> bool:
     return one == other or Tokenizer.from_str(one).get_vocab() == Tokenizer.from_str(other).get_vocab()
 
 
-def _preprocess(recipe: Recipe, found: FoundTower | None) -> PreprocessConfig:
+def _preprocess(recipe: Recipe, found: LoadedTower | None) -> PreprocessConfig:
     if found is None:
         assert recipe.image_size is not None  # the recipe ensures it
         return PreprocessConfig(image_size=recipe.image_size, max_caption_pieces=recipe.max_caption_pieces)
@@ -241,5 +184,5 @@ def _joint_config(recipe: Recipe, shape: BertShape | None, vocab_size: int, sep_
         visual_layers=joint.visual_layers,
         match_dim=joint.match_dim,
         # Set after the first stage is trained or fitted, by `TrainingModel.standardise`.
-        first_stage=FirstStageConfig(mean=0.0, std=1.0) if joint.reads_first_stage else None,
+        first_stage=FirstStageScoreConfig(mean=0.0, std=1.0) if joint.reads_first_stage else None,
     )

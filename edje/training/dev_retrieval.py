@@ -12,7 +12,7 @@ from edje.data.dataset import Dataset
 from edje.evaluation.task import RetrievalTask, text_to_image
 from edje.evaluation.torch_scorers import TorchScorers
 from edje.features.storage import Features
-from edje.first_stage.dual_encoder import FirstStage
+from edje.first_stage.base import FirstStageEncoder
 from edje.model.edje import Edje
 from edje.text import Tokenizer
 from edje.training.batches.corpus import encode_captions
@@ -34,7 +34,7 @@ class DevSearch:
 
 def dev_search(
     model: Edje,
-    first_stage: FirstStage,
+    first_stage: FirstStageEncoder,
     dataset: Dataset,
     tokenizer: Tokenizer,
     features: Features,

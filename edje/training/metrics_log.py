@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from edje.files import write_file
-from edje.optional import need
+from edje.optional import require_package
 
 
 class MetricsLog:
@@ -22,7 +22,7 @@ class MetricsLog:
         write_file(path, b"".join(kept))
         self.num_lines = len(kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        writer = need("torch.utils.tensorboard", "train").SummaryWriter
+        writer = require_package("torch.utils.tensorboard", "train").SummaryWriter
         self._board = writer(str(folder / "tensorboard"), purge_step=resume_step)
 
     def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:

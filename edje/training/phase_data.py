@@ -165,7 +165,7 @@ class PhaseData:
         """The tower's patch tokens of some images: (U, S, D)."""
         pixels, _ = images.batch(rows, rows)
         patches: NDArray[np.float32] = (
-            self._trained.model.extract(pixels.to(self._devices.device))[0].float().cpu().numpy()
+            self._trained.model.run_tower(pixels.to(self._devices.device))[0].float().cpu().numpy()
         )
         return patches
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from edje.checkpoint import CheckpointError, read_digest
 from edje.data.spec import open_dataset
 from edje.files import write_file
-from edje.first_stage.dual_encoder import FOLDER, read_folder
+from edje.first_stage.base import FOLDER, read_folder
 from edje.progress import progress_bars
 from edje.recipe import Phase, Recipe
 from edje.training.calibrate import best_gain, candidates_of

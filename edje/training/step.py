@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from edje.config import JointConfig
 from edje.data.dataset import GroundingRole
-from edje.first_stage.dual_encoder import FirstStageModel
+from edje.first_stage.dual_encoder import DualEncoder
 from edje.model.edje import Edje
-from edje.model.late_fusion import ApartEncoder
+from edje.model.late_fusion import LateFusionEncoder
 from edje.recipe import Phase
 from edje.training.batches.batch import Batch
 from edje.training.devices import all_gather, all_gather_texts
@@ -71,7 +71,7 @@ class TrainingStep(nn.Module):
     """Computes the losses of a batch: by name, each a scalar."""
 
     def __init__(
-        self, model: Edje, first_stage: FirstStageModel | None, heads: TrainingHeads, special_ids: tuple[int, int, int]
+        self, model: Edje, first_stage: DualEncoder | None, heads: TrainingHeads, special_ids: tuple[int, int, int]
     ) -> None:
         """`special_ids` are those of [CLS], [SEP] and [MASK]."""
         super().__init__()
@@ -133,7 +133,7 @@ class TrainingStep(nn.Module):
 
     def _patches(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         is_pixels = batch.images.dtype == torch.uint8
-        return self.model.extract(batch.images) if is_pixels else (batch.images, batch.pooled)
+        return self.model.run_tower(batch.images) if is_pixels else (batch.images, batch.pooled)
 
     def _encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self.model.encode_queries(ids, lengths)
@@ -167,7 +167,7 @@ class TrainingStep(nn.Module):
 
     def _late_interaction_loss(self, text: Tensor, visual: Tensor, batch: Batch) -> Tensor:
         joint = self.model.joint
-        assert isinstance(joint, ApartEncoder)  # the recipe ensures it
+        assert isinstance(joint, LateFusionEncoder)  # the recipe ensures it
         captions, lengths = text[batch.sample_caption], batch.text_lengths[batch.sample_caption]
         images = visual[batch.sample_image]
         to_images = joint.similarity(captions, all_gather(images), lengths)
@@ -180,7 +180,7 @@ class TrainingStep(nn.Module):
         samples = batch.sample_caption
         ids, is_masked = self._mask_words(batch, share, samples)
         lengths = batch.text_lengths[samples]
-        read = self.model.joint.read(self._encode_text(ids, lengths), visual[batch.sample_image], lengths)
+        read = self.model.joint.text_states(self._encode_text(ids, lengths), visual[batch.sample_image], lengths)
         states = read[is_masked].to(self.heads.transform.weight.dtype)
         logits = self.heads.word_logits(states, self.model.joint.words.weight)
         return mlm_loss(logits, batch.text_ids[samples][is_masked])
@@ -191,7 +191,7 @@ class TrainingStep(nn.Module):
         assert batch.grounding_labels is not None
         captions = batch.sample_caption.repeat(2)
         images = torch.cat((batch.sample_image, batch.sample_image[batch.other_sample]))
-        *states, _ = self.model.joint.read_by_layer(text[captions], visual[images], batch.text_lengths[captions])
+        *states, _ = self.model.joint.text_states_by_layer(text[captions], visual[images], batch.text_lengths[captions])
         losses = []
         for layer_states in states:
             by_role = []
@@ -205,7 +205,9 @@ class TrainingStep(nn.Module):
     def _text_recovery_loss(self, batch: Batch) -> Tensor:
         samples = batch.sample_caption
         lengths = batch.text_lengths[samples]
-        cls_state = self.model.joint.read(self._encode_text(batch.text_ids[samples], lengths), None, lengths)[:, 0]
+        cls_state = self.model.joint.text_states(self._encode_text(batch.text_ids[samples], lengths), None, lengths)[
+            :, 0
+        ]
         assert batch.caption_embeddings is not None  # the recipe ensures it
         return text_recovery_loss(self.heads.recover(cls_state), batch.caption_embeddings)
 

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
-from edje.config import EdjeConfig, FirstStageConfig
+from edje.config import EdjeConfig, FirstStageScoreConfig
 from edje.data.dataset import Dataset, LabelledSource
 from edje.files import draft_directory
-from edje.first_stage.dual_encoder import FirstStage, FirstStageModel, save_first_stage
+from edje.first_stage.base import FirstStageEncoder, save_first_stage
+from edje.first_stage.dual_encoder import DualEncoder
 from edje.model.edje import Edje
+from edje.model.initialisation import initialise
 from edje.model.weights import save_checkpoint
 from edje.recipe import Phase, Recipe
 from edje.text import Tokenizer
-from edje.training.build import build_model, initialise_heads, load_start, load_teacher
+from edje.training.build import build_model, load_start, load_teacher
 from edje.training.devices import Devices
 from edje.training.first_stage.candidates import create_first_stage
 from edje.training.step import TrainingHeads, TrainingStep
@@ -33,7 +35,7 @@ class TrainingModel:
         self.config: EdjeConfig = built.config
         self.tokenizer = Tokenizer(built.tokenizer_json, built.config)
         self.model: Edje = built.model
-        self.first_stage: FirstStage = create_first_stage(recipe, built.config, devices.device)
+        self.first_stage: FirstStageEncoder = create_first_stage(recipe, built.config, devices.device)
         source = data.source if isinstance(data.source, LabelledSource) else None
         heads = TrainingHeads(
             built.config.joint,
@@ -42,8 +44,8 @@ class TrainingModel:
             source.label_sizes if source else (),
             source.num_regions if source else 0,
         )
-        initialise_heads(heads, recipe.seed)
-        trained = self.first_stage if isinstance(self.first_stage, FirstStageModel) else None
+        initialise(heads, recipe.seed)
+        trained = self.first_stage if isinstance(self.first_stage, DualEncoder) else None
         cls_id, sep_id, mask_id = (self.tokenizer.id_of(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
         module = TrainingStep(self.model, trained, heads, (cls_id, sep_id, mask_id))
         if recipe.start is not None:
@@ -66,7 +68,7 @@ class TrainingModel:
         head = self.model.joint.score_input
         assert head is not None  # the caller has checked `reads_first_stage`
         head.mean, head.std = mean, std
-        first_stage = FirstStageConfig(mean=mean, std=std, hidden_dim=head.fc1.out_features)
+        first_stage = FirstStageScoreConfig(mean=mean, std=std, hidden_dim=head.fc1.out_features)
         self.config = replace(self.config, joint=replace(self.config.joint, first_stage=first_stage))
 
     @property

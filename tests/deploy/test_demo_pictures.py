@@ -12,14 +12,16 @@ from PIL import Image
 
 import demo_choices
 from demo_choices import PHOTOGRAPHS, UNTRAINED, Choices
-from demo_dual_encoder import DualEncoder, pooled_here
+from demo_dual_encoder import VectorIndex, pooled_here
 from demo_first_stage import WordOverlap
 from demo_pictures import caption_of, pictures_in
 from demo_scenes import NUM_PICTURES, QUERY_EVERY, drawn_scenes
 from edje.checkpoint import CheckpointMissing
 from edje.data.scenes.dataset import holdout
-from edje.first_stage.dual_encoder import FirstStageModel, FirstStageModelConfig, draw_first_stage, save_first_stage
-from edje.init import initialise
+from edje.first_stage.base import save_first_stage
+from edje.first_stage.dual_encoder import DualEncoder, DualEncoderConfig
+from edje.init import write_untrained
+from edje.model.initialisation import initialise
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint
 from server_process import ServiceError
@@ -36,12 +38,10 @@ def checkpoint(tmp_path_factory):
     """Untrained, with a first stage."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     tiny = VARIANTS["tiny"]
-    initialise(tiny, folder, seed=0)
-    config = FirstStageModelConfig(
-        dim=8, vocab_size=tiny.joint.vocab_size, image_dim=tiny.vision.pooled_dim, text_dim=8
-    )
-    model = FirstStageModel(config)
-    draw_first_stage(model, seed=0)
+    write_untrained(tiny, folder, seed=0)
+    config = DualEncoderConfig(dim=8, vocab_size=tiny.joint.vocab_size, image_dim=tiny.vision.pooled_dim, text_dim=8)
+    model = DualEncoder(config)
+    initialise(model, seed=0)
     save_first_stage(folder, model)
     return folder
 
@@ -116,7 +116,7 @@ def test_scenes_and_confusers_are_asked_for_alike():
 def test_the_vectors_of_the_checkpoint_find_candidates(pictures, checkpoint):
     paths = {file.image_id: file.path for file in pictures.files}
 
-    stage = DualEncoder.load(checkpoint, pooled_here(checkpoint, paths))
+    stage = VectorIndex.load(checkpoint, pooled_here(checkpoint, paths))
     question, *_, texts = pictures.questions(stage)
 
     scores = [option.score for option in question.options]
@@ -162,7 +162,7 @@ def test_what_is_set_to_nothing_is_not_chosen(monkeypatch, checkpoint):
 def test_what_follows_from_the_choices(
     monkeypatch, checkpoint, tmp_path, environment, caveat, searches_vectors, is_checked
 ):
-    initialise(VARIANTS["tiny"], tmp_path / "untrained", seed=0)
+    write_untrained(VARIANTS["tiny"], tmp_path / "untrained", seed=0)
     config = Path(shutil.copytree(checkpoint, tmp_path / "trained")) / "config.json"
     config.write_text(config.read_text().replace('"trained": false', '"trained": true'))
     monkeypatch.chdir(tmp_path)

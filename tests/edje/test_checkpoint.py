@@ -24,7 +24,7 @@ from edje.checkpoint import (
     read_config,
     read_digest,
 )
-from edje.init import initialise, main
+from edje.init import main, write_untrained
 from edje.model.edje import build_edje
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint, save_checkpoint
@@ -36,7 +36,7 @@ TINY = VARIANTS["tiny"]
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    initialise(TINY, folder, seed=1)
+    write_untrained(TINY, folder, seed=1)
     return folder
 
 
@@ -57,8 +57,8 @@ def test_what_is_saved_is_what_is_loaded(original, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_digest_and_another_seed_another(original, tmp_path):
-    same = initialise(TINY, tmp_path / "same", seed=1)
-    other = initialise(TINY, tmp_path / "other", seed=2)
+    same = write_untrained(TINY, tmp_path / "same", seed=1)
+    other = write_untrained(TINY, tmp_path / "other", seed=2)
 
     assert same == read_digest(original)
     assert other != same
@@ -191,7 +191,7 @@ def test_weights_of_another_architecture_are_refused_by_the_first_difference(tmp
 
 def test_an_existing_checkpoint_is_never_overwritten(original):
     with pytest.raises(CheckpointExists, match="remove it"):
-        initialise(TINY, original, seed=0)
+        write_untrained(TINY, original, seed=0)
 
 
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("edje.files.sync", disk_full)
 
     with pytest.raises(OSError, match="no space"):
-        initialise(TINY, tmp_path / "model", seed=0)
+        write_untrained(TINY, tmp_path / "model", seed=0)
     assert list(tmp_path.iterdir()) == []
 
 

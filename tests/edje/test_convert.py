@@ -167,7 +167,7 @@ def test_text_goes_through_berts_own_tokenizer_as_the_authors_pair_does(num_word
 def test_the_converted_tower_sees_what_transformers_tower_sees(converted, authors):
     pixels = random_pixels(1, 2)
 
-    patches, pooled = load_checkpoint(converted).model.extract(pixels)
+    patches, pooled = load_checkpoint(converted).model.run_tower(pixels)
 
     expected = authors.vision_encoder(pixel_values=(pixels / 255 - 0.5) / 0.5)
     torch.testing.assert_close(patches, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
@@ -350,7 +350,9 @@ def test_heads_that_nobody_can_know_are_asked_for(authors, refuse):
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(authors, refuse):
-    assert "do not divide" in refuse(authors.weights(), "--vision-heads", 5, "--joint-heads", JOINT_HEADS)
+    assert "must be multiples of the numbers of heads" in refuse(
+        authors.weights(), "--vision-heads", 5, "--joint-heads", JOINT_HEADS
+    )
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.checkpoint import CheckpointMismatch
-from edje.init import initialise
+from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from edje.text import Tokenizer, canonical_caption
 from edje.vocabulary import VocabularyError, character_tokenizer, wordpiece_tokenizer
@@ -90,7 +90,7 @@ def write_vocabulary(folder: Path, *extra: str) -> Path:
 
 
 def test_a_vocabulary_file_makes_word_pieces(tmp_path):
-    initialise(VARIANTS["tiny"], tmp_path / "model", seed=0, vocabulary=write_vocabulary(tmp_path))
+    write_untrained(VARIANTS["tiny"], tmp_path / "model", seed=0, vocabulary=write_vocabulary(tmp_path))
 
     assert Tokenizer.load(tmp_path / "model").encode("Dog running") == [2, 5, 6, 7, 3]
 

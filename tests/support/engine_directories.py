@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from edje.config import EdjeConfig, FirstStageConfig
-from edje.init import initialise
+from edje.config import EdjeConfig, FirstStageScoreConfig
+from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint
 from trt.build.assemble import export_engine
@@ -43,7 +43,7 @@ def _options(storage: str, precision: str) -> BuildOptions:
 
 def _small(variant: str, *, num_layers: int, reads_first_stage: bool = False, decoder: bool = False) -> EdjeConfig:
     config = VARIANTS[variant]
-    first_stage = FirstStageConfig(mean=0.3, std=0.1) if reads_first_stage else None
+    first_stage = FirstStageScoreConfig(mean=0.3, std=0.1) if reads_first_stage else None
     joint = replace(config.joint, num_layers=num_layers, first_stage=first_stage)
     # The paper's adapter and the decoder once each: tracing takes time by the operator, and they have the most.
     adapter = config.adapter if variant == "tiny" else replace(config.adapter, kind="local")
@@ -74,7 +74,7 @@ def sample(tmp_path_factory, kind: str) -> Sample:
             draft = folder / f".engine-{kind}"
             for begun in (checkpoint, draft):  # by somebody who was stopped
                 shutil.rmtree(begun, ignore_errors=True)
-            initialise(config, checkpoint, seed=SEED)
+            write_untrained(config, checkpoint, seed=SEED)
             draft.mkdir()
             manifest = export_engine(load_checkpoint(checkpoint), draft, options, Progress(disable=True))
             write_manifest(draft, manifest)

@@ -16,7 +16,7 @@ Matrix = NDArray[np.float64]
 
 
 class PlainEncoder:
-    """The weights of a `JointEncoder` or `ApartEncoder`, and what can be computed with them."""
+    """The weights of a `JointEncoder` or `LateFusionEncoder`, and what can be computed with them."""
 
     def __init__(self, joint, config: JointConfig) -> None:
         self.weights = {name: tensor.double().numpy() for name, tensor in joint.state_dict().items()}

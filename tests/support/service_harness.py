@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from kafka import KafkaAdminClient, KafkaProducer
 
-from edje.init import initialise
+from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from protocols.blob import BlobLayout, blob_key, encode_blob
 from protocols.dead_letters import DeadLetter
@@ -41,7 +41,7 @@ class Checkpoint:
     @classmethod
     def make(cls, folder: Path) -> Checkpoint:
         tiny = VARIANTS["tiny"]
-        digest = initialise(tiny, folder, seed=0)
+        digest = write_untrained(tiny, folder, seed=0)
         return cls(folder, BlobLayout(digest, tiny.adapter.num_tokens, tiny.joint.dim, "int8"))
 
 

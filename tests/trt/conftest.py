@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edje.config import FirstStageConfig
-from edje.init import initialise
+from edje.config import FirstStageScoreConfig
+from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from engine_contract import LATE_FUSION
 
-FIRST_STAGE = FirstStageConfig(mean=0.3, std=0.1)
+FIRST_STAGE = FirstStageScoreConfig(mean=0.3, std=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("engines")
     for name in ("tiny", *LATE_FUSION):
         config = VARIANTS[name]
-        initialise(config, root / name, seed=1)
+        write_untrained(config, root / name, seed=1)
         joint = replace(config.joint, first_stage=FIRST_STAGE)
-        initialise(replace(config, joint=joint), root / f"{name}-scored", seed=1)
+        write_untrained(replace(config, joint=joint), root / f"{name}-scored", seed=1)
     return root
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from edje.config import FirstStageConfig
+from edje.config import FirstStageScoreConfig
 from edje.model.variants import VARIANTS
 from trt.contract import EngineUnavailable
 from trt.graphs import DIMENSIONS, GRAPH_NAMES, graphs_of
@@ -44,7 +44,7 @@ def test_pixels_and_logits_are_the_same_whatever_the_precision():
 
 
 def test_a_first_stage_score_is_an_input_only_where_it_is_read():
-    reading = replace(PAPER, joint=replace(PAPER.joint, first_stage=FirstStageConfig(mean=0.0, std=1.0)))
+    reading = replace(PAPER, joint=replace(PAPER.joint, first_stage=FirstStageScoreConfig(mean=0.0, std=1.0)))
 
     with_score, without = (graphs_of(config, "int8", "bf16")["pair"].inputs for config in (reading, PAPER))
 

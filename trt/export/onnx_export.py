@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from edje.config import EdjeConfig
 from edje.model.edje import Edje
 from edje.model.weights import Checkpoint
-from edje.towers.base import graph_of
+from edje.towers.base import onnx_graph
 from trt.contract import EngineError
 from trt.export.modules import (
     DTYPES,
@@ -72,7 +72,7 @@ def export_graph(
     """
     config, vision = checkpoint.config, checkpoint.model.vision
     spec = graphs_of(config, storage, precision)[name]
-    tower = graph_of(vision)
+    tower = onnx_graph(vision)
     kept = {} if tower is None else {id(vision): vision}  # it is opened in ONNX Runtime, and holds nothing that changes
     model = to_precision(copy.deepcopy(checkpoint.model, kept), precision).eval()
     path = directory / f"{name}.onnx"

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edje.optional import PackageMissing, need
+from edje.optional import PackageMissing, require_package
 from trt.contract import (
     EngineBroken,
     EngineMismatch,
@@ -77,7 +77,7 @@ class OnnxEngine:
                 "onnx",
                 options.storage,
                 options.precision,
-                need("onnxruntime", "build").__version__,
+                require_package("onnxruntime", "build").__version__,
                 *(each.sha256 for each in files if each is not None),
             ),
             max_images=max_images,
@@ -157,7 +157,7 @@ class OnnxEngine:
 def _session(path: Path, num_threads: int | None) -> Any:
     """The graph, opened; one in bfloat16 as its float32 twin."""
     try:
-        runtime, onnx = need("onnxruntime", "build"), need("onnx", "build")
+        runtime, onnx = require_package("onnxruntime", "build"), require_package("onnx", "build")
     except PackageMissing as error:
         raise EngineUnavailable(f"the onnx engine needs ONNX Runtime: {error}") from error
     from trt.runtimes.bf16_rounding import has_bfloat16, round_to_bfloat16

@@ -17,13 +17,15 @@ from workers.errors import Misconfigured
 from workers.index.port import Vector
 
 if TYPE_CHECKING:
-    from edje.first_stage.dual_encoder import FirstStage
+    from edje.first_stage.base import FirstStageEncoder
 
 
 class VectorModel:
     """The first stage of one model."""
 
-    def __init__(self, model_digest: str, pooled_dim: int, first_stage: FirstStage, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model_digest: str, pooled_dim: int, first_stage: FirstStageEncoder, tokenizer: Tokenizer
+    ) -> None:
         """`pooled_dim` is the width of the vision tower's pooled embedding."""
         self.model_digest = model_digest
         self.pooled_dim = pooled_dim
@@ -33,7 +35,7 @@ class VectorModel:
     @classmethod
     def load(cls, checkpoint: Path) -> VectorModel:
         """Load a checkpoint's first stage on the processor. Raises `Misconfigured`."""
-        from edje.first_stage.dual_encoder import load_first_stage
+        from edje.first_stage.load import load_first_stage
 
         try:
             config = read_config(checkpoint)

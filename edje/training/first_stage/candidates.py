@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from edje.config import EdjeConfig
-from edje.first_stage.dual_encoder import FirstStage, FirstStageModel, FirstStageModelConfig, draw_first_stage
+from edje.first_stage.base import FirstStageEncoder
+from edje.first_stage.dual_encoder import DualEncoder, DualEncoderConfig
 from edje.imports.sources import HUB_PREFIX
+from edje.model.initialisation import initialise
 from edje.recipe import Negatives, Phase, Recipe, RecipeError
 from edje.training.batches.corpus import Captions
 from edje.training.batches.embeddings import FirstStageEmbeddings
@@ -30,15 +32,15 @@ from edje.training.first_stage.vector_cache import Half
 _STATISTICS_CAPTIONS = 5000
 
 
-def create_first_stage(recipe: Recipe, config: EdjeConfig, device: torch.device) -> FirstStage:
+def create_first_stage(recipe: Recipe, config: EdjeConfig, device: torch.device) -> FirstStageEncoder:
     """The recipe's first stage: published (`hub`), or initialised, to be trained (`dual`) or fitted (`cca`) later."""
     wanted = recipe.first_stage
     if wanted.kind == "hub":
-        from edje.first_stage.hub import published_first_stage
+        from edje.first_stage.hub import load_published_first_stage
 
         source = wanted.source or recipe.tower
         assert source is not None  # the recipe ensures it
-        published = published_first_stage(source.removeprefix(HUB_PREFIX)).to(device)
+        published = load_published_first_stage(source.removeprefix(HUB_PREFIX)).to(device)
         if published.config.image_dim != config.vision.pooled_dim:
             raise RecipeError(
                 f"first_stage: {source} reads image embeddings of {published.config.image_dim} values, the tower "
@@ -46,8 +48,8 @@ def create_first_stage(recipe: Recipe, config: EdjeConfig, device: torch.device)
             )
         return published
     is_trained = wanted.kind == "dual"
-    model = FirstStageModel(
-        FirstStageModelConfig(
+    model = DualEncoder(
+        DualEncoderConfig(
             dim=wanted.dim,
             vocab_size=config.joint.vocab_size,
             image_dim=config.vision.pooled_dim,
@@ -58,14 +60,14 @@ def create_first_stage(recipe: Recipe, config: EdjeConfig, device: torch.device)
             image_power=1.0 if is_trained else wanted.image_power,
         )
     )
-    draw_first_stage(model, recipe.seed)
+    initialise(model, recipe.seed)
     return model.to(device)
 
 
 def embed_split(
     recipe: Recipe,
     phase: Phase,
-    first_stage: FirstStage,
+    first_stage: FirstStageEncoder,
     captions: Captions,
     pooled: NDArray[np.floating],
     groups: Sequence[str | None],
@@ -80,7 +82,7 @@ def embed_split(
     if recipe.first_stage.kind == "cca":
         if earlier is not None:
             return earlier
-        assert isinstance(first_stage, FirstStageModel)  # as `create_first_stage` makes it
+        assert isinstance(first_stage, DualEncoder)  # as `create_first_stage` makes it
         fitted, embeddings = cross_fit(recipe.first_stage, captions, pooled, first_stage.config.vocab_size, recipe.seed)
         first_stage.load_state_dict(fitted.state_dict())
         return embeddings

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edje.first_stage.base import FirstStageEncoder
 from edje.first_stage.cca import CcaSettings, fit_cca
-from edje.first_stage.dual_encoder import FirstStage, FirstStageModel
+from edje.first_stage.dual_encoder import DualEncoder
 from edje.recipe import FirstStageRecipe, RecipeError
 from edje.training.batches.corpus import Captions
 from edje.training.batches.embeddings import MAX_PRODUCT_VALUES, FirstStageEmbeddings, Scores
@@ -33,14 +34,14 @@ def search_pools(groups: Sequence[str | None], pool_images: int | None, seed: in
     return pools
 
 
-def embed(model: FirstStage, captions: Captions, pooled: NDArray[np.floating]) -> tuple[Scores, Scores]:
+def embed(model: FirstStageEncoder, captions: Captions, pooled: NDArray[np.floating]) -> tuple[Scores, Scores]:
     """The embeddings of every caption (C, e) and every image (N, e)."""
     return model.caption_vectors(captions.texts, captions.id_lists()), model.image_vectors(pooled)
 
 
 def cross_fit(
     recipe: FirstStageRecipe, captions: Captions, pooled: NDArray[np.floating], vocab_size: int, seed: int
-) -> tuple[FirstStageModel, FirstStageEmbeddings]:
+) -> tuple[DualEncoder, FirstStageEmbeddings]:
     """The first stage fitted on all data, and embeddings of each fold by a model fitted on the other folds.
 
     A fold of a fifth has about as many images as a search at test time. Raises `RecipeError` for too little data.
@@ -53,7 +54,7 @@ def cross_fit(
     folds[used] = np.random.default_rng(seed).permutation(len(used)) % recipe.folds
     caption_folds = folds[captions.images]
 
-    def fit(is_fitted: NDArray[np.bool_]) -> FirstStageModel:
+    def fit(is_fitted: NDArray[np.bool_]) -> DualEncoder:
         rows = np.flatnonzero(is_fitted[captions.images])
         indices, image_of_caption = np.unique(captions.images[rows], return_inverse=True)
         try:

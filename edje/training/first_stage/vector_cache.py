@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edje.files import draft_file
-from edje.first_stage.dual_encoder import FirstStage, Vectors
+from edje.first_stage.base import FirstStageEncoder, Vectors
 from edje.progress import track
 from edje.training.batches.corpus import Captions
 
@@ -23,7 +23,7 @@ _CHUNK = 4096
 
 
 def cached_embeddings(
-    model: FirstStage, captions: Captions, pooled: NDArray[np.floating], folder: Path, *, shows_progress: bool
+    model: FirstStageEncoder, captions: Captions, pooled: NDArray[np.floating], folder: Path, *, shows_progress: bool
 ) -> tuple[Half, Half]:
     """The embeddings of captions (C, e) and images (N, e): from `folder`, or computed and written there."""
     digest = hashlib.sha256()

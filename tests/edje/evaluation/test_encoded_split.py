@@ -16,14 +16,11 @@ from edje.data.spec import ScenesSpec, open_dataset
 from edje.evaluate import evaluate_split
 from edje.evaluation.encoded_split import encode_split
 from edje.evaluation.errors import SplitUnusable
-from edje.first_stage.dual_encoder import (
-    FirstStageModel,
-    FirstStageModelConfig,
-    draw_first_stage,
-    load_first_stage,
-    save_first_stage,
-)
-from edje.init import initialise
+from edje.first_stage.base import save_first_stage
+from edje.first_stage.dual_encoder import DualEncoder, DualEncoderConfig
+from edje.first_stage.load import load_first_stage
+from edje.init import write_untrained
+from edje.model.initialisation import initialise
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint, save_checkpoint
 from edje.text import Tokenizer
@@ -51,10 +48,10 @@ def scenes():
 
 def checkpoint_in(folder, config=TINY, seed=0, first_stage_layers=1):
     """A model with random weights, and a first stage with random weights unless its layers are None."""
-    initialise(config, folder, seed=seed)
+    write_untrained(config, folder, seed=seed)
     if first_stage_layers is not None:
-        model = FirstStageModel(
-            FirstStageModelConfig(
+        model = DualEncoder(
+            DualEncoderConfig(
                 dim=8,
                 vocab_size=config.joint.vocab_size,
                 image_dim=config.vision.pooled_dim,
@@ -63,7 +60,7 @@ def checkpoint_in(folder, config=TINY, seed=0, first_stage_layers=1):
                 max_positions=config.preprocess.max_text_tokens,
             )
         )
-        draw_first_stage(model, seed)
+        initialise(model, seed)
         save_first_stage(folder, model.eval())
     return folder
 

@@ -21,7 +21,7 @@ from edje.evaluation.errors import ScorerUnknown, SplitUnusable
 from edje.evaluation.report import read_report
 from edje.evaluation.scorers import cost_of_scorer, make_scorer
 from edje.images import ImageError
-from edje.init import initialise
+from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 
 NUM_GROUPS = 3
@@ -44,7 +44,7 @@ def nothing(split):
 def folder(tmp_path_factory):
     """A checkpoint, data, random similarities, and a module of scorers."""
     folder = tmp_path_factory.mktemp("evaluation")
-    initialise(VARIANTS["tiny"], folder / "model", seed=0)
+    write_untrained(VARIANTS["tiny"], folder / "model", seed=0)
     (folder / "scenes.toml").write_text(f'[data]\nkind = "scenes"\ntest_groups = {NUM_GROUPS}\n')
     dataset = scenes()
     similarity = np.random.default_rng(0).random((dataset.num_captions, len(dataset.images)), np.float32)
@@ -208,7 +208,7 @@ def test_maxsim_as_first_stage_needs_a_late_interaction(folder):
 def test_a_model_with_a_late_interaction_has_a_cheap_scorer_a_cascade_and_a_first_stage(tmp_path):
     tiny = VARIANTS["tiny"]
     joint = replace(tiny.joint, kind="minimal", num_layers=1, text_layers=1, visual_layers=1, match_dim=16)
-    initialise(replace(tiny, joint=joint), tmp_path / "model", seed=0)
+    write_untrained(replace(tiny, joint=joint), tmp_path / "model", seed=0)
     split = load(tmp_path, scenes(), first_stage="maxsim", storage="fp16")
     captions, images = (indices.ravel() for indices in np.indices(split.similarity.shape))
 

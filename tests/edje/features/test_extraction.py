@@ -13,7 +13,8 @@ from edje.features import extraction as module
 from edje.features.extraction import Extractor, extract, extractor_of, features_key
 from edje.features.storage import FeaturesError, open_features
 from edje.images import ImageError
-from edje.model.edje import build_edje, draw_weights
+from edje.model.edje import build_edje
+from edje.model.initialisation import initialise_untrained
 from edje.model.variants import VARIANTS
 
 SIZE = 8
@@ -240,7 +241,7 @@ TINY = VARIANTS["tiny"]
 
 def model_of(config, seed=0):
     model = build_edje(config)
-    draw_weights(model, seed)
+    initialise_untrained(model, seed)
     return model.eval()
 
 
@@ -251,7 +252,7 @@ def test_the_towers_own_output_is_what_is_stored(tmp_path):
 
     pixels = torch.stack([torch.from_numpy(dataset.pixels(number, 64)) for number in range(3)])
     with torch.inference_mode():
-        tokens, pooled = model.extract(pixels)
+        tokens, pooled = model.run_tower(pixels)
     np.testing.assert_allclose(features.tokens, tokens, atol=1e-6)
     np.testing.assert_allclose(features.pooled, pooled, atol=1e-6)
 

@@ -49,7 +49,7 @@ def projections(model, pooled, texts):
         ids = [[CLS, *text, SEP] for text in texts]
         padded = torch.tensor([each + [0] * (VOCABULARY + 2 - len(each)) for each in ids])
         is_text = torch.arange(padded.shape[1]) < torch.tensor([[len(each)] for each in ids])
-        right = model.text_out(model._bag(padded, is_text))
+        right = model.text_out(model._word_sum(padded, is_text))
     return left.double().numpy(), right.double().numpy()
 
 

@@ -12,16 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.checkpoint import CheckpointIncomplete, CheckpointMismatch, CheckpointMissing, CheckpointTampered
-from edje.first_stage.dual_encoder import (
-    FirstStageModel,
-    FirstStageModelConfig,
-    draw_first_stage,
-    load_first_stage,
-    save_first_stage,
-)
+from edje.first_stage.base import save_first_stage
+from edje.first_stage.dual_encoder import DualEncoder, DualEncoderConfig
+from edje.first_stage.load import load_first_stage
+from edje.model.initialisation import initialise
 
 CLS, SEP = 2, 3
-BAG = FirstStageModelConfig(dim=8, vocab_size=20, image_dim=6, text_dim=8, num_heads=2, max_positions=12)
+BAG = DualEncoderConfig(dim=8, vocab_size=20, image_dim=6, text_dim=8, num_heads=2, max_positions=12)
 ENCODER = replace(BAG, num_layers=2)
 WORDS = st.lists(st.integers(4, 19), min_size=1, max_size=8)
 
@@ -29,8 +26,8 @@ every_kind = pytest.mark.parametrize("config", [BAG, ENCODER], ids=["bag", "enco
 
 
 def model_of(config, seed=0):
-    model = FirstStageModel(config)
-    draw_first_stage(model, seed)
+    model = DualEncoder(config)
+    initialise(model, seed)
     with torch.no_grad():  # words that count differently, embeddings of some size
         model.word_weights.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(seed))
         model.words.weight.mul_(20)
@@ -132,7 +129,7 @@ def test_it_is_loaded_as_it_was_saved_and_frozen(config, tmp_path):
 
     loaded = load_first_stage(tmp_path)
 
-    assert isinstance(loaded, FirstStageModel)
+    assert isinstance(loaded, DualEncoder)
     assert loaded.config == config
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -172,9 +169,9 @@ def test_a_half_copied_folder_is_refused(saved, name):
     [
         ({"dim": 9}, "weights of another first stage"),
         ({"num_layers": 1}, "weights of another first stage"),
-        ({"colour": 1}, "describes no first stage this program knows: colour"),
-        ({"dim": -1}, "describes no first stage this program knows: dim"),
-        ({"num_heads": 3}, "does not divide into 3 heads"),
+        ({"colour": 1}, "describes no first stage that this version can load: colour"),
+        ({"dim": -1}, "describes no first stage that this version can load: dim"),
+        ({"num_heads": 3}, "is no multiple of num_heads 3"),
     ],
 )
 def test_another_architecture_is_told_in_a_sentence(saved, change, words):

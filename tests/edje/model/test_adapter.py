@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from edje.config import AdapterConfig
-from edje.model.adapter import Places
+from edje.model.adapter import PatchPositions
 from edje.model.edje import build_edje
+from edje.model.initialisation import initialise_for_training
 from edje.model.variants import VARIANTS
-from edje.training.build import initialise_model
 
 NUM_PATCHES = 16
 COMPRESSORS = ("compression", "decoder")
@@ -19,7 +19,7 @@ KINDS = ("local", *COMPRESSORS)
 def drawn(kind, *, places, num_tokens=NUM_PATCHES):
     adapter = AdapterConfig(kind=kind, num_tokens=num_tokens, hidden_dim=32, places=places)
     model = build_edje(replace(VARIANTS["tiny"], adapter=adapter))
-    initialise_model(model, seed=0)
+    initialise_for_training(model, seed=0)
     return model
 
 
@@ -82,7 +82,7 @@ def test_a_compressor_keeps_the_number_of_tokens_whatever_the_number_of_patches(
 @torch.no_grad()
 def test_each_query_looks_at_a_place_of_its_own_before_anything_is_learned(kind):
     adapter = drawn(kind, places=True).adapter
-    attention = adapter.crossings[0].attention
+    attention = adapter.cross_attentions[0].attention
     keys = adapter.places(torch.zeros(1, NUM_PATCHES, attention.embed_dim))
 
     _, weights = attention(adapter.query, keys, keys)
@@ -92,9 +92,9 @@ def test_each_query_looks_at_a_place_of_its_own_before_anything_is_learned(kind)
 
 
 def test_fewer_queries_than_places_begin_spread_over_the_grid():
-    places = Places(9, 1)
+    places = PatchPositions(9, 1)
     with torch.no_grad():
         places.table.weight.copy_(torch.arange(9.0)[:, None])
 
-    assert places.spread(3)[:, 0].tolist() == [0, 3, 6]
-    assert places.spread(18)[:, 0].tolist() == [each // 2 for each in range(18)]
+    assert places.evenly_spaced(3)[:, 0].tolist() == [0, 3, 6]
+    assert places.evenly_spaced(18)[:, 0].tolist() == [each // 2 for each in range(18)]

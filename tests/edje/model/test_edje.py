@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.config import AdapterConfig, JointConfig, canonical_json, parse_config
-from edje.model.edje import build_edje, draw_weights
+from edje.model.edje import build_edje
 from edje.model.flops import joint_flops
+from edje.model.initialisation import initialise_untrained
 from edje.model.joint import JointEncoder
 from edje.model.variants import VARIANTS
 from edje.tower_config import VitConfig
@@ -249,7 +250,7 @@ def test_pixels_are_normalised_to_plus_and_minus_one():
 
 def test_untrained_scores_differ_between_pairs():
     model = build_edje(VARIANTS["tiny"])
-    draw_weights(model, seed=0)
+    initialise_untrained(model, seed=0)
     pixels = torch.randint(0, 256, (6, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     with torch.inference_mode():

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from edje.config import FirstStageConfig, JointConfig
+from edje.config import FirstStageScoreConfig, JointConfig
 from edje.model.edje import build_edje
 from edje.model.flops import cost_of, joint_flops
 from edje.model.joint import JointEncoder
-from edje.model.late_fusion import ApartEncoder
+from edje.model.late_fusion import LateFusionEncoder
 from edje.model.variants import VARIANTS
 from plain_encoder import PlainEncoder
 
@@ -31,7 +31,7 @@ APART = {
     "minimal with match": replace(MINIMAL, match_dim=8),
     "maxsim": MAXSIM,
 }
-FIRST_STAGE = FirstStageConfig(mean=0.3, std=0.1, hidden_dim=5)
+FIRST_STAGE = FirstStageScoreConfig(mean=0.3, std=0.1, hidden_dim=5)
 WITH_FIRST_STAGE = {
     f"{name} and first stage": replace(config, first_stage=FIRST_STAGE)
     for name, config in ({"full": FULL} | APART).items()
@@ -40,7 +40,7 @@ WITH_FIRST_STAGE = {
 
 def build(config: JointConfig):
     """Weights under which scores spread over about 1, so that nothing wrong could hide in a tolerance."""
-    joint = ApartEncoder(config, NUM_VISUAL) if config.apart else JointEncoder(config)
+    joint = LateFusionEncoder(config, NUM_VISUAL) if config.is_late_fusion else JointEncoder(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in joint.named_parameters():
@@ -137,7 +137,7 @@ def test_reading_only_cls_in_the_last_layer_gives_what_reading_everything_gives(
     text = torch.stack([random_text(number, 9) for number in range(3)])
     states, visual = joint.encode_queries(text, lengths), joint.encode_visual(random_tokens(2, 3))
 
-    everything = joint.read(states, visual, lengths)
+    everything = joint.text_states(states, visual, lengths)
 
     assert everything.shape == states.shape
     expected = joint.head(everything[:, 0], None)
@@ -152,7 +152,7 @@ def test_the_matrix_of_similarities_has_what_its_rows_have(name):
 
     matrix = joint.similarity(states, visual, lengths)
 
-    rows = [joint.match.pairs(states[[q]].expand(5, -1, -1), visual, lengths[[q]].expand(5)) for q in range(2)]
+    rows = [joint.match.score_pairs(states[[q]].expand(5, -1, -1), visual, lengths[[q]].expand(5)) for q in range(2)]
     torch.testing.assert_close(matrix, torch.stack(rows), atol=1e-5, rtol=0)
 
 
@@ -265,7 +265,7 @@ def test_the_cost_of_all_tokens_in_the_last_layer_is_what_is_computed(name):
     config, joint = ({"full": FULL} | APART)[name], JOINTS[name]
     states, visual = joint.encode_queries(random_text(0, 5)[None]), joint.encode_visual(random_tokens(0, 1))
 
-    layers = counted(lambda: joint.read(states, visual))
+    layers = counted(lambda: joint.text_states(states, visual))
 
     assert joint_flops(replace(config, match_dim=0), 5, NUM_VISUAL) == layers
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from edje.evaluate import main
 from edje.evaluation.report import read_report
-from edje.first_stage.dual_encoder import load_first_stage
 from edje.first_stage.hub import HubFirstStage
+from edje.first_stage.load import load_first_stage
 from edje.model.weights import load_checkpoint
 from edje.recipe_file import read_recipe
 from edje.training.batches.corpus import Captions

@@ -17,7 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from edje.data.scenes.dataset import write_scenes
-from edje.first_stage.dual_encoder import load_first_stage
+from edje.first_stage.load import load_first_stage
 from edje.model.weights import load_checkpoint
 from edje.recipe import RecipeError
 from edje.train import main

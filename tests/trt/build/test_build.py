@@ -14,7 +14,7 @@ import trt.build.__main__
 import trt.build.assemble
 import trt.inspect
 import trt.verify
-from edje.init import initialise
+from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint
 from engine_directories import FIRST_LIMIT_S, copy_of, sample
@@ -300,7 +300,7 @@ def test_two_engines_are_compared_on_random_pairs_where_there_are_no_words(made,
 
 def test_engines_that_rank_otherwise_end_with_1_and_the_place(made, tmp_path_factory, tmp_path):
     other = tmp_path / "other"
-    initialise(load_checkpoint(made.checkpoint).config, other, seed=99)
+    write_untrained(load_checkpoint(made.checkpoint).config, other, seed=99)
 
     done = verify(f"torch:{other}", made.engine)
 
@@ -322,7 +322,7 @@ def test_engines_of_different_stores_or_models_are_not_compared(made, tmp_path):
     manifest = read_manifest(int4)
     options = manifest.options.model_copy(update={"storage": "int4"})
     write_manifest(int4, manifest.model_copy(update={"options": options}))
-    initialise(VARIANTS["tiny-late"], tmp_path / "late", seed=1)
+    write_untrained(VARIANTS["tiny-late"], tmp_path / "late", seed=1)
 
     other_storage, other_model = verify(made.engine, int4), verify(f"torch:{tmp_path / 'late'}", made.engine)
 

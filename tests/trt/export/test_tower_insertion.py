@@ -12,7 +12,8 @@ import torch
 from onnx import helper, numpy_helper
 
 from edje.config import AdapterConfig, PreprocessConfig
-from edje.model.edje import build_edje, draw_weights
+from edje.model.edje import build_edje
+from edje.model.initialisation import initialise_untrained
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint, save_checkpoint
 from edje.vocabulary import character_tokenizer
@@ -68,7 +69,7 @@ def checkpoint_of(tower, folder):
         adapter=AdapterConfig(kind="compression", num_tokens=4, hidden_dim=16),
     )
     model = build_edje(config, graph=tower.SerializeToString())
-    draw_weights(model, seed=0)
+    initialise_untrained(model, seed=0)
     save_checkpoint(folder, config, model, character_tokenizer().to_str())
     return load_checkpoint(folder)
 

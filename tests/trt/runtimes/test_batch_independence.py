@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edje.init import initialise
+from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint
 from protocols.quantize import quantize
@@ -24,7 +24,7 @@ TEXTS = [[2, *range(10, 14), 3], [2, *range(20, 24), 3], [2, *range(30, 45), 3],
 @pytest.fixture(scope="module", params=["tiny", "tiny-late", "tiny-minimal", "tiny-maxsim"])
 def checkpoint(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("independence") / request.param
-    initialise(VARIANTS[request.param], path, seed=1)
+    write_untrained(VARIANTS[request.param], path, seed=1)
     return path
 
 

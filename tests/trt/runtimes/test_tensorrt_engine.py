@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from edje.config import FirstStageConfig
-from edje.init import initialise
+from edje.config import FirstStageScoreConfig
+from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint
 from protocols.quantize import quantize
@@ -35,9 +35,9 @@ TEXTS = [[2, *range(30, 30 + length), 3] for length in (3, 40, 1, 10, 61, 4, 3, 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded")
-    initialise(VARIANTS["tiny"], folder / "tiny", seed=1)
-    joint = replace(VARIANTS["tiny-late"].joint, first_stage=FirstStageConfig(mean=0.3, std=0.1))
-    initialise(replace(VARIANTS["tiny-late"], joint=joint), folder / "scored", seed=1)
+    write_untrained(VARIANTS["tiny"], folder / "tiny", seed=1)
+    joint = replace(VARIANTS["tiny-late"].joint, first_stage=FirstStageScoreConfig(mean=0.3, std=0.1))
+    write_untrained(replace(VARIANTS["tiny-late"], joint=joint), folder / "scored", seed=1)
     return folder
 
 

@@ -633,8 +633,8 @@ class RealEngine:
 
     def __init__(self, folder: Path, variant: str, *, reads_first_stage: bool) -> None:
         torch = pytest.importorskip("torch")
-        from edje.config import FirstStageConfig
-        from edje.init import initialise
+        from edje.config import FirstStageScoreConfig
+        from edje.init import write_untrained
         from edje.model.variants import VARIANTS
         from edje.model.weights import load_checkpoint
         from edje.text import Tokenizer
@@ -643,9 +643,9 @@ class RealEngine:
         from trt.slab.host import SharedSlab
         from trt.slab.layout import SlotLayout
 
-        first_stage = FirstStageConfig(mean=0.3, std=0.1) if reads_first_stage else None
+        first_stage = FirstStageScoreConfig(mean=0.3, std=0.1) if reads_first_stage else None
         config = replace(VARIANTS[variant], joint=replace(VARIANTS[variant].joint, first_stage=first_stage))
-        digest = initialise(config, folder, seed=1)
+        digest = write_untrained(config, folder, seed=1)
         loaded = load_checkpoint(folder)
         self.layout = BlobLayout(digest, config.adapter.num_tokens, config.joint.dim, "int8")
         slab = SharedSlab(SlotLayout("int8", self.layout.num_tokens, self.layout.token_dim), 64)
