@@ -17,6 +17,7 @@ from typing import Any
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
@@ -24,6 +25,8 @@ from protocols.events import ImageIndexed, ImageNew, RerankRequest, RerankRespon
 from protocols.examples import examples
 from protocols.topics import Topics
 from workers import settings as worker_settings
+from workers.gateway.settings import GatewaySettings
+from workers.index.settings import IndexSettings
 from workers.read_settings import variable_names
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -101,33 +104,36 @@ def _type_of(schema: dict[str, Any], root: dict[str, Any]) -> str:
 
 def settings() -> str:
     """Return the page about the settings: one table for each worker, the shared ones first."""
-    kinds = [
-        kind
-        for _, kind in inspect.getmembers(worker_settings, inspect.isclass)
-        if issubclass(kind, worker_settings.EngineSettings) and kind is not worker_settings.EngineSettings
-    ]
-    shared = set(worker_settings.EngineSettings.model_fields)
+    kinds = (GatewaySettings, IndexSettings, worker_settings.IngestSettings, worker_settings.RerankSettings)
+    general = worker_settings.EngineSettings.model_fields
+    shared = set(general)
     parts = [
         NOTE + "# Settings\n\n"
         "Every worker reads its settings from the environment, once, when it starts. "
         "`python -m workers.rerank --show-config` lists the values in use and where each comes from. "
         "An unknown variable with a worker's prefix stops that worker; variables of other programs are ignored.\n\n"
         "## All workers\n\n"
+        "The index worker and the gateway have those of these that concern them: no engine, no consumer group for the "
+        "gateway.\n\n"
         "Variables without a fixed name carry the worker's prefix, for example `RERANK_DELIVERY`; "
         "the table shows those of the rerank worker.\n\n"
     ]
     rerank = worker_settings.RerankSettings
     parts.append(_table(("variable", "default", "meaning"), _settings_of(rerank, shared)))
-    for kind in sorted(kinds, key=lambda each: each.__name__):
+    for kind in kinds:
         own = {
             name
             for name, field in kind.model_fields.items()
-            if name not in shared or field.default != worker_settings.EngineSettings.model_fields[name].default
+            if name not in shared or (field.default, field.description) != _meaning_of(general[name])
         }
         title = kind.__name__.removesuffix("Settings").lower()
         parts.append(f"\n## {title}\n\n")
         parts.append(_table(("variable", "default", "meaning"), _settings_of(kind, own)))
     return "".join(parts)
+
+
+def _meaning_of(field: FieldInfo) -> tuple[Any, str | None]:
+    return field.default, field.description
 
 
 def _settings_of(kind: type[BaseSettings], fields: set[str]) -> Iterator[tuple[str, str, str]]:

@@ -45,6 +45,10 @@ class Topics:
     def rerank_responses(self) -> str:
         return f"{self.prefix}rerank.responses"
 
+    @property
+    def gateway_replies(self) -> str:
+        return f"{self.rerank_responses}.gateway"
+
     def dead_letter(self, topic: str) -> str:
         """Return the topic for messages of this topic that can never succeed."""
         return topic + _DEAD_LETTER_SUFFIX

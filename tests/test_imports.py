@@ -43,7 +43,7 @@ ONLY_IN = {
 }
 #: The modules that put a program together, and so alone say which adapter stands behind a port.
 ROOTS = {
-    f"workers/{name}.py" for name in ("runtime", "client", "publish/__main__", "index/__main__", "gateway/__main__")
+    f"workers/{name}.py" for name in ("runtime", "client", "publish/__main__", "index/__main__", "gateway/replica")
 }
 ADAPTERS = {f"workers.bus.{name}" for name in ("inbox", "outbox", "transactions", "reader")} | {
     "workers.store.client",

@@ -121,6 +121,17 @@ class Metrics:
         self.index_write_seconds = self._histogram(names.INDEX_WRITE_SECONDS)
         self.index_without_vector = self._counter(names.INDEX_WITHOUT_VECTOR)
 
+        # gateway
+        self.http_requests = self._counter(names.HTTP_REQUESTS)
+        self.http_seconds = ByLabel(self._histogram(names.HTTP_SECONDS))
+        self.http_open = self._gauge(names.HTTP_OPEN)
+        self.gateway_pairs = self._gauge(names.GATEWAY_PAIRS)
+        self.gateway_degraded = ByLabel(self._counter(names.GATEWAY_DEGRADED))
+        self.gateway_refused = ByLabel(self._counter(names.GATEWAY_REFUSED))
+        self.gateway_cancelled = self._counter(names.GATEWAY_CANCELLED)
+        self.gateway_replies = ByLabel(self._counter(names.GATEWAY_REPLIES))
+        self.gateway_seconds = ByLabel(self._histogram(names.GATEWAY_SECONDS))
+
         self._lagging: set[Partition] = set()
         self._num_evicted = 0
 

@@ -71,6 +71,10 @@ class KafkaFollower:
             self._changed.notify()
             return taken
 
+    def unknown_topics(self) -> list[str]:
+        """Return the topic if it, or every partition that was named, does not exist as far as the follower knows."""
+        return self._reader.unknown_topics()
+
     def close(self, timeout_s: float) -> None:
         with self._changed:
             self._closing = True

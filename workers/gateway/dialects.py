@@ -121,7 +121,7 @@ def _a(word: str) -> str:
 
 def _query(query: str | QueryObject, strings_are: DocumentKind) -> Query:
     if isinstance(query, str):
-        return Query(image_id=_id(query, "query")) if strings_are == "text" else Query(text=query)
+        return Query(image_id=checked_id(query, "query")) if strings_are == "text" else Query(text=query)
     image_id = query.image_id or query.image
     if (query.text is None) == (image_id is None):
         raise ApiError(422, "invalid_request", "query: exactly one of text and image_id is needed")
@@ -134,7 +134,7 @@ def _document(given: str | dict[str, Any], number: int, strings_are: DocumentKin
         return _from_string(given, where, strings_are, None, given)
     score = _score(given.get("score"), where)
     if isinstance(given.get("image_id"), str):
-        return Document("image_id", _id(given["image_id"], where), score, given)
+        return Document("image_id", checked_id(given["image_id"], where), score, given)
     # Jina and vLLM: {"image": ...}; vLLM and OpenAI: {"image_url": {"url": ...}}, also as the one part of "content";
     # Elasticsearch: {"type": "image", "format": "url", "value": ...}.
     for name in ("image", "image_url", "url", "value"):
@@ -161,7 +161,7 @@ def _from_string(
         return Document("text", value, score, given)
     if strings_are == "uri":
         return Document("uri", value, score, given)
-    return Document("image_id", _id(value, where), score, given)
+    return Document("image_id", checked_id(value, where), score, given)
 
 
 def _image(value: str, where: str, score: float | None, given: dict[str, Any]) -> Document:
@@ -169,10 +169,11 @@ def _image(value: str, where: str, score: float | None, given: dict[str, Any]) -
         raise ApiError(422, "image_bytes", f"{where} holds the bytes of an image; {_USE_IDS}")
     if value.startswith(_URI_SCHEMES):
         return Document("uri", value, score, given)
-    return Document("image_id", _id(value, where), score, given)
+    return Document("image_id", checked_id(value, where), score, given)
 
 
-def _id(value: str, where: str) -> str:
+def checked_id(value: str, where: str) -> str:
+    """Return an image id as it is. Raises `ApiError` that names where the value was."""
     is_id = 1 <= len(value) <= MAX_ID_CHARS and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in value)
     if not is_id:
         raise ApiError(

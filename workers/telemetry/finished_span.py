@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from workers.ports import SpanIds
-from workers.telemetry.names import PROCESS, SpanName
+from workers.telemetry.names import SpanName
 
 #: The instrumentation scope of every span.
 SCOPE: Final = "edje.workers"
@@ -34,8 +34,8 @@ class FinishedSpan(NamedTuple):
 
     @property
     def parent_is_remote(self) -> bool:
-        """Whether the span above is another process's: a message's processing has the producer's above it."""
-        return self.what is PROCESS
+        """Whether the parent span belongs to another process: to a producer or an HTTP client."""
+        return self.what.kind in ("CONSUMER", "SERVER")
 
 
 class SpanExporter(Protocol):

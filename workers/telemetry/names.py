@@ -15,7 +15,7 @@ class SpanName:
     """A kind of span; `name` is completed with a topic or a stage where it ends in one."""
 
     name: str
-    kind: Literal["CONSUMER", "PRODUCER", "CLIENT", "INTERNAL"]
+    kind: Literal["SERVER", "CONSUMER", "PRODUCER", "CLIENT", "INTERNAL"]
     parent: str
     meaning: str
     stem: str = field(init=False)  # the name up to what completes it
@@ -65,6 +65,13 @@ IMAGE_STAGES = {
     "encode": "Its batch on the engine.",
     "store": "Writing the blobs of its batch.",
 }
+#: Stages of a request in the gateway.
+EMBED, SEARCH_INDEX, RERANK = "embed", "search_index", "rerank"
+GATEWAY_STAGES = {
+    EMBED: "From the query's text to its vector.",
+    SEARCH_INDEX: "The search of the index for candidates.",
+    RERANK: "From the request's sending to its reply.",
+}
 #: The stage of an indexed image: its batch's write to the index, with the wait for the write before.
 INDEX_STAGE = "write"
 
@@ -85,6 +92,12 @@ COMMIT = SpanName(
 STAGE = SpanName("{stage}", "INTERNAL", "process", "One stage of the event (next table); of no length: left out.")
 READ = SpanName("MGET", "CLIENT", "process", "One read of blobs, its retries included; links to others that wait.")
 WRITE = SpanName("PIPELINE SET", "CLIENT", "encode batch", "The write of a batch of blobs, its retries included.")
+HTTP_REQUEST = SpanName(
+    "{method} {route}",
+    "SERVER",
+    "the caller's span",
+    "One HTTP request to the gateway, from its headers to its answer.",
+)
 INDEX_WRITE = SpanName(
     "index write", "CLIENT", "none, linked", "Rows written to the index together; links to each sampled event."
 )
@@ -128,6 +141,10 @@ IMAGES = Attribute("edje.images", "Images of the batch.")
 IMAGE_IDS = Attribute("edje.image_ids", "The images that shared the batch, sampled or not; the first 100.")
 ENGINE = Attribute("edje.engine_digest", "The engine that scored the micro-batch.")
 ATTEMPTS = Attribute("edje.attempts", "How often it was tried, where more than once.")
+HTTP_METHOD = Attribute("http.request.method", "The method of an HTTP request.")
+HTTP_ROUTE = Attribute("http.route", "The path of an HTTP request, with names in place of ids.")
+HTTP_STATUS = Attribute("http.response.status_code", "The status of the HTTP answer.")
+DEGRADED = Attribute("edje.degraded", "Why an answer of the gateway is in the first stage's order.")
 READ_BYTES = Attribute("edje.read_bytes", "Bytes of the blobs that were read.")
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -216,6 +233,31 @@ INDEX_WITHOUT_VECTOR = Metric(
     "edje_index_without_vector_total",
     "counter",
     "Images left out of the index because their event had no embedding (INGEST_PUBLISH_EMBEDDING).",
+)
+
+HTTP_REQUESTS = Metric(
+    "edje_http_requests_total", "counter", "HTTP requests answered by the gateway.", ("route", "status")
+)
+HTTP_SECONDS = Metric(
+    "edje_http_seconds", "histogram", "One HTTP request, from its headers to its answer.", ("route",), _SECONDS
+)
+HTTP_OPEN = Metric("edje_http_open_requests", "gauge", "HTTP requests in work.")
+GATEWAY_PAIRS = Metric("edje_gateway_pairs", "gauge", "Pairs of the gateway's requests without a reply yet.")
+GATEWAY_DEGRADED = Metric(
+    "edje_gateway_degraded_total", "counter", "Answers in the first stage's order, by cause.", ("code",)
+)
+GATEWAY_REFUSED = Metric(
+    "edje_gateway_refused_total", "counter", "Requests answered with an error, by code.", ("code",)
+)
+GATEWAY_CANCELLED = Metric("edje_gateway_cancelled_total", "counter", "Requests whose caller left before the answer.")
+GATEWAY_REPLIES = Metric(
+    "edje_gateway_replies_total",
+    "counter",
+    "Replies on the gateway's partition: matched with a request, late, unknown or invalid.",
+    ("kind",),
+)
+GATEWAY_SECONDS = Metric(
+    "edje_gateway_stage_seconds", "histogram", "A request in one of the gateway's stages.", ("stage",), _SECONDS
 )
 
 SPANS = tuple(value for value in list(globals().values()) if isinstance(value, SpanName))

@@ -1,0 +1,63 @@
+"""Serves the search page: one template, and its style sheet and modules from the folder `assets`.
+
+Nothing comes from another host, and the page's policy allows nothing else. Whatever the template is given is escaped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.responses import Response
+
+from workers.gateway.app import Call, Endpoint
+from workers.gateway.errors import ApiError
+
+FOLDER = Path(__file__).parent / "assets"
+TEMPLATE = "page.html"
+_MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+#: Pictures of the page are thumbnails from here, and the user's own files before they are uploaded.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+class SearchPage:
+    """The page and its assets, rendered and read once."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """`options` are for the page's modules, as JSON in the document."""
+        self._assets = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in _MEDIA_TYPES}
+        # Part of every address, so that an asset may be cached for long and is still loaded again when it has changed.
+        joined = b"".join(name.encode() + data for name, data in sorted(self._assets.items()))
+        self._version = hashlib.sha256(joined).hexdigest()[:12]
+        environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
+        page = environment.get_template(TEMPLATE).render(
+            options=orjson.dumps(options).decode(), examples=options["examples"], version=self._version
+        )
+        self._page = page.encode()
+
+    def endpoints(self) -> list[Endpoint]:
+        """The routes of the page."""
+        return [
+            Endpoint("/", "GET", self.page, is_open=True),
+            Endpoint("/assets/{version}/{name}", "GET", self.asset, is_open=True),
+        ]
+
+    async def page(self, call: Call) -> Response:
+        headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
+        return Response(self._page, media_type="text/html", headers=headers)
+
+    async def asset(self, call: Call) -> Response:
+        name = call.request.path_params["name"]
+        data = self._assets.get(name)
+        if data is None:
+            raise ApiError(404, "not_found", "the page has no such asset")
+        is_current = call.request.path_params["version"] == self._version
+        headers = {"Cache-Control": "public, max-age=31536000, immutable" if is_current else "no-cache"}
+        return Response(data, media_type=_MEDIA_TYPES[Path(name).suffix], headers=headers)
