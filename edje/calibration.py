@@ -33,6 +33,11 @@ class DirectionCalibration:
     offset: float
     first_stage_gain: Annotated[float, Field(ge=0)]
 
+    def summary(self) -> str:
+        """The constants in words, for a log line."""
+        first_stage = f"first-stage gain {self.first_stage_gain:.3g}" if self.first_stage_gain else "no first stage"
+        return f"{first_stage}, temperature {self.temperature:.3g}, offset {self.offset:.3g}"
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -46,6 +51,10 @@ class Calibration:
     def of(self, direction: Direction) -> DirectionCalibration:
         """The constants for queries of this direction."""
         return self.text_to_image if direction == "text-to-image" else self.image_to_text
+
+    def by_direction(self) -> tuple[tuple[Direction, DirectionCalibration], ...]:
+        """Each direction with its constants."""
+        return ("text-to-image", self.text_to_image), ("image-to-text", self.image_to_text)
 
 
 def log_odds(

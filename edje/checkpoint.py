@@ -32,7 +32,7 @@ from edje.config import EdjeConfig, canonical_json, parse_config
 from protocols.validation import first_problem
 
 #: Grows with the fields of a configuration: digests are taken over all of them, so an older one's would not agree.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 GRAPH_FILE = "vision.onnx"
 #: Hexadecimal digits of a digest: 64 bits, as it stands in store keys and replies.

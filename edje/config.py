@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from edje.calibration import Calibration
 from edje.tower_config import CLOSED as _CLOSED
 from edje.tower_config import Count, VisionConfig
 
@@ -127,6 +128,7 @@ class EdjeConfig:
     vision: VisionConfig
     adapter: AdapterConfig
     joint: JointConfig
+    calibration: Calibration | None = None  # None: the sigmoid of a logit is not a probability
 
     def __post_init__(self) -> None:
         vision, joint, adapter = self.vision, self.joint, self.adapter

@@ -211,7 +211,7 @@ class Recipe(_Closed):
     start: Start | None = Field(None, description="Parts of another checkpoint to start from.")
     skip: tuple[str, ...] = Field((), description="Names of phases that are left out, because `start` replaces them.")
     calibrate: bool = Field(
-        False, description="Whether the weight of the first stage's score is fitted on the split dev after training."
+        True, description="Whether the calibration of scores is fitted on the split dev after the last phase."
     )
     phase: tuple[Phase, ...] = Field(description="The phases, in order.")
     k: PositiveInt = Field(10, description="Candidates per query in the validation after each phase.")
@@ -231,8 +231,6 @@ class Recipe(_Closed):
         names = [phase.name for phase in self.phase]
         if not self.phases or len(set(names)) < len(names):
             raise ValueError("the recipe needs at least one phase that is not skipped, and every phase another name")
-        if self.calibrate and not self.joint.reads_first_stage:
-            raise ValueError("`calibrate` fits the weight of the first stage's score: set joint.reads_first_stage")
         if unknown := set(self.skip) - set(names):
             raise ValueError(f"skip: there is no phase {min(unknown)!r}, but {', '.join(names)}")
         trains_tower = ["vision" in phase.train for phase in self.phases]

@@ -9,7 +9,6 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -19,8 +18,7 @@ from edje.files import write_file
 from edje.first_stage.base import FOLDER, read_folder
 from edje.progress import progress_bars
 from edje.recipe import Phase, Recipe
-from edje.training.calibrate import best_gain, candidates_of
-from edje.training.dev_retrieval import DevSearch, dev_search
+from edje.training.dev_retrieval import DevRetrieval, dev_retrieval, fit_calibration, validate
 from edje.training.devices import Devices, computes_bf16
 from edje.training.interrupt import stop_requests
 from edje.training.loop import train_phase
@@ -29,7 +27,6 @@ from edje.training.phase_data import PhaseData
 from edje.training.schedule import parameter_groups
 from edje.training.state import RunPosition, SavedState, find_state, restore_module, restore_optimizer, save_state
 from edje.training.training_model import TrainingModel
-from edje.training.validation import validate
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +135,7 @@ class Run:
             )
         total_step = total_before + num_steps
         if self.devices.leads:
-            values = validate(self._dev_search())
+            values = validate(self._dev_retrieval())
             self._log(f"{phase.name}: {_listed(values)}")
             if metrics is not None:
                 metrics.write(total_step - 1, phase.name, values)
@@ -148,8 +145,8 @@ class Run:
         self.devices.wait()
         return total_step
 
-    def _dev_search(self) -> DevSearch:
-        return dev_search(
+    def _dev_retrieval(self) -> DevRetrieval:
+        return dev_retrieval(
             self.trained.model.eval(),
             self.trained.first_stage,
             self.dev_data,
@@ -161,14 +158,11 @@ class Run:
         )
 
     def _calibrate(self) -> None:
-        """Set the weight of the first stage's score by the dev split."""
-        search = self._dev_search()
-        scores = np.take_along_axis(search.similarity, candidates_of(search), axis=1)
-        statistics = float(scores.mean()), max(float(scores.std()), 1e-6)
-        self.trained.standardise(*statistics)
-        gain = best_gain(search, self.trained.gain, *statistics)
-        self.trained.gain = gain
-        self._log(f"calibrated, gain {gain:.2f}: {_listed(validate(search))}")
+        """Fit the calibration on the dev split and make it part of the configuration."""
+        calibration = fit_calibration(self._dev_retrieval())
+        self.trained.config = replace(self.trained.config, calibration=calibration)
+        for direction, constants in calibration.by_direction():
+            self._log(f"calibrated {direction}: {constants.summary()}")
 
     def _save(self, position: RunPosition, metrics: MetricsLog | None, optimizer: torch.optim.Optimizer | None) -> None:
         if self.devices.leads:
