@@ -26,7 +26,7 @@ T = TypeVar("T", Counter, Histogram)
 #: What was tried again.
 RetryKind = Literal["connect", "publish", "commit", "store_read", "store_write", "image_fetch", "index_write"]
 #: What a message came to; `dead_letter` also where an error reply went out with it.
-Outcome = Literal["ok", "partial", "expired", "error", "dead_letter", "skipped"]
+Outcome = Literal["ok", "partial", "expired", "error", "dead_letter", "skipped", "superseded", "removed"]
 #: Stages of an image on its way into the store.
 IngestStage = Literal["fetch", "look_up", "decode", "encode", "store"]
 #: The trace of a sampled request, to lead from a slow bucket to one that fell into it.

@@ -1,32 +1,36 @@
 """Takes image events through fetch, look-up, decode, encode and write, each to its one outcome.
 
-Decides what is started when: within the bounds of what is in work, in batches where that pays, and for one image id
-strictly in the order of arrival, so that the later content stays. Implements `workers.ports.Job`; what waits does so in
-`IngestStages`.
+Decides what is started when: within the bounds of what is in work, in batches where that pays. Events of one image may
+pass each other here; the store keeps the later one (`protocols.source_position`). Implements `workers.ports.Job`; the
+stages run in `IngestStages`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
-from workers.errors import Poison
-from workers.ingest.image_batcher import ImageBatcher
+from workers.errors import Poison, as_internal_error
+from workers.ingest.addresses import parse_address
+from workers.ingest.fetching import Fetching
+from workers.ingest.image_store import LookedUp, ToWrite, Wanted, Written
 from workers.ingest.outcomes import IngestOutcomes
+from workers.ingest.scheduling import FetchQueue, ImageBatcher
 from workers.ingest.spans import IngestSpans
-from workers.ingest.stages import Content, Decoded, Encoded, IngestStages, LookedUp, Refusal, Written
-from workers.ingest.state import ImageInWork, IngestLimits
+from workers.ingest.stages import Decoded, Encoded, IngestStages
+from workers.ingest.work import ImageWork, IngestLimits
 from workers.metrics import IngestStage, Metrics
 from workers.ports import Finished, Interval, Partition, Record, SpanIds
 
 #: One batch on the engine and one stacked behind it, so that the engine does not wait for the loop between two.
 _MAX_BATCHES = 2
-#: Blobs read in one look-up: they are whole, because what is broken must not count as stored. A few megabytes.
+#: Blobs read in one look-up, a few megabytes: whole ones, because a broken blob must not count as stored.
 _MAX_LOOKUPS = 64
+#: Removals written at once.
+_MAX_REMOVALS = 256
+#: Images that wait for a fetch. They keep little but their event, so a host that is down does not hold up the others.
+_MAX_WAITING_IMAGES = 10_000
 
 
 class IngestJob:
@@ -36,34 +40,46 @@ class IngestJob:
         self,
         *,
         stages: IngestStages,
-        batcher: ImageBatcher[ImageInWork],
+        fetches: FetchQueue[ImageWork],
+        batcher: ImageBatcher[ImageWork],
         outcomes: IngestOutcomes,
         limits: IngestLimits,
         metrics: Metrics,
         spans: IngestSpans,
     ) -> None:
         self._stages = stages
+        self._fetching = Fetching(
+            stages.fetch,
+            fetches,
+            limits,
+            metrics,
+            then=self._fetched,
+            failed=self._failed,
+            dropped=self._end,
+        )
         self._batcher = batcher
         self._outcomes = outcomes
         self._limits = limits
         self._metrics = metrics
         self._spans = spans
-        self._active: dict[tuple[Partition, int], ImageInWork] = {}
-        self._behind: dict[str, deque[ImageInWork]] = {}  # by image id in work: the later events of the same id
-        self._to_fetch: deque[tuple[str, ImageInWork]] = deque()
-        self._to_look_up: deque[ImageInWork] = deque()
-        self._is_looking_up = False
+        self._active: dict[tuple[Partition, int], ImageWork] = {}
+        self._to_look_up: deque[ImageWork] = deque()
+        self._to_remove: deque[ImageWork] = deque()
+        self._num_look_ups = 0
+        self._num_removals = 0
         self._finished: list[Finished] = []
         self._num_in_work = 0  # active ones, and dropped ones that some stage still holds
         self._num_bytes = 0
-        self._num_fetching = 0
-        self._num_before_batcher = 0
+        self._num_preparing = 0  # images with content that are on their way to the batcher
         self._num_batches = 0
         self._now = 0.0
 
     def has_room(self) -> bool:
+        num_waiting = self._fetching.num_waiting()
         return (
-            self._num_in_work < self._limits.max_inflight_images and self._num_bytes < self._limits.max_inflight_bytes
+            self._num_in_work - num_waiting < self._limits.max_inflight_images
+            and num_waiting < _MAX_WAITING_IMAGES
+            and self._num_bytes < self._limits.max_inflight_bytes
         )
 
     def num_active(self) -> int:
@@ -72,132 +88,145 @@ class IngestJob:
     def accept(self, record: Record, now: float) -> None:
         self._now = now
         trace = self._spans.bus.begin(record)
-        event = self._outcomes.read(record)
-        if isinstance(event, Refusal):
-            self._finished.append(self._outcomes.unreadable(record, trace, event, now))
+        try:
+            if record.value is None:
+                image = ImageWork(record, trace, now, self._outcomes.removed_id(record))
+                self._enter(image)
+                self._to_remove.append(image)
+                return
+            event = self._outcomes.read(record)
+        except Poison as error:
+            self._finished.append(self._outcomes.unreadable(record, trace, error, now))
             return
-        image = ImageInWork(record, trace, now, event.image_id, event.uri, data=event.data or b"")
-        self._active[record.partition, record.offset] = image
-        self._num_in_work += 1
-        self._hold(image)
-        behind = self._behind.get(image.image_id)
-        if behind is None:
-            self._behind[image.image_id] = deque()
-            self._begin(image)
-        else:
-            behind.append(image)
+        image = ImageWork(record, trace, now, event.image_id, metadata=event.metadata, data=event.data or b"")
+        self._enter(image)
+        if event.uri is None:
+            self._digest(image)
+            return
+        try:
+            self._fetching.add(image, parse_address(event.uri))
+        except Exception as error:
+            self._failed(image, error)
 
     def refuse(self, record: Record, error: Poison, now: float) -> None:
         image = self._active.pop((record.partition, record.offset), None)
         if image is not None:
             image.is_dropped = True
+            self._fetching.remove_dropped()
         trace = image.trace if image is not None else self._spans.bus.begin(record)
-        refusal = Refusal(type(error.__cause__ or error).__name__, error.code, str(error))
-        self._finished.append(self._outcomes.unreadable(record, trace, refusal, now))
+        self._finished.append(self._outcomes.unreadable(record, trace, error, now))
 
     def turn(self, now: float) -> list[Finished]:
         self._now = now
+        self._fetching.turn(now)
         self._stages.land()
-        self._start_fetches()
+        self._fetching.start(now, self._num_bytes)
         self._start_look_up()
+        self._start_removals()
         self._start_batches()
         self._metrics.inflight_bytes.set(self._num_bytes)
         finished, self._finished = self._finished, []
         return finished
 
     def wants_turn_in_s(self, now: float) -> float | None:
-        if self._finished or self._can_fetch():
+        if self._finished:
             return 0.0
-        return self._batcher.wants_turn_in_s(now) if self._num_batches < _MAX_BATCHES else None
+        waits = [self._fetching.wants_turn_in_s(now, self._num_bytes)]
+        if self._num_batches < _MAX_BATCHES:
+            waits.append(self._batcher.wants_turn_in_s(now))
+        return min((wait for wait in waits if wait is not None), default=None)
 
     def drop(self, partitions: Collection[Partition]) -> None:
-        # Where an image is held by a stage it ends when that does: until then a newer event of its id must wait,
-        # for the blob that is being written may still arrive.
+        # An image that a stage holds ends when the stage does, and writes nothing any more.
         for key, image in list(self._active.items()):
             if key[0] in partitions:
                 image.is_dropped = True
                 del self._active[key]
+        self._fetching.remove_dropped()
         self._finished = [done for done in self._finished if done.record.partition not in partitions]
 
     def close(self) -> None:
-        """End the stages' threads; what is in work is the next owner's."""
+        """End the stages' threads; images in work are left to the next owner."""
         self._stages.close()
 
-    def _begin(self, image: ImageInWork) -> None:
-        self._num_before_batcher += 1
-        if image.uri is None:
-            self._stages.digest(image.data, partial(self._has_content, image))
-        else:
-            self._to_fetch.append((image.uri, image))
+    def _enter(self, image: ImageWork) -> None:
+        self._active[image.record.partition, image.record.offset] = image
+        self._num_in_work += 1
+        self._count_bytes(image)
 
-    def _can_fetch(self) -> bool:
-        """Whether the next image may be fetched: it could be as large as any may be, but one is always under way."""
-        if not self._to_fetch or self._num_fetching >= self._limits.fetch_threads:
-            return False
-        set_aside = (self._num_fetching + 1) * self._limits.max_image_bytes
-        return self._num_fetching == 0 or self._num_bytes + set_aside <= self._limits.max_inflight_bytes
+    # --- fetch, look-up ---
 
-    def _start_fetches(self) -> None:
-        while self._can_fetch():
-            uri, image = self._to_fetch.popleft()
-            if image.is_dropped:
-                self._end_before_batcher(image)
-                continue
-            self._num_fetching += 1
-            self._stages.fetch(uri, partial(self._fetched, image))
+    def _fetched(self, image: ImageWork, data: bytes) -> None:
+        self._time(image, "fetch", image.stages["fetch"])
+        image.data = data
+        self._count_bytes(image)
+        self._digest(image)
 
-    def _fetched(self, image: ImageInWork, content: Content | Refusal) -> None:
-        self._num_fetching -= 1
-        if isinstance(content, Content) and content.interval is not None:
-            self._time(image, "fetch", content.interval)
-        self._has_content(image, content)
+    def _digest(self, image: ImageWork) -> None:
+        self._num_preparing += 1
+        self._stages.digest(image.data, partial(self._has_content, image), partial(self._not_prepared, image))
 
-    def _has_content(self, image: ImageInWork, content: Content | Refusal) -> None:
-        if image.is_dropped or isinstance(content, Refusal):
-            self._end_before_batcher(image, None if isinstance(content, Content) else content)
-            return
-        image.data, image.sha256 = content.data, content.sha256
-        self._hold(image)
+    def _has_content(self, image: ImageWork, sha256: bytes) -> None:
+        image.sha256 = sha256
         self._to_look_up.append(image)
 
     def _start_look_up(self) -> None:
-        """One look-up at a time: what arrives meanwhile goes together into the next."""
-        if self._is_looking_up or not self._to_look_up:
-            return
-        images = [self._to_look_up.popleft() for _ in range(min(len(self._to_look_up), _MAX_LOOKUPS))]
-        self._is_looking_up = True
-        self._stages.look_up(
-            [image.image_id for image in images],
-            [image.sha256 for image in images],
-            partial(self._looked_up, images),
-        )
+        """One look-up at a time: images that arrive meanwhile go together into the next."""
+        if self._num_look_ups == 0 and self._to_look_up:
+            self._look_up([self._to_look_up.popleft() for _ in range(min(len(self._to_look_up), _MAX_LOOKUPS))])
 
-    def _looked_up(self, images: list[ImageInWork], found: LookedUp) -> None:
-        self._is_looking_up = False
-        self._spans.looked_up(images, found.interval, found.num_bytes)
-        for image, is_stored in zip(images, found.are_stored, strict=True):
-            self._time(image, "look_up", found.interval)
+    def _look_up(self, images: Sequence[ImageWork]) -> None:
+        self._num_look_ups += 1
+        wanted = [Wanted(image.image_id, image.position, image.sha256) for image in images]
+        self._stages.look_up(wanted, partial(self._looked_up, images), partial(self._look_up_failed, images))
+
+    def _look_up_failed(self, images: Sequence[ImageWork], error: Exception) -> None:
+        self._num_look_ups -= 1
+        self._isolate(images, error, self._look_up, self._not_prepared)
+
+    def _looked_up(self, images: Sequence[ImageWork], results: LookedUp) -> None:
+        self._num_look_ups -= 1
+        self._spans.looked_up(images, results.interval, results.num_bytes)
+        for image, found in zip(images, results.found, strict=True):
+            self._time(image, "look_up", results.interval)
+            image.is_stored = found.state == "stored"
+            pixels = not image.is_stored or self._outcomes.publishes_embedding
+            thumbnail = self._stages.makes_thumbnails and not (image.is_stored and found.has_thumbnail)
+            if found.state != "superseded" and not image.is_dropped and (pixels or thumbnail):
+                self._stages.decode(
+                    image.data,
+                    partial(self._decoded, image),
+                    partial(self._not_prepared, image),
+                    pixels=pixels,
+                    thumbnail=thumbnail,
+                )
+                continue
+            self._num_preparing -= 1
             if image.is_dropped:
-                self._end_before_batcher(image)
-            elif is_stored:
-                self._num_before_batcher -= 1
-                self._index(image, skipped=True, embedding=None)
+                self._end(image)
+            elif found.state == "superseded":
+                self._superseded(image)
             else:
-                self._stages.decode(image.data, partial(self._decoded, image))
+                self._index(image)
 
-    def _decoded(self, image: ImageInWork, decoded: Decoded | Refusal) -> None:
-        if image.is_dropped or isinstance(decoded, Refusal):
-            self._end_before_batcher(image, None if isinstance(decoded, Decoded) else decoded)
-            return
+    # --- decode, encode ---
+
+    def _decoded(self, image: ImageWork, decoded: Decoded) -> None:
+        self._num_preparing -= 1
         self._time(image, "decode", decoded.interval)
-        self._num_before_batcher -= 1
-        image.data, image.pixels = b"", decoded.pixels
-        self._hold(image)
-        self._batcher.add(image, self._now)
+        image.data, image.pixels, image.thumbnail = b"", decoded.pixels, decoded.thumbnail
+        self._count_bytes(image)
+        if image.is_dropped:
+            self._end(image)
+        elif image.pixels is None:
+            self._write(None, [image])  # its blob is stored already, without the thumbnail
+        else:
+            self._batcher.add(image, self._now)
 
     def _start_batches(self) -> None:
         while self._num_batches < _MAX_BATCHES:
-            batch = self._batcher.take(self._now, more_is_coming=self._num_before_batcher > 0)
+            more_is_coming = self._num_preparing + self._fetching.num_fetching() > 0
+            batch = self._batcher.take(self._now, more_is_coming=more_is_coming)
             if not batch:
                 return
             images = []
@@ -211,72 +240,127 @@ class IngestJob:
                 pixels = [image.pixels for image in images if image.pixels is not None]
                 self._stages.encode(pixels, partial(self._encoded, images))
 
-    def _encoded(self, images: list[ImageInWork], encoded: Encoded) -> None:
+    def _encoded(self, images: Sequence[ImageWork], encoded: Encoded) -> None:
         self._num_batches -= 1
         self._metrics.batch_images.observe(len(images))
-        for image in images:
-            image.pixels = None
-            self._hold(image)
+        for image, tokens, embedding in zip(images, encoded.tokens, encoded.embeddings, strict=True):
+            image.pixels, image.tokens, image.embedding = None, tokens, embedding
+            self._count_bytes(image)
             self._time(image, "encode", encoded.interval)
-        batch = self._spans.encoded(images, encoded.interval)
-        self._stages.write(
-            [image.image_id for image in images],
-            [image.sha256 for image in images],
-            encoded,
-            partial(self._written, images, encoded.embeddings, batch),
-        )
+        self._write(self._spans.encoded(images, encoded.interval), images)
 
-    def _written(
-        self, images: list[ImageInWork], embeddings: NDArray[np.float32], batch: SpanIds | None, written: Written
-    ) -> None:
+    # --- write, remove ---
+
+    def _write(self, batch: SpanIds | None, images: Sequence[ImageWork]) -> None:
+        items = [
+            ToWrite(
+                image.image_id,
+                image.position,
+                image.sha256,
+                None if image.is_stored else image.tokens,
+                image.embedding,
+                image.thumbnail,
+                is_dropped=partial(getattr, image, "is_dropped"),
+            )
+            for image in images
+        ]
+        self._stages.write(items, partial(self._written, batch, images), partial(self._write_failed, batch, images))
+
+    def _write_failed(self, batch: SpanIds | None, images: Sequence[ImageWork], error: Exception) -> None:
+        self._isolate(images, error, partial(self._write, batch), self._failed)
+
+    def _written(self, batch: SpanIds | None, images: Sequence[ImageWork], written: Written) -> None:
         self._spans.written(batch, written.interval, written.num_blobs)
         self._metrics.store_write_bytes.inc(written.num_bytes)
-        for image, embedding, refusal in zip(images, embeddings, written.refusals, strict=True):
+        for image, outcome in zip(images, written.outcomes, strict=True):
             self._time(image, "store", written.interval)
             if image.is_dropped:
                 self._end(image)
-            elif refusal is not None:
-                self._refuse(image, refusal)
+            elif isinstance(outcome, Poison):
+                self._failed(image, outcome)
+            elif outcome == "superseded":
+                self._superseded(image)
             else:
-                self._index(image, skipped=False, embedding=embedding)
+                self._index(image)
 
-    def _time(self, image: ImageInWork, stage: IngestStage, interval: Interval) -> None:
-        image.stages[stage] = interval
-        self._metrics.observe_image(stage, interval.seconds, image.trace.exemplar())
+    def _start_removals(self) -> None:
+        """One call at a time: removals that arrive meanwhile go together into the next."""
+        if self._num_removals == 0 and self._to_remove:
+            self._remove([self._to_remove.popleft() for _ in range(min(len(self._to_remove), _MAX_REMOVALS))])
 
-    def _index(self, image: ImageInWork, *, skipped: bool, embedding: NDArray[np.float32] | None) -> None:
-        self._finished.append(self._outcomes.indexed(image, self._now, skipped=skipped, embedding=embedding))
+    def _remove(self, images: Sequence[ImageWork]) -> None:
+        self._num_removals += 1
+        removals = [(image.image_id, image.position) for image in images if not image.is_dropped]
+        left = [image for image in images if not image.is_dropped]
+        for image in images:
+            if image.is_dropped:
+                self._end(image)
+        self._stages.remove(removals, partial(self._removed, left), partial(self._removal_failed, left))
+
+    def _removal_failed(self, images: Sequence[ImageWork], error: Exception) -> None:
+        self._num_removals -= 1
+        self._isolate(images, error, self._remove, self._failed)
+
+    def _removed(self, images: Sequence[ImageWork], are_removed: Sequence[bool]) -> None:
+        self._num_removals -= 1
+        for image, is_removed in zip(images, are_removed, strict=True):
+            if is_removed and not image.is_dropped:
+                self._finished.append(self._outcomes.removed(image, self._now))
+                self._end(image)
+            elif image.is_dropped:
+                self._end(image)
+            else:
+                self._superseded(image)
+
+    # --- ends ---
+
+    def _index(self, image: ImageWork) -> None:
+        self._finished.append(self._outcomes.indexed(image, self._now))
         self._end(image)
 
-    def _refuse(self, image: ImageInWork, refusal: Refusal) -> None:
-        self._finished.append(self._outcomes.refused(image, refusal, self._now))
+    def _superseded(self, image: ImageWork) -> None:
+        self._finished.append(self._outcomes.superseded(image, self._now))
         self._end(image)
 
-    def _end_before_batcher(self, image: ImageInWork, refusal: Refusal | None = None) -> None:
-        self._num_before_batcher -= 1
-        if refusal is None or image.is_dropped:
-            self._end(image)
-        else:
-            self._refuse(image, refusal)
+    def _failed(self, image: ImageWork, error: Exception) -> None:
+        """Give an image the outcome of its error; an unexpected one is a fault of this image alone."""
+        if not image.is_dropped:
+            partition, offset = image.record.partition.number, image.record.offset
+            poison = as_internal_error(error, image_id=image.image_id, partition=partition, offset=offset)
+            self._finished.append(self._outcomes.refused(image, poison, self._now))
+        self._end(image)
 
-    def _end(self, image: ImageInWork) -> None:
-        """The image has its outcome, or is another worker's: let go of it, and begin the next event of its id."""
+    def _not_prepared(self, image: ImageWork, error: Exception) -> None:
+        self._num_preparing -= 1
+        self._failed(image, error)
+
+    def _isolate(
+        self,
+        images: Sequence[ImageWork],
+        error: Exception,
+        again: Callable[[Sequence[ImageWork]], None],
+        failed: Callable[[ImageWork, Exception], None],
+    ) -> None:
+        """Repeat a failed step for each image alone, to find the image that makes it fail."""
+        if len(images) == 1:
+            failed(images[0], error)
+            return
+        for image in images:
+            again([image])
+
+    def _end(self, image: ImageWork) -> None:
+        """Forget an image that has its outcome, or whose partition is another worker's."""
         key = image.record.partition, image.record.offset
         if self._active.get(key) is image:
             del self._active[key]
         self._num_in_work -= 1
         self._num_bytes -= image.num_bytes
-        behind = self._behind[image.image_id]
-        while behind:
-            following = behind.popleft()
-            if not following.is_dropped:
-                self._begin(following)
-                return
-            self._num_in_work -= 1
-            self._num_bytes -= following.num_bytes
-        del self._behind[image.image_id]
 
-    def _hold(self, image: ImageInWork) -> None:
+    def _time(self, image: ImageWork, stage: IngestStage, interval: Interval) -> None:
+        image.stages[stage] = interval
+        self._metrics.observe_image(stage, interval.seconds, image.trace.exemplar())
+
+    def _count_bytes(self, image: ImageWork) -> None:
         """Count the bytes that this image holds now."""
         num_bytes = image.held_bytes()
         self._num_bytes += num_bytes - image.num_bytes

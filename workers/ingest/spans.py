@@ -1,20 +1,20 @@
 """The spans of an image event: its processing with the stages, and the look-ups, batches and writes it shared.
 
-Made when a thing has ended, of the times that the stages keep anyway; an event that is not recorded costs one look.
-Knows nothing of when anything happens.
+A span is made when its work has ended, from the times that the stages keep anyway; an event that is not sampled costs
+one comparison.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from workers.ingest.state import ImageInWork
+from workers.ingest.work import ImageWork
 from workers.ports import Interval, Record, SpanIds
 from workers.telemetry import names
 from workers.telemetry.bus_spans import BusSpans
 from workers.telemetry.tracer import MessageTrace, Tracer, child_of, root
 
-#: Images that a batch names; a batch is seldom larger.
+#: Images that the span of a batch names; few batches are larger.
 MAX_NAMED_IMAGES = 100
 
 
@@ -27,11 +27,11 @@ class IngestSpans:
 
     @classmethod
     def off(cls) -> IngestSpans:
-        """Records nothing."""
+        """Return spans that record nothing."""
         return cls(Tracer.off(), BusSpans.off())
 
-    def ended(self, image: ImageInWork, now: float, status: str, error: str | None = None) -> None:
-        """The processing of an event that has its outcome."""
+    def ended(self, image: ImageWork, now: float, status: str, error: str | None = None) -> None:
+        """Record the processing of an event that has its outcome."""
         span = image.trace.span
         if span is None:
             return
@@ -50,7 +50,7 @@ class IngestSpans:
         self.bus.stages(span, {names.INBOX: Interval(polled_at, image.taken_at), **image.stages})
 
     def unreadable(self, record: Record, trace: MessageTrace, image_id: str | None, now: float, *, error: str) -> None:
-        """The processing of a record that is no event."""
+        """Record the processing of a record that is no event."""
         if trace.span is not None:
             self.bus.processed(
                 record,
@@ -63,8 +63,8 @@ class IngestSpans:
                 attributes={},
             )
 
-    def looked_up(self, images: Sequence[ImageInWork], interval: Interval, num_bytes: int) -> None:
-        """A look-up, under the first of the images that are recorded and linked to the others."""
+    def looked_up(self, images: Sequence[ImageWork], interval: Interval, num_bytes: int) -> None:
+        """Record a look-up under the first sampled image, linked to the others."""
         recorded = _recorded(images)
         if recorded:
             attributes = {
@@ -75,8 +75,8 @@ class IngestSpans:
             }
             self._tracer.record(names.READ, child_of(recorded[0]), interval, attributes, links=recorded[1:])
 
-    def encoded(self, images: Sequence[ImageInWork], interval: Interval) -> SpanIds | None:
-        """A batch on the engine, if one of its images is recorded; each of those learns of it."""
+    def encoded(self, images: Sequence[ImageWork], interval: Interval) -> SpanIds | None:
+        """Record a batch on the engine if one of its images is sampled; returns its ids."""
         recorded = _recorded(images)
         if not recorded:
             return None
@@ -92,7 +92,7 @@ class IngestSpans:
         return ids
 
     def written(self, batch: SpanIds | None, interval: Interval, num_blobs: int) -> None:
-        """The write of a batch, if that is recorded."""
+        """Record the write of a batch, if the batch is sampled."""
         if batch is not None:
             attributes = {
                 names.DB_SYSTEM.name: "redis",
@@ -102,5 +102,5 @@ class IngestSpans:
             self._tracer.record(names.WRITE, child_of(batch), interval, attributes)
 
 
-def _recorded(images: Sequence[ImageInWork]) -> list[SpanIds]:
+def _recorded(images: Sequence[ImageWork]) -> list[SpanIds]:
     return [image.trace.span for image in images if image.trace.span is not None]

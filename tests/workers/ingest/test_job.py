@@ -7,6 +7,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,17 +20,21 @@ from protocols.blob import BlobLayout, blob_key, decode_blobs, encode_blob
 from protocols.dead_letters import DeadLetter
 from protocols.encoding import MSGPACK, decode, encode
 from protocols.events import ImageIndexed, ImageNew
+from protocols.source_position import SourcePosition, is_removal_marker, position_of, with_position
+from protocols.thumbnail import thumbnail_key, thumbnail_of
 from protocols.topics import Topics
 from tracing_harness import Recorded
 from trt.contract import EngineBroken, EngineInfo
 from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured, Poison, TooLarge, TopicRefused, Transient
-from workers.ingest.image_batcher import ImageBatcher
+from workers.ingest.addresses import ImageAddress
+from workers.ingest.image_store import ImageStore
 from workers.ingest.job import IngestJob
 from workers.ingest.outcomes import IngestOutcomes
+from workers.ingest.scheduling import FetchQueue, ImageBatcher
 from workers.ingest.spans import IngestSpans
-from workers.ingest.stages import IngestRetries, IngestStages
-from workers.ingest.state import IngestLimits
+from workers.ingest.stages import IngestStages
+from workers.ingest.work import IngestLimits
 from workers.metrics import Metrics
 from workers.ports import Finished, Partition, Record
 from workers.retrying import Retry
@@ -86,15 +91,18 @@ class Store(MemoryStore):
         self.times_away = 0
         self.gate = threading.Event()  # for reading
         self.gate.set()
+        self.write_gate = threading.Event()
+        self.write_gate.set()
 
     def get_many(self, keys: Any) -> list[bytes | None]:
         self._note("get", len(keys))
         assert self.gate.wait(GIVE_UP_S)
         return super().get_many(keys)
 
-    def put_many(self, blobs: Any) -> None:
-        self._note("put", len(blobs))
-        super().put_many(blobs)
+    def put_many(self, values: Any, *, lifetime_s: float | None = None) -> list[bool]:
+        self._note("put", len(values))
+        assert self.write_gate.wait(GIVE_UP_S)
+        return super().put_many(values, lifetime_s=lifetime_s)
 
     def _note(self, call: str, num_keys: int) -> None:
         self.calls.append((call, num_keys))
@@ -118,6 +126,10 @@ class Web:
         self.num_open = 0
         self.most_open = 0
         self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(16)
+
+    def start(self, address: ImageAddress) -> Future[bytes]:
+        return self._threads.submit(self.fetch, str(address.url or f"file://{address.path}"))
 
     def fetch(self, uri: str) -> bytes:
         with self._lock:
@@ -138,6 +150,7 @@ class Web:
     def close(self) -> None:
         for gate in self.gates.values():
             gate.set()
+        self._threads.shutdown()
 
 
 @dataclass
@@ -154,11 +167,27 @@ class Bench:
     num_records: int = 0
     finished: list[Finished] = field(default_factory=list)
 
-    def send(self, event: ImageNew | bytes, *, partition: Partition = PARTITION, msgpack: bool = False) -> Record:
+    def send(
+        self,
+        event: ImageNew | bytes,
+        *,
+        partition: Partition = PARTITION,
+        msgpack: bool = False,
+        offset: int | None = None,
+    ) -> Record:
         value = event if isinstance(event, bytes) else encode(event, MSGPACK if msgpack else "application/json")
         headers = (("content-type", MSGPACK.encode()), TRACEPARENT) if msgpack else (TRACEPARENT,)
-        record = Record(partition, self.num_records, b"key", value, headers, 0)
-        self.num_records += 1
+        return self.accept(partition, b"key", value, headers, offset)
+
+    def remove(self, image_id: str, *, partition: Partition = PARTITION, offset: int | None = None) -> Record:
+        return self.accept(partition, image_id.encode(), None, (TRACEPARENT,), offset)
+
+    def accept(
+        self, partition: Partition, key: bytes | None, value: bytes | None, headers: Any, offset: int | None = None
+    ) -> Record:
+        offset = self.num_records if offset is None else offset
+        record = Record(partition, offset, key, value, headers, 1_000 + offset)
+        self.num_records = max(self.num_records, offset) + 1
         self.job.accept(record, time.monotonic())
         return record
 
@@ -183,16 +212,24 @@ class Bench:
         return self.metrics.registry.get_sample_value("edje_image_seconds_count", {"stage": stage}) or 0.0
 
     def indexed(self) -> dict[str, ImageIndexed]:
-        messages = [done.messages[0] for done in self.finished if done.messages[0].topic == "images.indexed"]
-        events = [decode(ImageIndexed, message.value) for message in messages]
+        messages = [message for done in self.finished for message in done.messages]
+        events = [
+            decode(ImageIndexed, message.value)
+            for message in messages
+            if message.topic == "images.indexed" and message.value is not None
+        ]
         return {event.image_id: event for event in events}
 
+    def tombstones(self) -> list[bytes | None]:
+        messages = [message for done in self.finished for message in done.messages]
+        return [message.key for message in messages if message.topic == "images.indexed" and message.value is None]
+
     def dead_letters(self) -> list[DeadLetter]:
-        messages = [done.messages[0] for done in self.finished if done.messages[0].topic == "images.new.dlq"]
+        messages = [message for done in self.finished for message in done.messages if message.topic == "images.new.dlq"]
         return [DeadLetter.from_message(message.key, message.value, message.headers) for message in messages]
 
 
-LIMITS = IngestLimits(max_image_bytes=1000, max_inflight_images=100, max_inflight_bytes=100_000, fetch_threads=3)
+LIMITS = IngestLimits(max_image_bytes=1000, max_inflight_images=100, max_inflight_bytes=100_000)
 
 
 @pytest.fixture
@@ -205,9 +242,14 @@ def make() -> Iterator[Callable[..., Bench]]:
         layout: BlobLayout = LAYOUT,
         max_wait_s: float = 0.01,
         embedding: bool = False,
+        thumbnails: bool = False,
+        max_fetches: int = 8,
+        retry_for_s: float = 600.0,
         recorded: Recorded | None = None,
+        store: Store | None = None,
     ) -> Bench:
-        engine, store, web, metrics, woken = Engine(), Store(), Web(), Metrics(), threading.Event()
+        engine, web, metrics, woken = Engine(), Web(), Metrics(), threading.Event()
+        store = store or Store()
         retried: list[str] = []
         tracer = (recorded or Recorded()).tracer(time.monotonic)
         spans = IngestSpans(tracer, BusSpans(tracer, topic="images.new", group_id="g"))
@@ -217,14 +259,13 @@ def make() -> Iterator[Callable[..., Bench]]:
 
         stages = IngestStages(
             engine=engine,
-            store=store,
+            images=ImageStore(
+                store, layout, reads=retry("store_read"), writes=retry("store_write"), clock=time.monotonic
+            ),
             fetcher=web,
-            layout=layout,
             image_limits=ImageLimits(max_bytes=limits.max_image_bytes, max_pixels=10_000),
-            fetch_attempts=3,
-            fetch_threads=limits.fetch_threads,
             decode_threads=2,
-            retries=IngestRetries(retry("image_fetch"), retry("store_read"), retry("store_write")),
+            make_thumbnail=(lambda data: b"small " + data[:8]) if thumbnails else None,
             wake=woken.set,
             clock=time.monotonic,
         )
@@ -233,11 +274,19 @@ def make() -> Iterator[Callable[..., Bench]]:
             layout=layout,
             dead_letters=DeadLetters(Topics().dead_letter, 2_000, metrics),
             publish_embedding=embedding,
+            max_event_bytes=10_000,
             metrics=metrics,
             spans=spans,
         )
-        batcher = ImageBatcher(max_images=engine.info.max_images, max_wait_s=max_wait_s)
-        job = IngestJob(stages=stages, batcher=batcher, outcomes=outcomes, limits=limits, metrics=metrics, spans=spans)
+        job = IngestJob(
+            stages=stages,
+            fetches=FetchQueue(max_fetches=max_fetches, retry_for_s=retry_for_s, uniform=lambda low, high: 0.0),
+            batcher=ImageBatcher(max_images=engine.info.max_images, max_wait_s=max_wait_s),
+            outcomes=outcomes,
+            limits=limits,
+            metrics=metrics,
+            spans=spans,
+        )
         benches.append(Bench(job, engine, store, web, metrics, woken, retried))
         return benches[-1]
 
@@ -245,6 +294,7 @@ def make() -> Iterator[Callable[..., Bench]]:
     for bench in benches:
         bench.engine.gate.set()
         bench.store.gate.set()
+        bench.store.write_gate.set()
         bench.web.close()
         bench.job.close()
 
@@ -333,6 +383,25 @@ def test_images_are_decoded_while_the_model_runs(make):
 # --- the same content again ---
 
 
+def test_metadata_goes_on_into_the_indexed_event(make):
+    bench = make()
+    bench.send(ImageNew(image_id="img", data=picture(7), metadata={"album": "summer"}))
+
+    bench.until_idle()
+
+    assert bench.indexed()["img"].metadata == {"album": "summer"}
+
+
+def test_a_blob_carries_the_position_of_its_event(make):
+    bench = make()
+    record = bench.send(inline("img", 7), offset=41)
+
+    bench.until_idle()
+
+    (blob,) = bench.store.get_many([blob_key("m1", "img")])
+    assert position_of(blob) == (41, record.timestamp_ms)
+
+
 def test_the_same_content_is_not_encoded_again(make):
     bench = make()
     bench.send(inline("img", 7))
@@ -344,6 +413,37 @@ def test_the_same_content_is_not_encoded_again(make):
     assert bench.indexed()["img"].skipped
     assert bench.engine.batches == [1]
     assert len(bench.finished) == 2
+
+
+def test_the_embedding_is_published_for_an_image_that_is_stored_already(make):
+    bench = make()
+    bench.send(inline("img", 7))
+    bench.until_idle()
+    later = make(embedding=True, store=bench.store)
+    num_writes = len([call for call, _ in bench.store.calls if call == "put"])
+    later.send(inline("img", 7))
+
+    later.until_idle()
+
+    event = later.indexed()["img"]
+    assert event.skipped
+    assert event.embedding == [7.0, 7.0, 7.0]
+    assert later.engine.batches == [1]
+    assert len([call for call, _ in bench.store.calls if call == "put" and _]) == num_writes  # nothing to write
+
+
+def test_the_same_content_again_moves_the_blob_to_the_later_event(make):
+    bench = make()
+    bench.send(inline("img", 7), offset=3)
+    bench.until_idle()
+    bench.send(inline("img", 7), offset=9)
+
+    bench.until_idle()
+
+    (blob,) = bench.store.get_many([blob_key("m1", "img")])
+    assert position_of(blob).offset == 9
+    assert bench.store.shade("img") == 7.0
+    assert bench.engine.batches == [1]
 
 
 def test_other_content_under_the_same_id_replaces_it(make):
@@ -399,26 +499,167 @@ def test_a_blob_that_is_of_no_use_is_replaced_when_its_image_is_published_again(
 
     bench.until_idle()
 
-    assert bench.store.get_many([blob_key("m1", "img")]) == [blob_of(7)]
+    (blob,) = bench.store.get_many([blob_key("m1", "img")])
+    assert with_position(blob, SourcePosition()) == blob_of(7)
     assert not bench.indexed()["img"].skipped
 
 
-def test_two_events_of_one_image_in_work_keep_their_order(make):
+def test_a_later_event_of_an_image_does_not_wait_for_an_earlier_one_and_wins(make):
     bench = make()
     bench.web.gates["https://h/slow"] = threading.Event()
     bench.web.pages["https://h/slow"] = [picture(1)]
     bench.send(at("img", "https://h/slow"))
     bench.send(inline("img", 2))
-    bench.send(inline("img", 2))
-    bench.send(inline("other", 3))
-    bench.until(lambda: "other" in bench.indexed())  # an image of another id does not wait
+    bench.until(lambda: "img" in bench.indexed())
 
     bench.web.gates["https://h/slow"].set()
     bench.until_idle()
 
     assert bench.store.shade("img") == 2.0
-    assert [done.record.offset for done in bench.finished] == [3, 0, 1, 2]
-    assert bench.engine.batches == [1, 1, 1]  # the third event had the same content
+    assert [(done.record.offset, len(done.messages)) for done in bench.finished] == [(1, 1), (0, 0)]
+    assert bench.engine.batches == [1]  # the earlier one was not even encoded
+    assert bench.metrics.events["superseded"]._value.get() == 1
+
+
+def test_of_two_events_of_one_image_in_a_batch_the_later_one_wins(make):
+    bench = make(max_wait_s=GIVE_UP_S)
+    for shade in (1, 2, 3):
+        bench.send(inline("img", shade))
+    bench.send(inline("other", 4))
+
+    bench.until_idle()
+
+    assert bench.store.shade("img") == 3.0
+    assert bench.store.shade("other") == 4.0
+    assert len(bench.finished) == 4
+
+
+@pytest.mark.parametrize("event", ["image", "removal"])
+def test_an_event_that_a_later_one_has_superseded_publishes_nothing(make, event):
+    bench = make()
+    bench.send(inline("img", 2), offset=20)
+    bench.until_idle()
+    bench.finished.clear()
+
+    bench.send(inline("img", 1), offset=10) if event == "image" else bench.remove("img", offset=10)
+    bench.until_idle()
+
+    assert bench.store.shade("img") == 2.0
+    assert [done.messages for done in bench.finished] == [()]
+
+
+# --- removal ---
+
+
+def test_a_null_value_removes_the_image_and_publishes_a_tombstone(make):
+    bench = make(thumbnails=True)
+    bench.send(inline("img", 7))
+    bench.send(inline("other", 8))
+    bench.until_idle()
+    record = bench.remove("img")
+
+    bench.until_idle()
+
+    (message,) = next(done for done in bench.finished if done.record is record).messages
+    assert (message.topic, message.key, message.value) == ("images.indexed", b"img", None)
+    assert "content-type" not in dict(message.headers)
+    assert trace_id_of(message.headers) == "a" * 32
+    blob, thumbnail = bench.store.get_many([blob_key("m1", "img"), thumbnail_key("img")])
+    assert is_removal_marker(blob)
+    assert thumbnail_of(thumbnail) is None
+    assert bench.store.shade("other") == 8.0
+    assert bench.metrics.events["removed"]._value.get() == 1
+
+
+def test_an_image_that_was_never_stored_can_be_removed(make):
+    bench = make()
+    bench.remove("img")
+
+    bench.until_idle()
+
+    assert bench.tombstones() == [b"img"]
+
+
+def test_an_image_in_work_is_not_stored_after_its_removal(make):
+    bench = make()
+    bench.web.gates["https://h/slow"] = threading.Event()
+    bench.web.pages["https://h/slow"] = [picture(1)]
+    bench.send(at("img", "https://h/slow"))
+    bench.remove("img")
+    bench.until(lambda: bench.tombstones() == [b"img"])
+
+    bench.web.gates["https://h/slow"].set()
+    bench.until_idle()
+
+    assert bench.store.shade("img") is None
+    assert bench.indexed() == {}
+
+
+def test_an_image_published_after_its_removal_is_stored(make):
+    bench = make()
+    bench.remove("img")
+    bench.send(inline("img", 3))
+
+    bench.until_idle()
+
+    assert bench.store.shade("img") == 3.0
+
+
+@pytest.mark.parametrize("key", [None, b"", b"\xff", b"a\nb", b"x" * 300])
+def test_a_null_value_without_an_image_id_as_its_key_is_a_dead_letter_with_a_null_value(make, key):
+    bench = make()
+    bench.accept(PARTITION, key, None, ())
+    bench.send(inline("good", 5))
+
+    bench.until_idle()
+
+    (letter,) = bench.dead_letters()
+    assert (letter.error_code, letter.value, letter.key) == ("invalid_event", None, key)
+    assert bench.store.shade("good") == 5.0
+
+
+def test_many_removals_are_written_together(make):
+    bench = make()
+    bench.store.write_gate.clear()
+    for number in range(50):
+        bench.remove(f"img-{number}")
+    bench.until(lambda: bench.store.calls != [])
+    bench.store.write_gate.set()
+
+    bench.until_idle()
+
+    assert len(bench.tombstones()) == 50
+    assert len(bench.store.calls) <= 3
+
+
+# --- thumbnails ---
+
+
+def test_a_thumbnail_is_stored_beside_the_blob(make):
+    bench = make(thumbnails=True)
+    bench.send(inline("img", 7), offset=4)
+
+    bench.until_idle()
+
+    (value,) = bench.store.get_many([thumbnail_key("img")])
+    assert thumbnail_of(value) == b"small " + picture(7)[:8]
+    assert position_of(value).offset == 4
+
+
+def test_a_missing_thumbnail_of_a_stored_image_is_made_without_the_engine(make):
+    bench = make()
+    bench.send(inline("img", 7))
+    bench.until_idle()
+    later = make(thumbnails=True, store=bench.store)
+    later.send(inline("img", 7))
+    later.send(inline("img", 7))
+
+    later.until_idle()
+
+    (value,) = bench.store.get_many([thumbnail_key("img")])
+    assert thumbnail_of(value) is not None
+    assert later.engine.batches == []
+    assert later.indexed()["img"].skipped
 
 
 # --- what cannot succeed ---
@@ -500,19 +741,50 @@ def test_a_server_that_fails_is_tried_again(make):
     bench.until_idle()
 
     assert bench.store.shade("img") == 4.0
-    assert bench.retried == ["image_fetch"] * 2
+    assert bench.metrics.retries["image_fetch"]._value.get() == 2
 
 
 def test_a_server_that_keeps_failing_becomes_a_dead_letter_with_the_number_of_attempts(make):
-    bench = make()
+    bench = make(retry_for_s=0.2)
     bench.web.pages["https://h/a"] = [Transient("HTTP status 503")]
     bench.send(at("img", "https://h/a"))
 
     bench.until_idle()
 
     (letter,) = bench.dead_letters()
-    assert (letter.error_class, letter.error_code, letter.attempts) == ("Transient", "image_unavailable", 3)
+    assert (letter.error_class, letter.error_code) == ("Transient", "image_unavailable")
+    assert letter.attempts > 1
     assert "503" in letter.message
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://images..example.com/a.jpg", "ftp://h/a", "data:image/png;base64,AAAA", "http://[::g]/"]
+)
+def test_a_malformed_address_is_refused_at_once_and_the_next_image_is_indexed(make, uri):
+    bench = make()
+    bench.send(at("img", uri))
+    bench.send(inline("good", 5))
+
+    bench.until_idle()
+
+    (letter,) = bench.dead_letters()
+    assert letter.error_code in ("uri_invalid", "uri_not_allowed")
+    assert bench.store.shade("good") == 5.0
+    assert bench.job._num_in_work == 0
+
+
+def test_images_on_a_host_that_is_down_do_not_take_the_room_of_others(make):
+    bench = make(replace(LIMITS, max_inflight_images=5))
+    bench.web.pages["https://down/a"] = [Transient("refused")]
+    for number in range(200):
+        assert bench.job.has_room()
+        bench.send(at(f"down-{number}", "https://down/a"))
+        bench.turn()
+    bench.send(inline("good", 5))
+
+    bench.until(lambda: "good" in bench.indexed())
+
+    assert bench.job.num_active() == 200
 
 
 # --- what is away or broken ---
@@ -544,18 +816,51 @@ def test_a_broken_engine_ends_the_job(make):
         bench.until_idle()
 
 
-@pytest.mark.parametrize("where", ["fetch", "get_many", "put_many"])
-def test_a_bug_on_any_thread_surfaces(make, monkeypatch, where):
+@pytest.mark.parametrize("where", ["fetch", "digest", "get_many", "decode", "put_many", "remove"])
+def test_an_unexpected_error_on_any_thread_is_a_fault_of_its_image_alone(make, monkeypatch, where):
     bench = make()
+    bench.web.pages["https://h/bad"] = [ZeroDivisionError("fetch") if where == "fetch" else picture(66)]
+    for number in range(6):
+        bench.send(inline(f"good-{number}", number))
+    if where in ("get_many", "put_many", "remove"):
+        method = getattr(bench.store, "get_many" if where == "get_many" else "put_many")
+        bad = blob_key("m1", "bad")
 
-    def broken(*args: object) -> None:
-        raise ZeroDivisionError(where)
+        def broken(keys: Any, **options: Any) -> Any:
+            if bad in keys:
+                raise ZeroDivisionError(where)
+            return method(keys, **options)
 
-    monkeypatch.setattr(bench.web if where == "fetch" else bench.store, where, broken)
-    bench.send(at("img", "https://h/a") if where == "fetch" else inline("img", 7))
+        monkeypatch.setattr(bench.store, method.__name__, broken)
+    elif where == "digest":
+        monkeypatch.setattr("workers.ingest.stages.hashlib.sha256", failing_for(picture(66), hashlib.sha256))
+    elif where == "decode":
+        import workers.ingest.stages as stages
 
-    with pytest.raises(ZeroDivisionError, match=where):
-        bench.until_idle()
+        monkeypatch.setattr(stages, "decode_image", failing_for(picture(66), stages.decode_image))
+    if where == "remove":
+        bench.remove("gone-0")
+        bench.remove("bad")
+        bench.remove("gone-1")
+    else:
+        bench.send(at("bad", "https://h/bad"))
+
+    bench.until_idle()
+
+    (letter,) = bench.dead_letters()
+    assert (letter.error_code, letter.error_class) == ("internal_error", "ZeroDivisionError")
+    assert len(bench.indexed()) == 6
+    assert len(bench.tombstones()) == (2 if where == "remove" else 0)
+    assert (bench.job._num_bytes, bench.job._num_in_work, bench.job._num_preparing) == (0, 0, 0)
+
+
+def failing_for(bad: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(data: bytes, *args: Any, **options: Any) -> Any:
+        if data == bad:
+            raise ZeroDivisionError
+        return function(data, *args, **options)
+
+    return call
 
 
 def test_an_engine_of_another_model_or_shape_refuses_to_start(make):
@@ -597,7 +902,7 @@ def test_there_is_no_room_beyond_the_bytes_in_work(make):
 
 
 def test_fetches_set_memory_aside_for_what_may_come(make):
-    bench = make(replace(LIMITS, max_inflight_bytes=2_500))
+    bench = make(replace(LIMITS, max_inflight_bytes=3_200))
     for number in range(8):
         bench.web.pages[f"https://h/{number}"] = [picture(number)]
         bench.send(at(f"img-{number}", f"https://h/{number}"))
@@ -605,7 +910,7 @@ def test_fetches_set_memory_aside_for_what_may_come(make):
     bench.until_idle()
 
     assert len(bench.indexed()) == 8
-    assert bench.web.most_open <= 2  # of three threads: two images of 1,000 bytes fit beside the events
+    assert bench.web.most_open <= 2  # two images of 1,000 bytes fit beside the events
 
 
 def test_limits_that_can_hold_no_image_refuse_to_start():
@@ -642,14 +947,48 @@ def test_what_is_finished_but_not_taken_is_dropped_too(make):
     assert bench.job.turn(0.0) == []
 
 
-def test_a_partition_that_comes_back_waits_for_what_is_still_being_written(make):
+def test_nothing_of_a_dropped_partition_is_written_any_more(make):
+    bench = make()
+    bench.engine.gate.clear()
+    bench.send(inline("img", 1))
+    bench.until(lambda: bench.engine.entered.is_set())
+
+    bench.job.drop({PARTITION})
+    bench.engine.gate.set()
+    bench.until(lambda: bench.job._num_in_work == 0)
+
+    assert bench.store.shade("img") is None
+    assert bench.finished == []
+
+
+def test_what_waits_for_the_store_when_its_partition_leaves_is_not_written(make):
+    bench = make()
+    bench.store.away = True
+    bench.store.gate.clear()
+    bench.send(inline("img", 1))
+    bench.until(lambda: bench.store.calls != [])
+    bench.store.away = False
+    bench.engine.gate.clear()
+    bench.store.gate.set()
+    bench.until(lambda: bench.engine.entered.is_set())
+    bench.store.away = True
+    bench.engine.gate.set()
+    bench.until(lambda: "put" in [call for call, _ in bench.store.calls])
+
+    bench.job.drop({PARTITION})
+    bench.store.away = False
+    bench.until(lambda: bench.job._num_in_work == 0)
+
+    assert bench.store.shade("img") is None
+
+
+def test_a_partition_that_comes_back_is_worked_on_while_its_former_work_ends(make):
     bench = make()
     bench.engine.gate.clear()
     bench.send(inline("img", 1))
     bench.until(lambda: bench.engine.entered.is_set())
     bench.job.drop({PARTITION})
-    bench.num_records = 0
-    bench.send(inline("img", 2))
+    bench.send(inline("img", 2), offset=0)
     assert bench.job.num_active() == 1
 
     bench.engine.gate.set()
@@ -657,12 +996,12 @@ def test_a_partition_that_comes_back_waits_for_what_is_still_being_written(make)
 
     assert bench.store.shade("img") == 2.0
     assert len(bench.finished) == 1
+    bench.until(lambda: bench.job._num_in_work == 0)
     assert bench.job._num_bytes == 0
-    assert bench.job._num_in_work == 0
 
 
 def test_dropping_what_waits_anywhere_leaves_nothing_behind(make):
-    bench = make(replace(LIMITS, fetch_threads=1))
+    bench = make(max_fetches=1)
     bench.web.gates["https://h/slow"] = threading.Event()
     for uri in ("https://h/slow", "https://h/next"):
         bench.web.pages[uri] = [picture(1)]
@@ -678,7 +1017,6 @@ def test_dropping_what_waits_anywhere_leaves_nothing_behind(make):
     assert bench.finished == []
     assert bench.engine.batches == []
     assert bench.job._num_bytes == 0
-    assert not bench.job._behind
 
 
 def test_closing_ends_what_would_be_tried_for_ever(make):
@@ -697,13 +1035,17 @@ def test_closing_ends_what_would_be_tried_for_ever(make):
 def test_whatever_the_order_of_events_each_has_one_outcome_and_the_last_content_stays(make, seed):
     rng = np.random.default_rng(seed)
     bench = make(replace(LIMITS, max_inflight_images=30, max_inflight_bytes=6_000))
-    last: dict[str, float] = {}
+    last: dict[str, float | None] = {}
     for number in range(150):
         bench.until(bench.job.has_room)
         image_id, shade = f"img-{rng.integers(8)}", int(rng.integers(250))
-        kind = rng.integers(4)
+        kind = rng.integers(5)
         if kind == 0:
             bench.send(b"not json")
+            continue
+        if kind == 4:
+            bench.remove(image_id)
+            last[image_id] = None
             continue
         last[image_id] = float(shade)
         if kind == 1:
@@ -716,4 +1058,4 @@ def test_whatever_the_order_of_events_each_has_one_outcome_and_the_last_content_
 
     assert sorted(done.record.offset for done in bench.finished) == list(range(150))
     assert {image_id: bench.store.shade(image_id) for image_id in last} == last
-    assert (bench.job._num_bytes, bench.job._num_in_work, bench.job._num_before_batcher) == (0, 0, 0)
+    assert (bench.job._num_bytes, bench.job._num_in_work, bench.job._num_preparing) == (0, 0, 0)
