@@ -68,7 +68,7 @@ quality: $(READY) ## What reranking is worth: encoders, tokens, storage types an
 	@$(PYTHON) benchmarks/quality.py scenes --seeds 3
 
 lock: $(READY) ## Pin the newest allowed version of every dependency, with hashes
-	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --extra train --extra build --extra docs --output-file $(LOCK)
+	$(COMPILE) --upgrade pyproject.toml --extra dev --extra local --extra train --extra build --extra docs --extra heic --output-file $(LOCK)
 	$(COMPILE) pyproject.toml --constraint $(LOCK) --output-file requirements/service.txt
 	$(COMPILE) pyproject.toml --extra build --constraint $(LOCK) --output-file requirements/engine.txt
 	$(COMPILE) requirements/tensorrt.in --constraint $(LOCK) --output-file requirements/tensorrt.txt

@@ -12,10 +12,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from edje.images import SUFFIXES
 from protocols.events import ImageNew
 from protocols.validation import problems_in
-
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 SourceKind = Literal["uri", "data"]
 
@@ -85,7 +84,7 @@ def _files_in(folder: Path) -> list[Path]:
     return [
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
+        if path.suffix.lower() in SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     ]
