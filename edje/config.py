@@ -32,11 +32,25 @@ class AdapterConfig:
 
     __pydantic_config__ = _CLOSED
 
-    kind: Literal["compression", "local", "decoder"]
-    num_tokens: Count
-    hidden_dim: Count = 8192
-    num_layers: Count = 2  # of a decoder
-    places: bool = False
+    kind: Annotated[
+        Literal["compression", "local", "decoder"],
+        Field(
+            description="`compression`: one cross-attention layer from learned queries. `local`: an MLP on each patch. "
+            "`decoder`: decoder layers from learned queries."
+        ),
+    ]
+    num_tokens: Annotated[
+        Count, Field(description="Visual tokens that are stored of an image. For `local`, the number of patches.")
+    ]
+    hidden_dim: Annotated[Count, Field(description="Width of the MLP.")] = 8192
+    num_layers: Annotated[Count, Field(description="Layers of a `decoder`.")] = 2
+    places: Annotated[
+        bool,
+        Field(
+            description="Whether a learned vector is added for each patch position, for towers whose patch tokens do "
+            "not encode it."
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)

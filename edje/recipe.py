@@ -1,6 +1,6 @@
 """A recipe: everything that a training run depends on, as frozen data. Knows neither torch nor files.
 
-`edje.recipe_file` reads one from TOML.
+`edje.recipe_file` reads one from TOML. `python -m edje.recipe_reference` prints every field with its meaning.
 """
 
 from __future__ import annotations
@@ -126,7 +126,13 @@ class Phase(_Closed):
         description="Parts that are trained, each with a factor on the learning rate: `vision`, `adapter`, `text`, "
         "`visual`, `meeting` (the layers for text and image, and the head), `first_stage`. All others are frozen.",
     )
-    losses: dict[LossName, PositiveFloat] = Field(min_length=1, description="The losses, each with its weight.")
+    losses: dict[LossName, PositiveFloat] = Field(
+        min_length=1,
+        description="The losses, each with its weight. `itm`: a pair among its negatives. `mlm`: masked words. "
+        "`text_recovery`: the first stage's embedding of the text. `distillation`: the teacher's logits. "
+        "`late_interaction`: contrast of token similarities in the batch. `first_stage`: contrast of the first stage's "
+        "embeddings in the batch. `regions`, `grounding`: labels of drawn scenes.",
+    )
     negatives: Negatives = Field(Negatives(), description="The negative pairs of the losses `itm` and `distillation`.")
     groups_together: bool = Field(
         False, description="Whether a batch consists of whole groups: drawn scenes with their confusers."

@@ -32,14 +32,20 @@ class VitConfig:
 
     __pydantic_config__ = CLOSED
 
-    patch_size: Count
-    dim: Count
-    num_layers: Count
-    num_heads: Count
-    hidden_dim: Count
-    norm_eps: float = 1e-6
-    stem: Literal["patch", "conv"] = "patch"
-    kind: Literal["vit"] = "vit"
+    patch_size: Annotated[Count, Field(description="Side of a patch in pixels.")]
+    dim: Annotated[Count, Field(description="Width of a patch token.")]
+    num_layers: Annotated[Count, Field(description="Number of layers.")]
+    num_heads: Annotated[Count, Field(description="Attention heads of a layer.")]
+    hidden_dim: Annotated[Count, Field(description="Width of the MLP in a layer.")]
+    norm_eps: Annotated[float, Field(description="Epsilon of the LayerNorms.")] = 1e-6
+    stem: Annotated[
+        Literal["patch", "conv"],
+        Field(
+            description="How patches are embedded: by one convolution, or by small convolutions with stride 2, with "
+            "which a small tower learns faster."
+        ),
+    ] = "patch"
+    kind: Annotated[Literal["vit"], Field(description="The kind of tower.")] = "vit"
 
     def __post_init__(self) -> None:
         if self.stem == "patch":

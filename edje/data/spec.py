@@ -87,7 +87,8 @@ class SeveralSpec(_Spec):
 
     kind: Literal["several"] = Field(description="The layout of the data.")
     parts: dict[str, OneSpec] = Field(
-        min_length=1, description="The datasets, by names that become prefixes of their image ids."
+        min_length=1,
+        description="The datasets: tables like `[data]`, by names that become prefixes of their image ids.",
     )
     train_only: tuple[str, ...] = Field((), description="Names of the datasets that are used for training alone.")
 
