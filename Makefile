@@ -17,7 +17,7 @@ export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-pythons test-tensorrt test-gpu test-kubernetes test-autoscaling check docs up bench soak quality lock clean
+.PHONY: help demo search test test-pythons test-tensorrt test-gpu test-kubernetes test-autoscaling check docs up bench soak quality lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ docs: $(READY) ## The documents as a site in build/site; a broken link is an err
 
 up: $(READY) ## Kafka, Redis and PostgreSQL in the foreground for a developer, with the settings to export
 	@$(PYTHON) deploy/local/up.py
+
+search: $(READY) ## A search page over drawn scenes, or IMAGES=folder CHECKPOINT=folder; every worker and server, until Ctrl-C
+	@$(PYTHON) deploy/local/search.py
 
 bench: $(READY) ## Pairs per second and latency of the service, beside a bare loop of MGET and decode
 	@$(PYTHON) benchmarks/service.py

@@ -1,10 +1,12 @@
-"""What whoever runs the demo may choose, read once from the environment, and what follows from it.
+"""The choices of a run of the demo or the search, read once from the environment, and what follows from them.
 
-    IMAGES         a folder of one's own pictures, instead of drawn scenes
-    CHECKPOINT     a model of one's own, instead of the one that is shipped
-    KAFKA_BROKERS  a Kafka that runs already, instead of one started here; REDIS_URL likewise
+    IMAGES         a folder of pictures, instead of drawn scenes
+    CAPTIONS       a CSV table with the columns image and caption, for the pictures of IMAGES
+    QUERIES        texts separated by semicolons, or a file with one on each line
+    CHECKPOINT     a model, instead of the one that is shipped
+    KAFKA_BROKERS  a running Kafka, instead of one started here; REDIS_URL and DATABASE_URL likewise
 
-What is set to nothing counts as not set.
+An empty variable counts as not set.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_pictures import Pictures, pictures_in
+from demo_pictures import Pictures, pictures_with_captions, pictures_with_queries, queries_of
 from demo_report import Caveat
 from demo_scenes import drawn_scenes
 from edje.checkpoint import read_config
 from edje.config import EdjeConfig
+from server_process import ServiceError
 
 #: Trained on drawn scenes by the recipe `scenes`.
 SHIPPED = Path(__file__).resolve().parents[1] / "models" / "scenes"
@@ -40,44 +43,90 @@ PHOTOGRAPHS = Caveat(
 class Choices:
     """The choices of one run."""
 
-    images: Path | None
-    own_checkpoint: Path | None
-    has_own_kafka: bool
-    has_own_redis: bool
+    images: Path | None = None
+    captions: Path | None = None
+    queries: str | None = None
+    own_checkpoint: Path | None = None
+    has_own_kafka: bool = False
+    has_own_redis: bool = False
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Choices:
-        """The choices that this environment sets."""
-        images, checkpoint = (environment.get(name) for name in ("IMAGES", "CHECKPOINT"))
-        return cls(
-            images=Path(images).expanduser() if images else None,
-            own_checkpoint=Path(checkpoint).expanduser() if checkpoint else None,
+        """Return the choices of this environment. Raises `ServiceError` for choices that exclude each other."""
+
+        def path(name: str) -> Path | None:
+            value = environment.get(name)
+            return Path(value).expanduser() if value else None
+
+        choices = cls(
+            images=path("IMAGES"),
+            captions=path("CAPTIONS"),
+            queries=environment.get("QUERIES") or None,
+            own_checkpoint=path("CHECKPOINT"),
             has_own_kafka=bool(environment.get("KAFKA_BROKERS")),
             has_own_redis=bool(environment.get("REDIS_URL")),
         )
+        if choices.images is None and (choices.captions or choices.queries):
+            raise ServiceError("CAPTIONS and QUERIES are about your own pictures: set IMAGES to their folder")
+        if choices.captions and choices.queries:
+            raise ServiceError("set CAPTIONS or QUERIES, not both")
+        return choices
 
     @property
     def checkpoint(self) -> Path:
         return (self.own_checkpoint or SHIPPED).resolve()
 
     def config(self) -> EdjeConfig:
-        """The model's. Raises `CheckpointError`."""
+        """Return the model's configuration. Raises `CheckpointError`."""
         return read_config(self.checkpoint)
 
     def pictures(self, new_folder: Path) -> Pictures:
-        """One's own, or scenes drawn into the folder."""
-        return drawn_scenes(new_folder) if self.images is None else pictures_in(self.images)
+        """Return the pictures of IMAGES and what is asked about them, or scenes drawn into the new folder.
+
+        Raises `ServiceError`.
+        """
+        if self.images is None:
+            return drawn_scenes(new_folder)
+        if self.captions is not None:
+            return pictures_with_captions(self.images, self.captions)
+        if self.queries is not None:
+            return pictures_with_queries(self.images, queries_of(self.queries))
+        raise ServiceError(
+            "IMAGES alone does not say what to search for: set CAPTIONS to a CSV table with the columns image and "
+            'caption (then the right picture of each caption is known), or QUERIES to texts such as "a dog;a beach" or '
+            "a file of them"
+        )
+
+    def pictures_to_search(self, new_folder: Path, num_scenes: int) -> Pictures:
+        """Return the pictures of IMAGES, or scenes drawn into the new folder; no query is needed.
+
+        Raises `ServiceError`.
+        """
+        if self.images is None:
+            return drawn_scenes(new_folder, num_scenes)
+        if self.captions is not None or self.queries is not None:
+            return self.pictures(new_folder)
+        return pictures_with_queries(self.images, ())
+
+    def check_search(self) -> None:
+        """Raise `ServiceError` or `CheckpointError` unless the checkpoint has a first stage, which finds candidates."""
+        self.config()
+        if not (self.checkpoint / FIRST_STAGE).is_dir():
+            raise ServiceError(
+                f"{self.checkpoint} has no first stage (the folder {FIRST_STAGE}), so nothing would find candidates "
+                "for a query: training writes one if the recipe has a first stage"
+            )
 
     def searches_vectors(self) -> bool:
-        """Whether the checkpoint's own first stage finds the candidates: where it has one that knows such pictures."""
+        """Whether the checkpoint's first stage finds the candidates: if it has one that knows such pictures."""
         return self.caveat() is not PHOTOGRAPHS and (self.checkpoint / FIRST_STAGE).is_dir()
 
     def is_checked(self) -> bool:
-        """Whether the figures must be what the shipped model's have to be."""
+        """Whether the figures must be those of the shipped model."""
         return self.images is None and self.own_checkpoint is None
 
     def caveat(self) -> Caveat | None:
-        """What keeps the ranking from meaning anything. Raises `CheckpointError`."""
+        """Return why the ranking is meaningless, None if it is not. Raises `CheckpointError`."""
         if not self.config().trained:
             return UNTRAINED
         return PHOTOGRAPHS if self.images is not None and self.own_checkpoint is None else None

@@ -1,7 +1,6 @@
-"""The demo's pictures, what is asked about them, and a folder of one's own as such.
+"""The demo's pictures and the questions about them, and the same for a folder of the user's own pictures.
 
-Of one's own pictures only the file names are known: they are the captions and the queries, and nobody knows what is
-right.
+A caption table says which picture is right for a caption; for texts without one nothing is known to be right.
 """
 
 from __future__ import annotations
@@ -13,12 +12,16 @@ from pathlib import Path, PurePosixPath
 
 from demo_first_stage import FirstStage, Found
 from demo_rankings import Option, Question
+from edje.data.caption_table import caption_table
+from edje.data.dataset import DataError
 from server_process import ServiceError
 from workers.publish.image_files import ImageFile, image_files, printable
 
-#: Of a folder of one's own; enough to see it work, few enough to wait for.
-MAX_PICTURES = 500
-NUM_CANDIDATES = 10
+#: Captions of a table that are asked; as many as of drawn scenes.
+NUM_QUERIES = 40
+NUM_CANDIDATES = 20
+#: Texts that are ranked for one image.
+NUM_TEXTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +30,17 @@ class Pictures:
 
     folder: Path
     files: Sequence[ImageFile]
-    captions: Mapping[str, str]  # of every image, by its id: what people are shown
-    described: Mapping[str, str]  # likewise: what is known to a first stage that reads words and no pictures
-    queries: Mapping[str, str | None]  # texts, each with the id of the right image if that is known
-    image_query: str  # the image that texts are ranked for
-    texts: Mapping[str, str]  # those, by the id of the image they were written for
+    captions: Mapping[str, str]  # shown to people, by image id; of every image
+    described: Mapping[str, str]  # what a first stage that reads no pictures reads, by image id
+    queries: Mapping[str, str | None]  # texts, each with the id of the right image if it is known
+    texts: Mapping[str, str]  # ranked for `image_query`, by the id of the image they were written for
     num_candidates: int
-    origin: str  # in a sentence, for people
-    right_text: str | None  # the name of the one that is true of the image, if that is known
+    origin: str  # a phrase for people
+    image_query: str | None = None  # the image that texts are ranked for; None: no such question
+    right_text: str | None = None  # the name of the text that is true of it, if it is known
 
     def questions(self, first_stage: FirstStage) -> list[Question]:
-        """What is asked, with the candidates that the first stage finds; the image comes last."""
+        """Return the questions with the candidates that the first stage finds; the one about an image is the last."""
         paths = {file.image_id: file.path for file in self.files}
 
         def options(found: Found) -> list[Option]:
@@ -47,6 +50,8 @@ class Pictures:
             Question(text, options(first_stage.images(text, self.num_candidates)), right)
             for text, right in self.queries.items()
         ]
+        if self.image_query is None:
+            return asked
         found = first_stage.texts(self.image_query, self.texts, self.num_candidates)
         texts = [Option(name, self.texts[name], score) for name, score in found]
         asked.append(
@@ -55,29 +60,88 @@ class Pictures:
         return asked
 
 
-def pictures_in(folder: Path) -> Pictures:
-    """The first images of somebody's own folder; the names of some of them are the queries."""
-    files = image_files([folder], keep_extension=True)[:MAX_PICTURES]
+def image_folder(folder: Path) -> list[ImageFile]:
+    """Return all image files of a folder. Raises `ServiceError` if there are fewer than two."""
+    if not folder.is_dir():
+        raise ServiceError(f"IMAGES={printable(folder)}: there is no such folder")
+    files = image_files([folder], keep_extension=True)
     if len(files) < 2:
-        raise ServiceError(f"IMAGES={folder} holds {len(files)} image files; the demo needs at least 2")
+        raise ServiceError(f"IMAGES={printable(folder)} holds {len(files)} image files; at least 2 are needed")
+    return files
+
+
+def pictures_with_captions(folder: Path, table: Path) -> Pictures:
+    """Return a folder's pictures with the captions of a table; some captions are the queries.
+
+    Raises `ServiceError`.
+    """
+    files = image_folder(folder)
+    try:
+        dataset = caption_table(table, folder)
+    except (DataError, OSError) as error:
+        raise ServiceError(f"CAPTIONS={printable(table)}: {error}") from error
+    captions_of = {image.image_id: image.captions for image in dataset.images if image.captions}
+    captioned = [file.image_id for file in files if file.image_id in captions_of]
+    if not captioned:
+        raise ServiceError(
+            f"CAPTIONS={printable(table)} names no picture of {printable(folder)}; the column image holds paths below "
+            "that folder, such as beach/1.jpg"
+        )
+    step = max(1, len(captioned) // NUM_QUERIES)
+    asked = captioned[::step][:NUM_QUERIES]
+    image_query = asked[0]
+    return Pictures(
+        folder=folder,
+        files=files,
+        captions={file.image_id: captions_of.get(file.image_id, [caption_of(file.image_id)])[0] for file in files},
+        described={file.image_id: _description(file.image_id, captions_of) for file in files},
+        queries={captions_of[image_id][0]: image_id for image_id in asked},
+        texts={image_id: captions_of[image_id][0] for image_id in captioned[:NUM_TEXTS]}
+        | {image_query: captions_of[image_query][0]},
+        num_candidates=min(NUM_CANDIDATES, len(files)),
+        origin=f"{len(files)} image files of {printable(folder)}, {len(captioned)} of them with captions",
+        image_query=image_query,
+        right_text=image_query,
+    )
+
+
+def pictures_with_queries(folder: Path, queries: Sequence[str]) -> Pictures:
+    """Return a folder's pictures with texts to search them by. Raises `ServiceError`."""
+    files = image_folder(folder)
     captions = {file.image_id: caption_of(file.image_id) for file in files}
-    asked = dict.fromkeys(files[len(files) * quarter // 4].image_id for quarter in range(4))
     return Pictures(
         folder=folder,
         files=files,
         captions=captions,
         described=captions,
-        queries={captions[image_id]: None for image_id in asked},
-        image_query=files[0].image_id,
-        texts=captions,
-        num_candidates=NUM_CANDIDATES,
-        origin=f"{len(files)} image files of {printable(folder)}; their names are their captions and the queries",
-        right_text=None,
+        queries=dict.fromkeys(queries),
+        texts={},
+        num_candidates=min(NUM_CANDIDATES, len(files)),
+        origin=f"{len(files)} image files of {printable(folder)}",
     )
+
+
+def queries_of(given: str) -> list[str]:
+    """Return the texts of QUERIES: separated by semicolons, or the lines of a file. Raises `ServiceError`."""
+    path = Path(given).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else given.replace(";", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServiceError(f"QUERIES={printable(given)} cannot be read: {error}") from error
+    queries = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if not queries:
+        raise ServiceError(f"QUERIES={printable(given)} holds no text")
+    return queries
 
 
 def caption_of(image_id: str) -> str:
-    """The words of a file name."""
+    """Return the words of a file name."""
     return (
         " ".join(re.findall(r"\w+", PurePosixPath(image_id).with_suffix("").as_posix().replace("_", " "))) or image_id
     )
+
+
+def _description(image_id: str, captions_of: Mapping[str, Sequence[str]]) -> str:
+    """Return other words about an image than its first caption, which is asked: that would give the answer away."""
+    captions = captions_of.get(image_id, ())
+    return captions[1] if len(captions) > 1 else caption_of(image_id)

@@ -72,15 +72,23 @@ class Worker(Server):
 
 
 def workers_of(
-    procfile: Path, settings: Mapping[str, str], particular: Mapping[str, Mapping[str, str]], prefix: str, logs: Path
+    procfile: Path,
+    settings: Mapping[str, str],
+    particular: Mapping[str, Mapping[str, str]],
+    prefix: str,
+    logs: Path,
 ) -> list[Worker]:
-    """Every process of Procfile. A prefix of its own keeps a borrowed Kafka's topics and groups apart.
+    """Return the processes of Procfile that `particular` names, in Procfile's order.
 
-    `settings` are every process's; `particular` are one's own, without the name of the process in front.
+    `settings` are those of every process, `particular` those of one, without the name of the process in front. The
+    prefix keeps the topics and groups of a borrowed Kafka separate.
     """
     workers = []
     for name, command in parse_procfile(procfile.read_text()).items():
-        own = {"TOPIC_PREFIX": prefix, "GROUP_ID": f"{prefix}{name}", **particular.get(name, {})}
+        if name not in particular:
+            continue
+        group = {} if name == "gateway" else {"GROUP_ID": f"{prefix}{name}"}
+        own = {"TOPIC_PREFIX": prefix, **group, **particular[name]}
         named = {f"{name.upper()}_{setting}": value for setting, value in own.items()}
         workers.append(Worker(name, command, logs, {**settings, **named}))
     return workers

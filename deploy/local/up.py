@@ -53,8 +53,10 @@ def main(
 
 
 def topic_names(topics: Topics) -> list[str]:
-    inputs = [topics.images_new, topics.rerank_requests]
-    return [*inputs, topics.images_indexed, topics.rerank_responses, *(topics.dead_letter(topic) for topic in inputs)]
+    """Return every topic of the service."""
+    inputs = [topics.images_new, topics.rerank_requests, topics.images_indexed]
+    replies = [topics.rerank_responses, topics.gateway_replies]
+    return [*inputs, *replies, *(topics.dead_letter(topic) for topic in inputs)]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import demo_choices
 from demo_choices import PHOTOGRAPHS, UNTRAINED, Choices
 from demo_dual_encoder import VectorIndex, pooled_here
 from demo_first_stage import WordOverlap
-from demo_pictures import caption_of, pictures_in
+from demo_pictures import caption_of, pictures_with_captions, pictures_with_queries, queries_of
 from demo_scenes import NUM_PICTURES, QUERY_EVERY, drawn_scenes
 from edje.checkpoint import CheckpointMissing
 from edje.data.scenes.dataset import holdout
@@ -68,25 +68,103 @@ def test_a_caption_is_the_words_of_a_file_name():
     assert caption_of("....png") == "....png"
 
 
-def test_a_folder_of_ones_own_gives_captions_and_queries_and_nobody_knows_the_answers(tmp_path):
-    for name in ("red-cup.jpg", "black cat.jpg"):
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures, one of them below a folder."""
+    for name in ("red-cup.jpg", "black cat.jpg", "beach/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path
 
-    pictures = pictures_in(tmp_path)
+
+def test_a_caption_table_gives_queries_whose_right_picture_is_known(folder):
+    table = folder / "captions.csv"
+    table.write_text(
+        "image,caption\nbeach/1.jpg,a dog runs on a beach\nbeach/1.jpg,sand and waves\nred-cup.jpg,a cup\n"
+    )
+
+    pictures = pictures_with_captions(folder, table)
     questions = pictures.questions(WordOverlap(pictures.described))
 
-    assert sorted(pictures.captions.values()) == ["black cat", "red cup"]
-    assert [(question.text, question.options[0].caption) for question in questions[:2]] == [
-        ("black cat", "black cat"),
-        ("red cup", "red cup"),
-    ]
-    assert [question.right for question in questions] == [None] * 3
-    assert questions[2].picture == tmp_path / "black cat.jpg"
+    assert pictures.queries == {"a dog on a beach": "beach/1.jpg", "a cup": "red-cup.jpg"}
+    assert [question.right for question in questions] == ["beach/1.jpg", "red-cup.jpg", "beach/1.jpg"]
+    assert questions[-1].image_id == "beach/1.jpg"
+    assert pictures.captions["black cat.jpg"] == "black cat"
+    assert len(pictures.files) == 3
 
 
-def test_a_folder_without_pictures_is_a_sentence(tmp_path):
-    with pytest.raises(ServiceError, match="holds 0 image files; the demo needs at least 2"):
-        pictures_in(tmp_path)
+def test_a_first_stage_without_vectors_does_not_read_the_caption_that_is_asked(folder):
+    table = folder / "captions.csv"
+    table.write_text(
+        "image,caption\nbeach/1.jpg,a dog runs on a beach\nbeach/1.jpg,sand and waves\nred-cup.jpg,a mug\n"
+    )
+
+    described = pictures_with_captions(folder, table).described
+
+    assert described["beach/1.jpg"] == "sand and waves"
+    assert described["red-cup.jpg"] == "red cup"
+
+
+def test_queries_are_asked_and_nothing_is_known_to_be_right(folder):
+    pictures = pictures_with_queries(folder, ["a cup", "a cat"])
+
+    questions = pictures.questions(WordOverlap(pictures.described))
+
+    assert [(question.text, question.right) for question in questions] == [("a cup", None), ("a cat", None)]
+    assert questions[0].options[0].name == "red-cup.jpg"
+
+
+def test_queries_come_from_a_text_or_a_file(tmp_path):
+    (tmp_path / "queries.txt").write_text("a dog\n\n a cat \na dog\n")
+
+    assert queries_of(str(tmp_path / "queries.txt")) == queries_of("a dog; a cat;a dog") == ["a dog", "a cat"]
+    with pytest.raises(ServiceError, match="holds no text"):
+        queries_of(" ; ")
+
+
+def test_all_pictures_of_a_folder_are_used(tmp_path):
+    for number in range(700):
+        (tmp_path / f"{number}.jpg").touch()
+
+    assert len(pictures_with_queries(tmp_path, []).files) == 700
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda here: pictures_with_queries(here / "nowhere", ["a"]), "there is no such folder"),
+        (lambda here: pictures_with_queries(here, ["a"]), "holds 1 image files; at least 2 are needed"),
+        (lambda here: Choices.of({"IMAGES": str(here)}).pictures(here / "new"), "set CAPTIONS .* or QUERIES"),
+        (lambda here: Choices.of({"QUERIES": "a dog"}), "set IMAGES to their folder"),
+        (lambda here: Choices.of({"IMAGES": "x", "QUERIES": "a", "CAPTIONS": "b"}), "not both"),
+    ],
+)
+def test_what_is_missing_is_a_sentence_that_says_what_to_give(tmp_path, make, sentence):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.jpg")
+
+    with pytest.raises(ServiceError, match=sentence):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [("image,caption\nother.jpg,a dog\n", "no usable image"), ("name,text\na,b\n", "CAPTIONS="), (None, "CAPTIONS=")],
+)
+def test_a_caption_table_that_does_not_fit_is_a_sentence(folder, table, sentence):
+    path = folder / "captions.csv"
+    if table is not None:
+        path.write_text(table)
+
+    with pytest.raises(ServiceError, match=sentence):
+        pictures_with_captions(folder, path)
+
+
+def test_a_search_needs_a_checkpoint_with_a_first_stage(tmp_path, checkpoint):
+    write_untrained(VARIANTS["tiny"], tmp_path / "without", seed=0)
+
+    Choices(own_checkpoint=checkpoint).check_search()
+    with pytest.raises(ServiceError, match="has no first stage"):
+        Choices(own_checkpoint=tmp_path / "without").check_search()
 
 
 def test_the_scenes_are_files_of_unseen_scenes(pictures):
@@ -144,7 +222,7 @@ def test_what_is_set_to_nothing_is_not_chosen(monkeypatch, checkpoint):
 
     choices = Choices.of({"IMAGES": "", "CHECKPOINT": "", "REDIS_URL": "redis://here"})
 
-    assert choices == Choices(images=None, own_checkpoint=None, has_own_kafka=False, has_own_redis=True)
+    assert choices == Choices(has_own_redis=True)
     assert choices.checkpoint == checkpoint
     assert choices.is_checked()
 

@@ -25,8 +25,8 @@ def test_procfile_is_read_as_names_and_words():
     }
 
 
-def test_our_procfile_names_the_two_workers():
-    assert set(parse_procfile((ROOT / "Procfile").read_text())) == {"ingest", "rerank"}
+def test_our_procfile_names_every_process():
+    assert set(parse_procfile((ROOT / "Procfile").read_text())) == {"ingest", "rerank", "index", "gateway"}
 
 
 def test_a_line_that_is_no_process_is_named():
@@ -45,12 +45,14 @@ def test_a_worker_that_ends_at_once_is_told_with_the_end_of_its_log(tmp_path):
 
 def test_each_worker_has_its_own_settings_and_what_all_have(tmp_path):
     procfile = tmp_path / "Procfile"
-    procfile.write_text("ingest: a\nrerank: b\n")
+    procfile.write_text("ingest: a\nrerank: b\nindex: c\ngateway: d\n")
+    particular = {"gateway": {}, "rerank": {"SLAB_BYTES": "1"}, "ingest": {}}
 
-    ingest, rerank = workers_of(procfile, {"REDIS_URL": "r"}, {"rerank": {"SLAB_BYTES": "1"}}, "demo-1.", tmp_path)
+    ingest, rerank, gateway = workers_of(procfile, {"REDIS_URL": "r"}, particular, "demo-1.", tmp_path)
 
     assert ingest.settings == {"REDIS_URL": "r", "INGEST_TOPIC_PREFIX": "demo-1.", "INGEST_GROUP_ID": "demo-1.ingest"}
     assert rerank.settings["RERANK_SLAB_BYTES"] == "1"
+    assert gateway.settings == {"REDIS_URL": "r", "GATEWAY_TOPIC_PREFIX": "demo-1."}  # it has no group
 
 
 class Elements(HTMLParser):

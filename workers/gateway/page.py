@@ -1,12 +1,15 @@
-"""Serves the search page: one template, and its style sheet and modules from the folder `assets`.
+"""Serves the search page, and the waterfalls of requests.
+
+The page is one template, and a style sheet and modules from the folder `assets`.
 
 Nothing comes from another host, and the page's policy allows nothing else. Whatever the template is given is escaped.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from starlette.responses import Response
 
 from workers.gateway.app import Call, Endpoint
 from workers.gateway.errors import ApiError
+from workers.telemetry.span_file import predecessor_of
+from workers.traces.reading import read_spans
+from workers.traces.showing import page_of
+from workers.traces.waterfall import waterfall_of
 
 FOLDER = Path(__file__).parent / "assets"
 TEMPLATE = "page.html"
@@ -61,3 +68,30 @@ class SearchPage:
         is_current = call.request.path_params["version"] == self._version
         headers = {"Cache-Control": "public, max-age=31536000, immutable" if is_current else "no-cache"}
         return Response(data, media_type=_MEDIA_TYPES[Path(name).suffix], headers=headers)
+
+
+#: The address of a request's waterfall, as a link of the page.
+TRACE_PATH = "/traces/{request_id}"
+#: The waterfall has its style in the document.
+TRACE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
+
+
+class TracePages:
+    """Serves the waterfall of a request from span files on this machine."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+
+    def endpoints(self) -> list[Endpoint]:
+        return [Endpoint("/traces/{request_id:path}", "GET", self.page)]
+
+    async def page(self, call: Call) -> Response:
+        page = await asyncio.to_thread(self._page_of, call.request.path_params["request_id"])
+        if page is None:
+            raise ApiError(404, "trace_not_found", "there are no spans of this request; was it sampled?")
+        return Response(page, media_type="text/html", headers={"Content-Security-Policy": TRACE_POLICY})
+
+    def _page_of(self, request_id: str) -> str | None:
+        paths = [path for name in self._files for path in (predecessor_of(name), name) if path.exists()]
+        waterfall = waterfall_of(read_spans(paths).spans, request_id)
+        return None if waterfall is None else page_of(waterfall)

@@ -29,7 +29,7 @@ from workers.gateway.http_server import HttpServer, listening_socket
 from workers.gateway.images import Images
 from workers.gateway.limits import PairBudget, RateLimit
 from workers.gateway.openapi import openapi_document
-from workers.gateway.page import SearchPage
+from workers.gateway.page import TRACE_PATH, SearchPage, TracePages
 from workers.gateway.requests import RerankRequests
 from workers.gateway.reranking import Reranking, RerankRules, without_index
 from workers.gateway.searching import IndexSearch, Searching
@@ -194,14 +194,16 @@ class Gateway:
             page = SearchPage(
                 {
                     **info,
-                    "examples": settings.examples,
+                    "examples": settings.example_queries(),
                     "needs_key": keys.are_required,
-                    "trace_url": settings.trace_url,
+                    "trace_url": settings.trace_url or (TRACE_PATH if settings.trace_files else ""),
                     "max_image_bytes": images.max_image_bytes,
                     "max_candidates": min(settings.max_documents, 1_000),
                 }
             )
             endpoints += page.endpoints()
+        if settings.trace_files:
+            endpoints += TracePages(settings.trace_files).endpoints()
         return build_app(gate, endpoints)
 
     def _drain_on_signals(self, loop: asyncio.AbstractEventLoop, server: HttpServer) -> None:

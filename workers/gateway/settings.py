@@ -13,7 +13,7 @@ from pydantic_settings import SettingsConfigDict
 
 from workers.gateway.api_keys import ApiKeys
 from workers.index.settings import DATABASE_URL
-from workers.settings import MIB, PositiveBytes, ServiceSettings, Words, at_most
+from workers.settings import MIB, Paths, PositiveBytes, ServiceSettings, at_most
 
 _ORDINAL = re.compile(r".*-(\d{1,4})")
 
@@ -66,7 +66,10 @@ class GatewaySettings(ServiceSettings):
         description="This replica's own partition of the replies' topic; none: the number at the end of the host's name"
         " (a StatefulSet's pod), else 0.",
     )
-    examples: Words = Field((), description="Queries that the page offers, separated by commas.")
+    examples: str = Field("", description="Queries that the page offers, separated by semicolons.")
+    trace_files: Paths = Field(
+        (), description="Span files (RERANK_SPAN_FILE, GATEWAY_SPAN_FILE) on this machine, shown by /traces/REQUEST_ID."
+    )
     index_threads: PositiveInt = Field(4, le=64, description="Searches of the index at once.")
     trace_url: str = Field("", description="Address of a trace in your tracing tool, with {trace_id} in it.")
     drain_delay_s: NonNegativeFloat = Field(
@@ -81,6 +84,10 @@ class GatewaySettings(ServiceSettings):
             raise ValueError("trace_url does not contain {trace_id}")
         ApiKeys.parse(self.api_keys.get_secret_value())
         return self
+
+    def example_queries(self) -> list[str]:
+        """The queries that the page offers."""
+        return [query.strip() for query in self.examples.split(";") if query.strip()]
 
     def own_partition(self) -> int:
         """The partition of replies that belongs to this replica."""

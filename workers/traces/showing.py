@@ -60,16 +60,20 @@ def _bar(waterfall: Waterfall, row: Row) -> str:
     return " " * left + "█" * min(width, BAR_CHARS - left)
 
 
-def write_page(waterfall: Waterfall, path: Path) -> None:
-    """Write the HTML page. Raises `OSError`."""
+def page_of(waterfall: Waterfall) -> str:
+    """Return the HTML page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    page = environment.get_template("page.html").render(
+    return environment.get_template("page.html").render(
         headline=headline(waterfall), shared=shared_sentence(waterfall), bars=list(_bars(waterfall))
     )
+
+
+def write_page(waterfall: Waterfall, path: Path) -> None:
+    """Write the HTML page. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page_of(waterfall), encoding="utf-8")
 
 
 def _bars(waterfall: Waterfall) -> Iterator[dict[str, object]]:
