@@ -137,7 +137,7 @@ class Service:
     def ingest(self, **settings: object) -> Worker:
         return self.start("ingest", **settings).wait_ready()
 
-    def publish(self, topic: str, value: bytes, key: str | None = None, headers: Headers = ()) -> None:
+    def publish(self, topic: str, value: bytes | None, key: str | None = None, headers: Headers = ()) -> None:
         """Send; `flush` makes sure."""
         self._producer = self._producer or KafkaProducer(
             bootstrap_servers=self.brokers.split(","),
