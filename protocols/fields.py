@@ -6,11 +6,21 @@ The bounds limit the memory that a hostile message can take; services set tighte
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BeforeValidator, Field, PlainSerializer, Strict, StringConstraints, WithJsonSchema
+from pydantic import (
+    AwareDatetime,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    Strict,
+    StringConstraints,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 MAX_ID_CHARS = 256
 MAX_DIGEST_CHARS = 128
@@ -38,6 +48,9 @@ MAX_EXPLAINED_TOKENS = 1_024
 NO_CONTROL_CHARACTERS = r"^[^\x00-\x1f\x7f-\x9f]+$"
 TOPIC_NAME = r"^[a-zA-Z0-9._-]+$"
 
+#: The URL alphabet to the standard one; white space is left out.
+_BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n\f\v")
+
 _DATE_FIRST = re.compile(r"\d{4}-\d\d-\d\d[Tt ]")
 
 
@@ -46,6 +59,25 @@ def _refuse_numeric_timestamp(value: Any) -> Any:
     if isinstance(value, datetime) or (isinstance(value, str) and _DATE_FIRST.match(value)):
         return value
     raise ValueError("a timestamp is RFC 3339 text with an offset, such as 2026-11-23T12:00:00.250Z")
+
+
+def _from_base64(value: Any, info: ValidationInfo) -> Any:
+    """Decode base64 text as people write it: either alphabet, with line breaks, without padding, as a data: address."""
+    if info.mode != "json":
+        return value  # bytes, as they are
+    if not isinstance(value, str):
+        raise ValueError("must be base64 text")
+    if value[:5].lower() == "data:":
+        head, comma, value = value.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise ValueError("a data: address must hold base64: data:image/jpeg;base64,...")
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(value, validate=True)
+    text = value.translate(_BASE64_SPELLINGS).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError:
+        raise ValueError("is not base64: letters, digits, + and / (or - and _), and = at the end") from None
 
 
 def _to_base64(data: bytes) -> str:
@@ -74,6 +106,7 @@ Metadata = Annotated[
 #: Bytes in msgpack; in JSON base64, written in the standard alphabet and read in both.
 InlineData = Annotated[
     bytes,
+    BeforeValidator(_from_base64),
     Field(min_length=1, max_length=MAX_INLINE_BYTES),
     PlainSerializer(_to_base64, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 4}),

@@ -140,6 +140,46 @@ def test_both_base64_alphabets_are_read_and_the_standard_one_is_written(alphabet
 
 
 @pytest.mark.parametrize(
+    "spelling",
+    [
+        "+/++YWI=",
+        "+/++YWI",
+        "-_--YWI=",
+        "+/++\r\nYWI=\r\n",
+        " +/++ YWI= ",
+        "data:image/png;base64,+/++YWI=",
+        "DATA:image/png;charset=x;BASE64,-_--YWI",
+    ],
+)
+def test_base64_is_read_as_people_write_it(spelling):
+    event = decode(ImageNew, json.dumps({"image_id": "a", "data": spelling}).encode())
+
+    assert event.data == bytes([251, 255, 190]) + b"ab"
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ("***", "is not base64"),
+        ("+/++Y", "is not base64"),
+        ("+/==++", "is not base64"),
+        ("data:image/png,abc", "must hold base64"),
+        ("data:image/png;base64", "must hold base64"),
+        ("data:image/png;base64,***", "is not base64"),
+        ("\u00e4\u00f6", "is not base64"),
+        (7, "must be base64 text"),
+        ("", "at least 1 item"),
+        ("\n", "at least 1 item"),
+    ],
+)
+def test_data_that_is_no_base64_is_refused_with_a_sentence(data, sentence):
+    with pytest.raises(EventError, match=sentence) as caught:
+        decode(ImageNew, json.dumps({"image_id": "a", "data": data}).encode())
+
+    assert caught.value.code == "invalid_event"
+
+
+@pytest.mark.parametrize(
     ("headers", "expected"),
     [
         ((), JSON),
