@@ -278,6 +278,7 @@ class IngestSettings(EngineSettings):
     max_batch_wait_ms: NonNegativeFloat = Field(20.0, description="Longest wait of an image for a fuller batch.")
     max_inflight_images: PositiveInt = Field(256, description="Images in work before reading pauses.")
     max_inflight_bytes: PositiveBytes = Field(ByteSize(512 * MIB), description="Bytes in work before reading pauses.")
+    thumbnails: bool = Field(False, description="Store a thumbnail of each image beside its tokens, for search pages.")
     publish_embedding: bool = Field(False, description="Whether images.indexed carries the pooled embedding.")
 
     @check(mode="after")

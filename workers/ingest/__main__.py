@@ -54,7 +54,7 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
             fetcher=fetcher,
             image_limits=ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
             decode_threads=settings.decode_threads,
-            make_thumbnail=None,
+            makes_thumbnails=settings.thumbnails,
             wake=shared.wake,
             clock=shared.clock,
         )

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edje.images import ImageError, ImageLimits, decode_image
+from edje.images import THUMBNAIL_SIDE, ImageError, ImageLimits, open_image
 from protocols.source_position import SourcePosition
 from trt.contract import ImageEncoder
 from workers.errors import Misconfigured, Poison
@@ -26,8 +26,6 @@ from workers.ingest.image_store import ImageStore, LookedUp, ToWrite, Wanted, Wr
 from workers.landing import Landing
 from workers.ports import Interval
 
-#: Makes a small JPEG of an image file. Raises `ImageError`.
-MakeThumbnail = Callable[[bytes], bytes]
 Failed = Callable[[Exception], None]
 
 
@@ -72,7 +70,7 @@ class IngestStages:
         fetcher: Fetcher,
         image_limits: ImageLimits,
         decode_threads: int,
-        make_thumbnail: MakeThumbnail | None,
+        makes_thumbnails: bool,
         wake: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
@@ -85,7 +83,7 @@ class IngestStages:
         self._images = images
         self._fetcher = fetcher
         self._image_limits = image_limits
-        self._make_thumbnail = make_thumbnail
+        self.makes_thumbnails = makes_thumbnails
         self._clock = clock
         self._landing = Landing(wake)
         self._decoding = ThreadPoolExecutor(decode_threads, thread_name_prefix="image-decode")
@@ -94,10 +92,6 @@ class IngestStages:
         # results of writes land in the order of the writes.
         self._looking_up = ThreadPoolExecutor(1, thread_name_prefix="store-read")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="store-write")
-
-    @property
-    def makes_thumbnails(self) -> bool:
-        return self._make_thumbnail is not None
 
     def fetch(self, address: ImageAddress, then: Callable[[bytes], None], failed: Failed) -> None:
         """Read the bytes behind an address, in one attempt."""
@@ -146,12 +140,19 @@ class IngestStages:
 
     def _decode(self, data: bytes, *, pixels: bool, thumbnail: bool) -> Decoded:
         started, info = self._clock(), self._engine.info
+        square = small = opened = None
         try:
-            decoded = decode_image(data, info.image_size, self._image_limits, info.resample) if pixels else None
-            small = self._make_thumbnail(data) if thumbnail and self._make_thumbnail is not None else None
+            if pixels:
+                opened = open_image(data, self._image_limits, min_side=info.image_size)
+                square = opened.square(info.image_size, info.resample)
+            if thumbnail:
+                # Opened once for both only if that does not change the pixels.
+                if opened is None or info.image_size < THUMBNAIL_SIDE:
+                    opened = open_image(data, self._image_limits, min_side=THUMBNAIL_SIDE)
+                small = opened.thumbnail()
         except ImageError as error:
             raise Poison(error.code, str(error)) from error
-        return Decoded(decoded, small, Interval(started, self._clock()))
+        return Decoded(square, small, Interval(started, self._clock()))
 
     def _encode(self, pixels: Sequence[NDArray[np.uint8]]) -> Encoded:
         started = self._clock()
