@@ -79,9 +79,7 @@ def folder(tmp_path):
 
 def test_a_caption_table_gives_queries_whose_right_picture_is_known(folder):
     table = folder / "captions.csv"
-    table.write_text(
-        "image,caption\nbeach/1.jpg,a dog runs on a beach\nbeach/1.jpg,sand and waves\nred-cup.jpg,a cup\n"
-    )
+    table.write_text("image,caption\nbeach/1.jpg,a dog on a beach\nbeach/1.jpg,sand and waves\nred-cup.jpg,a cup\n")
 
     pictures = pictures_with_captions(folder, table)
     questions = pictures.questions(WordOverlap(pictures.described))
@@ -95,9 +93,7 @@ def test_a_caption_table_gives_queries_whose_right_picture_is_known(folder):
 
 def test_a_first_stage_without_vectors_does_not_read_the_caption_that_is_asked(folder):
     table = folder / "captions.csv"
-    table.write_text(
-        "image,caption\nbeach/1.jpg,a dog runs on a beach\nbeach/1.jpg,sand and waves\nred-cup.jpg,a mug\n"
-    )
+    table.write_text("image,caption\nbeach/1.jpg,a dog on a beach\nbeach/1.jpg,sand and waves\nred-cup.jpg,a mug\n")
 
     described = pictures_with_captions(folder, table).described
 

@@ -28,9 +28,10 @@ from workers.errors import Misconfigured, WorkerError
 from workers.logs import set_up_logs
 from workers.publish.image_files import AmbiguousName, Refused, image_events, image_files, printable
 from workers.publish.image_upload import Upload, upload
-from workers.publish.output import print_replay, print_reply, print_upload, remarks
+from workers.publish.output import print_replay, print_reply, print_search, print_upload, remarks
 from workers.publish.query_input import candidates_of, request_of
 from workers.publish.replay import replay
+from workers.publish.search import filters_of, search
 from workers.read_settings import near_misses, read_settings, secrets_of
 from workers.settings import KafkaSettings
 
@@ -145,6 +146,28 @@ def query(
         reply = client.rerank(request, timeout_s)
     if not print_reply(reply, request, as_json=as_json):
         raise typer.Exit(1)
+
+
+@app.command("search")
+def search_pictures(
+    text: Annotated[str, typer.Argument(help="What the pictures are to show.")],
+    gateway: Annotated[str, typer.Option(envvar="GATEWAY_URL", help="Address of a gateway.")] = "http://127.0.0.1:8000",
+    top_n: Annotated[int, typer.Option(min=1, max=1_000, help="Pictures to show.")] = 10,
+    candidates: Annotated[int, typer.Option(min=1, max=1_000, help="Pictures of the index that are ranked.")] = 50,
+    filters: Annotated[
+        list[str] | None, typer.Option("--filter", help="Metadata that a picture must have, key=value; repeatable.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(envvar="GATEWAY_KEY", help="API key, if the gateway needs one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as it is.")] = False,
+) -> None:
+    """Search the pictures behind a gateway, as its page does."""
+    try:
+        conditions = filters_of(filters or ())
+    except ValueError as error:
+        misuse(str(error))
+    with failing_with_a_sentence():
+        answer = search(gateway, text, top_n=top_n, candidates=candidates, filters=conditions, key=key)
+    print_search(answer, as_json=as_json)
 
 
 @app.command("replay-dead-letters")

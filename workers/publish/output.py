@@ -5,7 +5,9 @@ Each function returns whether all went well. Ids and texts come from outside and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -111,3 +113,22 @@ def print_replay(done: Replay, *, dry_run: bool) -> bool:
 def _some(names: Sequence[str]) -> str:
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def print_search(answer: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the pictures of a search, best first; warnings go to standard error."""
+    if as_json:
+        print(json.dumps(answer, ensure_ascii=False))
+        return
+    if answer.get("degraded"):
+        remarks.print(f"not reranked: {answer.get('degraded_message') or answer['degraded']}")
+    for warning in answer.get("warnings", ()):
+        remarks.print(warning["message"])
+    table = Table("rank", "before", "score", "image", box=None, pad_edge=False)
+    for result in answer["results"]:
+        score = result.get("relevance_score")
+        shown = "" if score is None else "no tokens" if result.get("is_missing") else f"{score:.4f}"
+        table.add_row(str(result["rank"]), str(result["rank_before"]), shown, Text(result["image_id"]))
+    Console(highlight=False, markup=False).print(table)
+    if not answer["results"]:
+        remarks.print("nothing found: no picture is indexed, or none has this metadata")
