@@ -93,6 +93,7 @@ class Metrics:
         # rerank
         self.replies = ByLabel(self._counter(names.REPLIES))
         self.replies_replaced = self._counter(names.REPLIES_REPLACED)
+        self.reply_warnings = ByLabel(self._counter(names.REPLY_WARNINGS))
         self.pairs = self._counter(names.PAIRS_TOTAL)
         self.inflight_pairs = self._gauge(names.INFLIGHT_PAIRS)
         self.backlog = _KnownGauge(names.BACKLOG_SECONDS)
@@ -165,6 +166,9 @@ class Metrics:
             self.pairs.inc(num_pairs)
         if seconds is not None:
             self.reply_seconds.observe(seconds, exemplar)
+
+    def count_warning(self, code: str) -> None:
+        self.reply_warnings[code].inc()
 
     def observe_queue_wait(self, seconds: float, exemplar: Exemplar | None) -> None:
         self.queue_wait_seconds.observe(seconds, exemplar)

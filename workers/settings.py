@@ -207,6 +207,12 @@ class RerankSettings(EngineSettings):
     group_id: str = Field("edje-rerank", min_length=1, description="Consumer group.")
     max_candidates: PositiveInt = Field(1000, description="Candidates of one request.")
     max_query_chars: PositiveInt = Field(2000, description="Characters of a query or of a candidate's text.")
+    max_request_bytes: PositiveBytes = Field(
+        ByteSize(MIB), description="Largest request that is read, after decompression."
+    )
+    max_inflight_bytes: PositiveBytes = Field(
+        ByteSize(256 * MIB), description="Bytes of requests in work before reading pauses."
+    )
     max_inflight_pairs: PositiveInt = Field(20_000, description="Pairs in work before reading pauses.")
     max_batch_tokens: PositiveInt = Field(65_536, description="Text and visual tokens of one micro-batch.")
     max_batch_pairs: PositiveInt = Field(512, description="Pairs of one micro-batch.")
@@ -235,6 +241,7 @@ class RerankSettings(EngineSettings):
             ("piece_pairs", "max_batch_pairs"),
             ("max_batch_pairs", "max_inflight_pairs"),
             ("max_candidates", "max_inflight_pairs"),
+            ("max_request_bytes", "max_inflight_bytes"),
         ):
             at_most(self, smaller, larger)
         return self

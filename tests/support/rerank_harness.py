@@ -1,7 +1,7 @@
-"""The rerank job with a hand on every thread: fetches land and batches run when the test says so.
+"""The rerank job with every thread under the test's control: fetches land and batches run when the test calls for it.
 
-The engine's logits are small whole numbers made of the text and of the tokens that lie in the slot at that moment, so
-that ties are common and a slot that was overwritten too early shows as a wrong score.
+The engine's logits are small whole numbers computed from the text and from the tokens that are in the slot at that
+moment. So ties are common, and a slot that is overwritten too early gives a wrong score.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from edje.calibration import Calibration, Direction, sigmoid
+from edje.text import EncodedText
 from protocols.blob import BlobLayout, blob_key, encode_blob
 from protocols.encoding import CONTENT_TYPE_HEADER, MSGPACK, content_type_of, decode
 from protocols.events import RerankResponse
@@ -21,18 +23,19 @@ from protocols.topics import Topics
 from trt.contract import EngineInfo, QueryStates, check_pairs, check_texts
 from trt.slab.layout import HostSlab, SlotLayout
 from workers.dead_letters import DeadLetters
+from workers.landing import Landing
 from workers.metrics import Metrics
 from workers.ports import Finished, Headers, Interval, Outgoing, Partition, Record
 from workers.rerank.admission import AdmissionLimits
-from workers.rerank.backlog import Backlog
 from workers.rerank.batching import MicroBatcher
+from workers.rerank.fetching import Read
 from workers.rerank.job import RerankBounds, RerankJob
 from workers.rerank.loading import SlabLoader
-from workers.rerank.ranking import relevance
 from workers.rerank.replies import Replies
+from workers.rerank.request import Piece
 from workers.rerank.scoring import BatchScorer
 from workers.rerank.spans import RerankSpans
-from workers.rerank.state import Read, ReadyPiece
+from workers.rerank.texts import EncodeBatch, TextEncoder
 from workers.store.memory import MemoryStore
 from workers.telemetry.bus_spans import BusSpans
 from workers.telemetry.tracer import Tracer
@@ -43,10 +46,26 @@ LAYOUT = BlobLayout(model_digest="m1", num_tokens=2, token_dim=4, storage="fp16"
 START, WALL_START = 1000.0, 1_800_000_000.0
 MAX_TEXT_TOKENS, VOCAB_SIZE = 40, 128
 NAN_IMAGE = 2000  # the number of an image that the engine cannot score
+UNKNOWN_LETTER = "\N{DOG FACE}"
+BAD_TEXT = "a text on which the tokenizer fails"
 
 
 def encode_text(text: str) -> Sequence[int]:
     return [1, *(ord(letter) % 100 + 3 for letter in text[: MAX_TEXT_TOKENS - 2]), 2]
+
+
+def encode_texts(texts: Sequence[str]) -> list[EncodedText]:
+    """A tokenizer of one piece per character."""
+    if BAD_TEXT in texts:
+        raise ZeroDivisionError("a bug of the tokenizer")
+    return [
+        EncodedText(
+            ids=tuple(encode_text(text)),
+            num_unknown=text[: MAX_TEXT_TOKENS - 2].count(UNKNOWN_LETTER),
+            is_cut=len(text) > MAX_TEXT_TOKENS - 2,
+        )
+        for text in texts
+    ]
 
 
 def logit_of(ids: Sequence[int], image: float) -> float:
@@ -95,8 +114,18 @@ class Engine:
         return logits if first_stage is None else logits + np.where(np.isnan(first_stage), 0, first_stage)
 
 
+class InlineExecutor(Executor):
+    """Runs each call at once, on the caller's thread."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        hand = HandExecutor()
+        future = hand.submit(function, *args, **kwargs)
+        hand.run_next()
+        return future
+
+
 class HandExecutor(Executor):
-    """Runs what was submitted when told to, in order."""
+    """Runs submitted calls one by one, when the test calls `run_next`."""
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -117,7 +146,7 @@ class HandExecutor(Executor):
 
 
 class HandFetches:
-    """Reads the store when told to, in any order."""
+    """Reads the store when the test calls `land`, in any order."""
 
     def __init__(self, store: MemoryStore, clock: Callable[[], float]) -> None:
         self._store = store
@@ -149,6 +178,8 @@ class Rig:
         piece_pairs: int = 4,
         max_batch_pairs: int = 8,
         max_inflight_pairs: int = 1000,
+        max_inflight_bytes: int = 64 << 20,
+        max_request_bytes: int = 32 << 20,
         max_fetches: int = 4,
         max_candidates: int = 2000,
         max_message_bytes: int = 1 << 20,
@@ -157,7 +188,10 @@ class Rig:
         engine: Any = None,
         reads_first_stage: bool = False,
         layout: BlobLayout = LAYOUT,
-        encode: Callable[[str], Sequence[int]] = encode_text,
+        encode_batch: EncodeBatch = encode_texts,
+        text_executor: Executor | None = None,
+        tokenizer_cache_size: int = 100,
+        calibration: Calibration | None = None,
         make_tracer: Callable[[Rig], Tracer] = lambda rig: Tracer.off(rig.metrics.bad_traceparents.inc),
     ) -> None:
         self.now = START
@@ -169,43 +203,56 @@ class Rig:
         tracer = make_tracer(self)
         spans = RerankSpans(tracer, BusSpans(tracer, topic=PARTITION.topic, group_id="g"), "e1")
         self.num_slots = num_slots
+        self.landing = Landing(lambda: None)
         self.loader = SlabLoader(
             slab=self.engine.slab,
             layout=layout,
             num_slots=num_slots,
             start_fetch=self.fetches.start,
-            wake=lambda: None,
+            landing=self.landing,
             metrics=self.metrics,
             spans=spans,
         )
         self.job = RerankJob(
             limits=AdmissionLimits(
                 model_digest=layout.model_digest,
+                max_request_bytes=max_request_bytes,
                 max_candidates=max_candidates,
                 max_text_chars=100,
-                piece_pairs=piece_pairs,
                 deadline_tolerance_s=deadline_tolerance_s,
                 reply_topic=TOPICS.rerank_responses,
                 allowed_reply_topics=allowed_reply_topics,
-                reads_first_stage=self.engine.info.reads_first_stage,
+                reads_first_stage=get_args(Direction) if self.engine.info.reads_first_stage else (),
             ),
-            bounds=RerankBounds(max_inflight_pairs, max_fetches, max_ready_pairs=2 * max_batch_pairs),
+            bounds=RerankBounds(
+                max_inflight_pairs=max_inflight_pairs,
+                max_inflight_bytes=max_inflight_bytes,
+                max_fetches=max_fetches,
+                max_ready_pairs=2 * max_batch_pairs,
+                piece_pairs=piece_pairs,
+            ),
             num_visual_tokens=layout.num_tokens,
-            encode=encode,
+            landing=self.landing,
+            texts=TextEncoder(
+                encode_batch,
+                executor=text_executor or InlineExecutor(),
+                landing=self.landing,
+                cache_size=tokenizer_cache_size,
+            ),
             loader=self.loader,
-            batcher=MicroBatcher[ReadyPiece](max_tokens=10_000, max_pairs=max_batch_pairs, max_wait_s=0.002),
-            scorer=BatchScorer(self.engine, self.executor, lambda: None, lambda: self.now),
+            batcher=MicroBatcher[Piece](max_tokens=10_000, max_pairs=max_batch_pairs, max_wait_s=0.002),
+            scorer=BatchScorer(self.engine, executor=self.executor, landing=self.landing, clock=lambda: self.now),
             replies=Replies(
                 reply_topic=TOPICS.rerank_responses,
                 dead_letters=DeadLetters(TOPICS.dead_letter, max_message_bytes, self.metrics),
                 model_digest=layout.model_digest,
                 engine_digest="e1",
+                calibration=calibration,
                 metrics=self.metrics,
                 spans=spans,
             ),
             metrics=self.metrics,
             spans=spans,
-            backlog=Backlog(),
             wall_clock=lambda: WALL_START + self.now - START,
         )
         self.finished: list[Finished] = []
@@ -327,7 +374,7 @@ def expected(sent: Mapping[str, Any], images: Mapping[str, int]) -> dict[str, An
 def said(reply: RerankResponse) -> dict[str, Any]:
     """The same of a reply that was received."""
     for result in reply.results:
-        assert abs(result.relevance_score - float(relevance(np.float32([result.logit]))[0])) < 1e-6
+        assert abs(result.relevance_score - float(sigmoid(np.float32([result.logit]))[0])) < 1e-6
     return {
         "status": reply.status,
         "missing": reply.missing,

@@ -1,31 +1,33 @@
-"""The rerank worker: `python -m workers.rerank`. Puts the job together over its engine."""
+"""The rerank worker: `python -m workers.rerank`. Composes the job and its engine."""
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import get_args
 
+from edje.calibration import Direction
 from edje.text import Tokenizer
 from protocols.blob import BlobLayout, blob_key
 from trt.contract import Engine, EngineInfo
 from trt.load import load_engine, slots_in
 from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured
+from workers.landing import Landing
 from workers.ports import Partition
 from workers.rerank.admission import AdmissionLimits
-from workers.rerank.backlog import Backlog
 from workers.rerank.batching import MicroBatcher
-from workers.rerank.blob_fetches import BlobFetches
+from workers.rerank.fetching import BlobFetcher
 from workers.rerank.job import RerankBounds, RerankJob
 from workers.rerank.loading import SlabLoader
 from workers.rerank.replies import Replies
+from workers.rerank.request import Piece
 from workers.rerank.scoring import MAX_BATCHES, BatchScorer
 from workers.rerank.spans import RerankSpans
-from workers.rerank.state import ReadyPiece
+from workers.rerank.texts import TextEncoder
 from workers.runtime import Built, Shared, open_store, run_worker
 from workers.settings import RerankSettings
 from workers.telemetry.bus_spans import BusSpans
@@ -34,7 +36,7 @@ from workers.telemetry.bus_spans import BusSpans
 @contextmanager
 def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
     """The rerank job over a warm engine. Raises `Misconfigured` or `EngineError`."""
-    settings, metrics, wake = shared.settings, shared.metrics, shared.wake
+    settings, metrics = shared.settings, shared.metrics
     store = open_store(settings)
     engine = load(settings)
     info = engine.info
@@ -42,16 +44,20 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
     layout = BlobLayout(info.model_digest, info.num_visual_tokens, info.token_dim, settings.storage)
     bus = BusSpans(shared.tracer, topic=shared.topics.rerank_requests, group_id=settings.group_id)
     spans = RerankSpans(shared.tracer, bus, info.engine_digest)
-    fetches = BlobFetches(
+    landing = Landing(shared.wake)
+    tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+    fetcher = BlobFetcher(
         store, shared.retry("store_read"), settings.fetch_threads, metrics.fetch_seconds, shared.clock
     )
-    scorer = BatchScorer(engine, ThreadPoolExecutor(1, thread_name_prefix="engine"), wake, shared.clock)
+    scorer = BatchScorer(
+        engine, executor=ThreadPoolExecutor(1, thread_name_prefix="engine"), landing=landing, clock=shared.clock
+    )
     loader = SlabLoader(
         slab=engine.slab,
         layout=layout,
         num_slots=info.num_slots,
-        start_fetch=fetches.start,
-        wake=wake,
+        start_fetch=fetcher.start,
+        landing=landing,
         metrics=metrics,
         spans=spans,
     )
@@ -59,13 +65,21 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         limits=limits_of(settings, shared, info),
         bounds=RerankBounds(
             max_inflight_pairs=settings.max_inflight_pairs,
-            max_fetches=2 * settings.fetch_threads,  # one in work and one behind it for each thread
+            max_inflight_bytes=settings.max_inflight_bytes,
+            max_fetches=2 * settings.fetch_threads,  # for each thread one in progress and one behind it
             max_ready_pairs=MAX_BATCHES * settings.max_batch_pairs,
+            piece_pairs=settings.piece_pairs,
         ),
         num_visual_tokens=info.num_visual_tokens,
-        encode=cached_encode(settings),
+        landing=landing,
+        texts=TextEncoder(
+            Tokenizer.load(settings.checkpoint).encode_batch,
+            executor=tokenizing,
+            landing=landing,
+            cache_size=settings.tokenizer_cache_size,
+        ),
         loader=loader,
-        batcher=MicroBatcher[ReadyPiece](
+        batcher=MicroBatcher[Piece](
             max_tokens=settings.max_batch_tokens,
             max_pairs=settings.max_batch_pairs,
             max_wait_s=settings.max_batch_wait_ms / 1000,
@@ -76,12 +90,12 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
             dead_letters=DeadLetters(shared.topics.dead_letter, settings.max_message_bytes, metrics),
             model_digest=info.model_digest,
             engine_digest=info.engine_digest,
+            calibration=None,
             metrics=metrics,
             spans=spans,
         ),
         metrics=metrics,
         spans=spans,
-        backlog=Backlog(),
         wall_clock=time.time,
     )
 
@@ -101,13 +115,14 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
             probe=lambda: store.probe([blob_key(info.model_digest, "")], writes=False),
         )
     finally:
-        fetches.close()
+        tokenizing.shutdown(wait=True, cancel_futures=True)
+        fetcher.close()
         scorer.close()
         store.close()
 
 
 def load(settings: RerankSettings) -> Engine:
-    """The engine, warm."""
+    """Return the engine, warm. Raises `Misconfigured` or `EngineError`."""
     num_slots = slots_in(settings.slab_bytes, settings.checkpoint, settings.storage)
     if num_slots < 2 * settings.piece_pairs:
         raise Misconfigured(
@@ -132,27 +147,17 @@ def load(settings: RerankSettings) -> Engine:
 
 
 def limits_of(settings: RerankSettings, shared: Shared[RerankSettings], info: EngineInfo) -> AdmissionLimits:
+    """Return the limits of one request."""
     return AdmissionLimits(
         model_digest=info.model_digest,
+        max_request_bytes=settings.max_request_bytes,
         max_candidates=settings.max_candidates,
         max_text_chars=settings.max_query_chars,
-        piece_pairs=settings.piece_pairs,
         deadline_tolerance_s=settings.deadline_tolerance_ms / 1000,
         reply_topic=shared.topics.rerank_responses,
         allowed_reply_topics=settings.reply_topic_patterns,
-        reads_first_stage=info.reads_first_stage,
+        reads_first_stage=get_args(Direction) if info.reads_first_stage else (),
     )
-
-
-def cached_encode(settings: RerankSettings) -> functools._lru_cache_wrapper[Sequence[int]]:
-    """Text to ids, remembered: popular queries come again and again."""
-    tokenizer = Tokenizer.load(settings.checkpoint)
-
-    @functools.lru_cache(settings.tokenizer_cache_size)
-    def encode(text: str) -> Sequence[int]:
-        return tuple(tokenizer.encode(text))
-
-    return encode
 
 
 if __name__ == "__main__":

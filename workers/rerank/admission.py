@@ -1,167 +1,153 @@
-"""Decides whether a rerank request is taken, and lays out the pairs that it asks for.
+"""Reads rerank requests: decodes a record, checks what it asks for, and lays out its pairs.
 
-Pure: text becomes ids through a function that is given, time is an argument. Everything refused is a `Poison` with a
-code and a sentence.
+Pure: knows no broker, no engine and no tokenizer; time is an argument. Every refusal is a `Poison` with a code and a
+sentence.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from protocols.events import RerankRequest
+from edje.calibration import Direction
+from edje.first_stage_scores import FAULT_MESSAGES, standardise
+from protocols.encoding import JSON, MSGPACK, EventError, content_type_of, decode
+from protocols.events import RerankRequest, WarningInfo
+from protocols.fields import MAX_PARTITION, TOPIC_NAME
+from protocols.salvage import salvage, salvage_id
 from workers.errors import Poison
-from workers.rerank.batching import bucket_of
+from workers.ports import Record
+from workers.rerank.request import Request
+from workers.telemetry.tracer import MessageTrace
 
-#: Text to ids, [CLS] and [SEP] included, cut to what the engine takes.
-Encode = Callable[[str], Sequence[int]]
-
-LARGEST_SCORE = float(np.finfo(np.float32).max)
+#: Lists and objects of a request beyond those of its candidates: texts may hold brackets.
+_SPARE_CONTAINERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """What one request may ask for, and what this worker serves."""
+    """Bounds of one request, and what this worker serves."""
 
     model_digest: str
+    max_request_bytes: int
     max_candidates: int
-    max_text_chars: int  # of the query or of one text candidate
-    piece_pairs: int
-    deadline_tolerance_s: float  # clocks of producer and worker may differ by this much
-    reply_topic: str  # where replies go unless the request says otherwise
-    allowed_reply_topics: tuple[str, ...]  # patterns that a request's own reply topic must match
-    reads_first_stage: bool  # whether the engine makes anything of the candidates' scores
+    max_text_chars: int  # of the query and of each text candidate
+    deadline_tolerance_s: float  # allowed difference between the clocks of producer and worker
+    reply_topic: str  # the default
+    allowed_reply_topics: tuple[str, ...]  # patterns
+    reads_first_stage: Collection[Direction]  # the directions whose ranking uses first-stage scores
 
 
-@dataclass(frozen=True, slots=True)
-class PieceLayout:
-    """Pairs of one request that travel together: their numbers, and the length bucket of their texts."""
-
-    pairs: Sequence[int]
-    bucket: int
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A request, laid out: pair i is text `pair_text(i)` with image `pair_image(i)`."""
-
-    request_id: str
-    texts: list[Sequence[int]]  # one for a text query, one per distinct text candidate for an image query
-    images: list[str]  # one per distinct image candidate, or the query's one image
-    candidate_ids: list[str | None]
-    candidate_pairs: list[int] | None  # the pair of each candidate; None: the pair of the same number
-    num_pairs: int
-    first_stage: NDArray[np.float32] | None  # by pair, NaN where there is no score; None for an engine that reads none
-    pieces: list[PieceLayout]
-    top_n: int | None
-    priority: int
-    deadline: float | None  # in the loop's clock
-    reply_topic: str
-
-    @property
-    def num_candidates(self) -> int:
-        """What the request counts for among those in work: equal candidates are one pair, and still take memory."""
-        return len(self.candidate_ids)
-
-    def pair_text(self, pair: int) -> int:
-        return pair if len(self.texts) > 1 else 0
-
-    def pair_image(self, pair: int) -> int:
-        return pair if len(self.images) > 1 else 0
-
-
-def reply_topic_of(request: RerankRequest, limits: AdmissionLimits) -> str:
-    """Where the reply goes. Raises `Poison` for a topic that requests may not name, or that Kafka cannot have."""
-    topic = request.reply_topic
-    if topic is None or topic == limits.reply_topic:
-        return limits.reply_topic
-    if topic in (".", "..") or not any(fnmatch.fnmatchcase(topic, pattern) for pattern in limits.allowed_reply_topics):
-        raise Poison("reply_topic_not_allowed", f"replies may not go to the topic {topic!r}")
-    return topic
-
-
-def admit(request: RerankRequest, limits: AdmissionLimits, encode: Encode, *, now: float, wall_now: float) -> Admitted:
-    """Lay the request out. `now` is the loop's clock, `wall_now` seconds since 1970. Raises `Poison`."""
-    reply_topic = reply_topic_of(request, limits)
-    if request.model is not None and request.model != limits.model_digest:
-        raise Poison("model_not_served", f"model {request.model!r} was asked for; this worker serves another")
-    if len(request.candidates) > limits.max_candidates:
-        raise Poison(
-            "too_many_candidates", f"{len(request.candidates)} candidates; at most {limits.max_candidates} are taken"
-        )
-    deadline = None
-    if request.deadline is not None:
-        deadline = now + (request.deadline.timestamp() - wall_now) + limits.deadline_tolerance_s
-
-    is_text_query = request.query.text is not None
-    wanted = request.image_ids() if is_text_query else request.texts()
-    if not request.candidates:
-        wanted = []
-    distinct = list(dict.fromkeys(wanted))
-    candidate_pairs = None
-    if len(distinct) < len(wanted):
-        numbers = {name: number for number, name in enumerate(distinct)}
-        candidate_pairs = [numbers[name] for name in wanted]
-    if is_text_query:
-        texts = [_encoded(request.texts()[0], "query", limits, encode)]
-        images = distinct
-    else:
-        texts = [_encoded(text, "candidate", limits, encode) for text in distinct]
-        images = request.image_ids() if distinct else []
-    return Admitted(
-        request_id=request.request_id,
-        texts=texts,
-        images=images,
-        candidate_ids=request.names(),
-        candidate_pairs=candidate_pairs,
-        num_pairs=len(distinct),
-        first_stage=_first_stage(request, candidate_pairs, len(distinct)) if limits.reads_first_stage else None,
-        pieces=_pieces(texts, len(distinct), limits.piece_pairs),
-        top_n=request.top_n,
-        priority=request.priority,
-        deadline=deadline,
-        reply_topic=reply_topic,
+def open_request(record: Record, trace: MessageTrace, limits: AdmissionLimits, now: float) -> Request:
+    """Return the request of a record whose value is not read yet: an error can be replied to it."""
+    content_type = content_type_of(record.headers)
+    return Request(
+        record=record,
+        trace=trace,
+        accepted_at=now,
+        content_type=content_type if content_type in (JSON, MSGPACK) else JSON,
+        reply_topic=limits.reply_topic,
     )
 
 
-def _encoded(text: str, whose: str, limits: AdmissionLimits, encode: Encode) -> Sequence[int]:
-    if len(text) > limits.max_text_chars:
-        raise Poison("text_too_long", f"a {whose} text has {len(text)} characters; {limits.max_text_chars} are taken")
-    return encode(text)
+def read_request(request: Request, limits: AdmissionLimits, *, now: float, wall_now: float) -> None:
+    """Read the record's value into the request. Raises `Poison`.
+
+    `now` is the loop's clock, `wall_now` the seconds since 1970. The address of the reply is set first, so that any
+    later refusal reaches it.
+    """
+    record = request.record
+    try:
+        event = decode(
+            RerankRequest,
+            record.value,
+            content_type_of(record.headers),
+            max_bytes=limits.max_request_bytes,
+            max_containers=limits.max_candidates + _SPARE_CONTAINERS,
+        )
+    except EventError as error:
+        raise Poison(error.code, str(error)) from error
+    request.request_id = event.request_id
+    if event.reply_topic is not None:
+        if not _is_allowed(event.reply_topic, limits):
+            raise Poison("reply_topic_not_allowed", f"replies may not go to the topic {event.reply_topic!r}")
+        request.reply_topic = event.reply_topic
+    request.reply_partition = event.reply_partition
+    _check(event, limits)
+    if event.deadline is not None:
+        request.deadline = now + (event.deadline.timestamp() - wall_now) + limits.deadline_tolerance_s
+    request.top_n, request.priority, request.explain = event.top_n, event.priority, event.explain
+    _lay_out(request, event, limits)
 
 
-def _first_stage(request: RerankRequest, candidate_pairs: list[int] | None, num_pairs: int) -> NDArray[np.float32]:
-    """Scores by pair; of equal candidates the first one that has a score speaks for all."""
-    given = np.array([candidate.get("score") for candidate in request.candidates], np.float64)  # None becomes NaN
-    if (np.abs(given) > LARGEST_SCORE).any():
-        number = int(np.argmax(np.abs(given) > LARGEST_SCORE))
-        raise Poison("score_too_large", f"candidate {number} has the score {given[number]}; float32 must hold it")
-    if candidate_pairs is None:
-        return given.astype(np.float32)
-    scores = np.full(num_pairs, np.nan, np.float32)
-    scored = np.flatnonzero(~np.isnan(given))
-    pairs, first = np.unique(np.array(candidate_pairs)[scored], return_index=True)
-    scores[pairs] = given[scored[first]]
-    return scores
+def salvage_address(request: Request, limits: AdmissionLimits) -> None:
+    """Read the id and the reply address of a request that cannot be read as a whole, as far as possible."""
+    value = request.record.value
+    request.request_id = salvage_id(value, request.record.key, "request_id")
+    topic, partition = salvage(value, "reply_topic"), salvage(value, "reply_partition")
+    if isinstance(topic, str) and re.fullmatch(TOPIC_NAME, topic) and _is_allowed(topic, limits):
+        request.reply_topic = topic
+    if isinstance(partition, int) and 0 <= partition <= MAX_PARTITION:
+        request.reply_partition = partition
 
 
-def _pieces(texts: Sequence[Sequence[int]], num_pairs: int, piece_pairs: int) -> list[PieceLayout]:
-    """Cut the pairs into pieces of one bucket each, in the order of the candidates."""
-    if len(texts) == 1:  # a text query; or one text, which is all the same
-        bucket = bucket_of(len(texts[0]))
-        return [
-            PieceLayout(range(start, min(start + piece_pairs, num_pairs)), bucket)
-            for start in range(0, num_pairs, piece_pairs)
-        ]
-    by_bucket: dict[int, list[int]] = {}
-    for number, ids in enumerate(texts):
-        by_bucket.setdefault(bucket_of(len(ids)), []).append(number)
-    return [
-        PieceLayout(numbers[start : start + piece_pairs], bucket)
-        for bucket, numbers in sorted(by_bucket.items())
-        for start in range(0, len(numbers), piece_pairs)
-    ]
+def _is_allowed(topic: str, limits: AdmissionLimits) -> bool:
+    if topic == limits.reply_topic:
+        return True
+    # Kafka has no topic of these two names, whatever the patterns say.
+    return topic not in (".", "..") and any(
+        fnmatch.fnmatchcase(topic, pattern) for pattern in limits.allowed_reply_topics
+    )
+
+
+def _check(event: RerankRequest, limits: AdmissionLimits) -> None:
+    if event.model is not None and event.model != limits.model_digest:
+        raise Poison(
+            "model_not_served", f"the request asks for model {event.model!r}; this worker serves {limits.model_digest}"
+        )
+    if len(event.candidates) > limits.max_candidates:
+        raise Poison(
+            "too_many_candidates",
+            f"{len(event.candidates)} candidates; at most {limits.max_candidates} are accepted",
+        )
+    longest = max(map(len, event.texts()), default=0)
+    if longest > limits.max_text_chars:
+        whose = "the query" if event.query.text is not None else "a candidate's text"
+        raise Poison("text_too_long", f"{whose} has {longest} characters; at most {limits.max_text_chars} are accepted")
+
+
+def _lay_out(request: Request, event: RerankRequest, limits: AdmissionLimits) -> None:
+    """Give every distinct candidate a pair."""
+    is_text_query = event.query.text is not None
+    request.direction = "text-to-image" if is_text_query else "image-to-text"
+    asked = event.image_ids() if is_text_query else event.texts()
+    request.candidate_ids = asked if is_text_query else event.names()
+    distinct = list(dict.fromkeys(asked))
+    request.num_pairs = len(distinct)
+    if len(distinct) < len(asked):
+        numbers = {name: number for number, name in enumerate(distinct)}
+        request.pair_of_candidate = np.fromiter(map(numbers.__getitem__, asked), np.intp, len(asked))
+    if distinct:
+        request.texts = event.texts() if is_text_query else distinct
+        request.images = distinct if is_text_query else event.image_ids()
+        if request.direction in limits.reads_first_stage:
+            _read_first_stage(request, event)
+    request.logits = np.zeros(request.num_pairs, np.float32)
+    request.scored = np.zeros(request.num_pairs, np.bool_)
+
+
+def _read_first_stage(request: Request, event: RerankRequest) -> None:
+    """Standardise the scores; equal candidates get the first one's. A fault becomes a warning."""
+    scores = standardise([candidate.get("score") for candidate in event.candidates])
+    values = scores.values
+    if request.pair_of_candidate is not None:
+        _, first = np.unique(request.pair_of_candidate, return_index=True)
+        values = values[first]
+    request.first_stage = values
+    if scores.fault is not None:
+        code = f"first_stage_scores_{scores.fault}"
+        request.warnings.append(WarningInfo(code=code, message=FAULT_MESSAGES[scores.fault]))

@@ -1,7 +1,8 @@
 """Groups ready pieces of requests into micro-batches for the engine.
 
-Decides what goes together and when; knows nothing of Kafka, tensors or the clock. A batch holds pieces of one length
-bucket, so that padding is at most a bucket's width, and is filled in rank order up to a budget of tokens and pairs.
+Decides which pieces go together and when; knows nothing of Kafka, tensors or the clock. A batch holds pieces of one
+length bucket, so that padding is at most a bucket's width, and is filled in rank order up to a budget of tokens and
+pairs.
 """
 
 from __future__ import annotations
@@ -10,35 +11,38 @@ import heapq
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from workers.rerank.fairness import Rank
-
-#: Text lengths are rounded up to a multiple of this: at 18 + 64 tokens a bucket pads by less than 5 % on average.
+#: Text lengths are rounded up to a multiple of this: with 18 + 64 tokens a bucket pads by less than 5 % on average.
 BUCKET_TOKENS = 8
 
 
+def bucket_of(num_text_tokens: int) -> int:
+    """Return the padded text length of the bucket for texts of this length."""
+    return -(-num_text_tokens // BUCKET_TOKENS) * BUCKET_TOKENS
+
+
 class Batchable(Protocol):
-    """What the batcher reads of a piece."""
+    """The properties of a piece that the batcher reads."""
 
     @property
     def num_pairs(self) -> int: ...
 
     @property
+    def bucket(self) -> int:
+        """The padded text length."""
+        ...
+
+    @property
     def tokens_per_pair(self) -> int:
-        """Text and visual tokens of the longest pair."""
+        """Text and visual tokens of a pair."""
         ...
 
 
 P = TypeVar("P", bound=Batchable)
 
 
-def bucket_of(num_text_tokens: int) -> int:
-    """The padded text length of the bucket that a text of this length falls into."""
-    return -(-num_text_tokens // BUCKET_TOKENS) * BUCKET_TOKENS
-
-
 @dataclass(slots=True)
 class _Bucket(Generic[P]):
-    heap: list[tuple[Rank, float, P]] = field(default_factory=list)  # rank, when it became ready, piece
+    heap: list[tuple[int, float, P]] = field(default_factory=list)  # rank, time at which it became ready, piece
     num_pairs: int = 0
     num_tokens: int = 0
 
@@ -47,7 +51,7 @@ class _Bucket(Generic[P]):
 
 
 class MicroBatcher(Generic[P]):
-    """Ready pieces, by bucket."""
+    """Ready pieces by bucket."""
 
     def __init__(self, *, max_tokens: int, max_pairs: int, max_wait_s: float) -> None:
         self.max_tokens = max_tokens
@@ -59,18 +63,18 @@ class MicroBatcher(Generic[P]):
     def num_pairs(self) -> int:
         return sum(bucket.num_pairs for bucket in self._buckets.values())
 
-    def add(self, piece: P, bucket: int, rank: Rank, now: float) -> None:
-        """Enter a piece whose tokens are all in the slab."""
-        entry = self._buckets.setdefault(bucket, _Bucket())
-        heapq.heappush(entry.heap, (rank, now, piece))
-        entry.num_pairs += piece.num_pairs
-        entry.num_tokens += piece.num_pairs * piece.tokens_per_pair
+    def add(self, piece: P, rank: int, now: float) -> None:
+        """Add a piece whose tokens are all in the slab. No two pieces have the same rank; smaller goes first."""
+        bucket = self._buckets.setdefault(piece.bucket, _Bucket())
+        heapq.heappush(bucket.heap, (rank, now, piece))
+        bucket.num_pairs += piece.num_pairs
+        bucket.num_tokens += piece.num_pairs * piece.tokens_per_pair
 
     def take(self, now: float, *, more_is_coming: bool) -> list[P]:
-        """Return the next batch, or an empty list while it pays to wait.
+        """Return the next batch, or an empty list while waiting may fill it further.
 
-        A bucket leaves when it is full, when its oldest piece has waited long enough, or at once when nothing that
-        could join it is on its way. Among those that may leave, the one with the first rank goes.
+        A bucket leaves when it is full, when its oldest piece has waited long enough, or at once if no piece that could
+        join it is being fetched. Of several such buckets the one with the smallest rank goes first.
         """
         leaving = [
             number
@@ -79,8 +83,7 @@ class MicroBatcher(Generic[P]):
         ]
         if not leaving:
             return []
-        number = min(leaving, key=lambda candidate: self._buckets[candidate].heap[0][0])
-        return self._fill(number)
+        return self._fill(min(leaving, key=lambda number: self._buckets[number].heap[0][0]))
 
     def _is_full(self, bucket: _Bucket[P]) -> bool:
         return bucket.num_tokens >= self.max_tokens or bucket.num_pairs >= self._max_pairs
@@ -104,7 +107,7 @@ class MicroBatcher(Generic[P]):
         return batch
 
     def wants_turn_in_s(self, now: float) -> float | None:
-        """Seconds until a bucket's oldest piece has waited long enough, None when nothing waits."""
+        """Seconds until the oldest piece of a bucket has waited long enough, None if no piece waits."""
         if not self._buckets:
             return None
         oldest = min(bucket.oldest() for bucket in self._buckets.values())

@@ -1,85 +1,108 @@
-"""The order in which pieces of requests get their turn: by priority, then start-time fair queueing.
+"""The order in which requests get their turn: a weighted share for each priority, fair queueing within a priority.
 
-Each request is a flow. A piece's tag is where its flow would stand if all flows were served at the same rate, so the
-first piece of a small request goes before the eighth piece of a large one, whoever came first. Pure; no clock.
-(Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996. Virtual time advances with the service given as in
-Bennett, Zhang: "Hierarchical Packet Fair Queueing Algorithms", SIGCOMM 1996: by start tags alone it would stand still
-under an unbroken run of new small requests, and the large ones among them would starve.)
+Two levels of start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996). Between priorities, a waiting priority p gets
+service in proportion to 1 + p, so that a higher one goes first and a lower one never waits for ever. Within a priority,
+each request is a flow: the first piece of a small request goes before the eighth piece of a large one, whichever came
+first. Virtual time within a priority advances with the service given, as in Bennett and Zhang (SIGCOMM 1996): if only
+the pieces' start tags moved it, an unbroken run of new small requests would starve a large one.
+Pure; no clock.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-#: However many requests wait, those that come later leave an old one at least this share of the service. With fewer
-#: requests than this the order is as fair as can be; far more only wait together in a backlog, where an end to each
-#: request's wait is worth more.
+#: However many requests wait, later ones leave an earlier one at least this share of its priority's service. With fewer
+#: requests than its inverse the order is exactly fair.
 SMALLEST_SHARE = 1 / 32
 
 
-class Rank(NamedTuple):
-    """Sorts pieces: smaller goes first. The sequence number keeps ties in order of arrival."""
-
-    negative_priority: int
-    tag: float
-    sequence: int
-
-
 class _Entry(NamedTuple, Generic[T]):
-    rank: Rank  # no two are equal, so that items are never compared
+    tag: float
+    sequence: int  # makes entries distinct, so that items are never compared
     cost: float
-    flow: Hashable
+    flow: int
     item: T
 
 
+class _Level(Generic[T]):
+    """The waiting items of one priority."""
+
+    def __init__(self, priority: int) -> None:
+        self.weight = 1 + priority
+        self.start = 0.0  # virtual time at which the next item is due, against those of other priorities
+        self.heap: list[_Entry[T]] = []
+        self.num_waiting: Counter[int] = Counter()  # items by flow
+        self.virtual_time = 0.0
+
+    def pop(self) -> _Entry[T]:
+        entry = heapq.heappop(self.heap)
+        share = max(SMALLEST_SHARE, 1 / (len(self.num_waiting) + 1))  # one more: the flow that comes next
+        self.virtual_time = max(self.virtual_time, entry.tag) + entry.cost * share
+        self.num_waiting[entry.flow] -= 1
+        if self.num_waiting[entry.flow] == 0:
+            del self.num_waiting[entry.flow]
+        self.start += entry.cost / self.weight
+        return entry
+
+
 class FairQueue(Generic[T]):
-    """Items by rank; each push says which flow it belongs to and what it costs."""
+    """Items in fair order; the items of one `push` are one flow and stay in their order."""
 
     def __init__(self) -> None:
-        self._heap: list[_Entry[T]] = []
-        self._num_waiting: Counter[Hashable] = Counter()  # items by flow
-        self._flow_ends: dict[Hashable, float] = {}
+        self._levels: dict[int, _Level[T]] = {}
         self._virtual_time = 0.0
         self._sequence = 0
+        self._num_flows = 0
+        self._length = 0
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return self._length
 
-    def push(self, item: T, *, flow: Hashable, cost: float, priority: int) -> Rank:
-        """Enter an item behind those of its own flow and beside those of others."""
-        tag = max(self._virtual_time, self._flow_ends.get(flow, 0.0))
-        self._flow_ends[flow] = tag + cost
-        self._sequence += 1
-        rank = Rank(-priority, tag, self._sequence)
-        heapq.heappush(self._heap, _Entry(rank, cost, flow, item))
-        self._num_waiting[flow] += 1
-        return rank
+    def push(self, items: Sequence[T], costs: Sequence[float], *, priority: int) -> None:
+        """Add the items of one request, with the cost of each (> 0)."""
+        if not items:
+            return
+        level = self._levels.get(priority)
+        if level is None:
+            level = self._levels[priority] = _Level(priority)
+        if not level.heap:
+            level.start = max(self._virtual_time, level.start)
+        self._num_flows += 1
+        tag = level.virtual_time
+        for item, cost in zip(items, costs, strict=True):
+            self._sequence += 1
+            heapq.heappush(level.heap, _Entry(tag, self._sequence, cost, self._num_flows, item))
+            tag += cost
+        level.num_waiting[self._num_flows] = len(items)
+        self._length += len(items)
 
     def peek(self) -> T:
-        """The next item, which stays. Raises `IndexError` when empty."""
-        return self._heap[0].item
+        """Return the next item without removing it. Raises `IndexError` when empty."""
+        return self._next().heap[0].item
 
     def pop(self) -> T:
         """Remove and return the next item. Raises `IndexError` when empty."""
-        rank, cost, flow, item = heapq.heappop(self._heap)
-        share = max(SMALLEST_SHARE, 1 / (len(self._num_waiting) + 1))  # one more: the flow that comes next
-        self._virtual_time = max(self._virtual_time, rank.tag) + cost * share
-        self._num_waiting[flow] -= 1
-        if self._num_waiting[flow] == 0:
-            del self._num_waiting[flow]
-        return item
+        level = self._next()
+        self._virtual_time = level.start
+        self._length -= 1
+        return level.pop().item
+
+    def _next(self) -> _Level[T]:
+        waiting = [level for level in self._levels.values() if level.heap]
+        if not waiting:
+            raise IndexError("the queue is empty")
+        return min(waiting, key=lambda level: (level.start, -level.weight))
 
     def discard(self, is_unwanted: Callable[[T], bool]) -> None:
-        """Remove all items of which this is true, as if they had never been pushed."""
-        self._heap = [entry for entry in self._heap if not is_unwanted(entry.item)]
-        heapq.heapify(self._heap)
-        self._num_waiting = Counter(entry.flow for entry in self._heap)
-
-    def end_flow(self, flow: Hashable) -> None:
-        """No more pushes for this flow: forget where it stood."""
-        self._flow_ends.pop(flow, None)
+        """Remove all items for which this is true, as if they had not been pushed."""
+        for level in self._levels.values():
+            level.heap = [entry for entry in level.heap if not is_unwanted(entry.item)]
+            heapq.heapify(level.heap)
+            level.num_waiting = Counter(entry.flow for entry in level.heap)
+        self._length = sum(len(level.heap) for level in self._levels.values())

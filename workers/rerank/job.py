@@ -1,40 +1,45 @@
-"""The rerank job: requests in, one reply each out.
+"""The rerank job: requests in, one outcome each out.
 
-A request is admitted and cut into pieces; pieces wait their fair turn, get their images into the token slab, join a
-micro-batch and are scored; when the last piece of a request is back, its reply is made. What is late is answered as
-expired before it costs a fetch, and again before it costs the engine. Knows neither Kafka nor Redis; the loop's clock
-comes in as an argument.
+A request is read, its texts are encoded, and it is cut into pieces. Pieces wait for their fair turn, get their images
+into the token slab, join a micro-batch and are scored; the last piece of a request brings its reply. A late request is
+answered as expired before it costs a fetch, and again before it costs the engine. Knows neither Kafka nor Redis; the
+loop's clock is an argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from workers.errors import Poison
+from edje.text import EncodedText
+from protocols.events import WarningInfo
+from workers.errors import Poison, as_internal_error
+from workers.landing import Landing
 from workers.metrics import Metrics
 from workers.ports import Finished, Partition, Record
-from workers.rerank.admission import AdmissionLimits, Encode, PieceLayout, admit, reply_topic_of
-from workers.rerank.backlog import Backlog
+from workers.rerank.admission import AdmissionLimits, open_request, read_request, salvage_address
 from workers.rerank.batching import MicroBatcher
 from workers.rerank.fairness import FairQueue
 from workers.rerank.loading import SlabLoader
 from workers.rerank.replies import Replies
-from workers.rerank.scoring import BatchScorer
+from workers.rerank.request import Deadlines, Piece, Request, cut
+from workers.rerank.scoring import Backlog, BatchScorer
 from workers.rerank.spans import RerankSpans
-from workers.rerank.state import ActiveRequest, Deadlines, Piece, ReadyPiece
+from workers.rerank.texts import TextEncoder, warnings_about
 
-#: Pieces in the queue before those of closed requests are first looked for.
+#: Pieces in the queue before those of closed requests are first removed.
 MIN_SWEEP_PIECES = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RerankBounds:
-    """How much a worker has in work at once."""
+    """How much work a worker accepts and starts at once."""
 
     max_inflight_pairs: int
+    max_inflight_bytes: int  # of the records in work
     max_fetches: int
-    max_ready_pairs: int  # pieces ahead of the engine: two batches' worth; the rest waits where order is still open
+    max_ready_pairs: int  # pieces ahead of the engine: two batches; the others wait where the order is still open
+    piece_pairs: int
 
 
 class RerankJob:
@@ -46,127 +51,129 @@ class RerankJob:
         limits: AdmissionLimits,
         bounds: RerankBounds,
         num_visual_tokens: int,
-        encode: Encode,
+        landing: Landing,
+        texts: TextEncoder,
         loader: SlabLoader,
-        batcher: MicroBatcher[ReadyPiece],
+        batcher: MicroBatcher[Piece],
         scorer: BatchScorer,
         replies: Replies,
         metrics: Metrics,
         spans: RerankSpans,
-        backlog: Backlog,
         wall_clock: Callable[[], float],
     ) -> None:
+        """`landing` is the one that texts, loader and scorer use."""
         self._limits = limits
         self._bounds = bounds
         self._num_visual_tokens = num_visual_tokens
-        self._encode = encode
+        self._landing = landing
+        self._texts = texts
         self._loader = loader
         self._batcher = batcher
         self._scorer = scorer
         self._replies = replies
         self._metrics = metrics
         self._spans = spans
-        self._backlog = backlog
         self._wall_clock = wall_clock
-        self._active: dict[tuple[Partition, int], ActiveRequest] = {}
+        self._backlog = Backlog()
+        self._open: dict[tuple[Partition, int], Request] = {}
         self._queue: FairQueue[Piece] = FairQueue()
         self._deadlines = Deadlines()
         self._finished: list[Finished] = []
         self._num_inflight_pairs = 0
+        self._num_inflight_bytes = 0
         self._num_inflight_tokens = 0
+        self._num_started = 0
         self._sweep_at = MIN_SWEEP_PIECES
         self._made_room = False  # since pieces were last started
 
     def has_room(self) -> bool:
-        return self._num_inflight_pairs < self._bounds.max_inflight_pairs
+        return (
+            self._num_inflight_pairs < self._bounds.max_inflight_pairs
+            and self._num_inflight_bytes < self._bounds.max_inflight_bytes
+        )
 
     def num_active(self) -> int:
-        return len(self._active)
+        return len(self._open)
 
     def num_inflight_pairs(self) -> int:
-        """Pairs of the requests in work, one for each candidate."""
+        """Return the number of candidates of the requests in work."""
         return self._num_inflight_pairs
 
     def backlog_s(self, lag_events: int) -> float | None:
-        """Seconds of work that wait here and, with this lag, in the partitions of this worker; None: not known yet."""
+        """Return the seconds of work that wait here and, with this lag, in the partitions; None if unknown."""
         return self._backlog.seconds(num_tokens=self._num_inflight_tokens, lag_events=lag_events)
 
     def accept(self, record: Record, now: float) -> None:
-        trace = self._spans.bus.begin(record)
-        reply_topic = self._limits.reply_topic
+        request = self._begin(record, now)
         try:
-            request = self._replies.read(record)
-            reply_topic = reply_topic_of(request, self._limits)
-            plan = admit(request, self._limits, self._encode, now=now, wall_now=self._wall_clock())
-        except Poison as poison:
-            self._finished.append(self._replies.refused(record, trace, poison, reply_topic, now))
-            return
-        num_tokens = sum(map(self._tokens_of, plan.pieces))
-        active = ActiveRequest.of(record, trace, plan, now, num_tokens=num_tokens)
-        self._active[record.partition, record.offset] = active
-        self._num_inflight_pairs += plan.num_candidates
-        self._num_inflight_tokens += num_tokens
-        self._backlog.accepted(num_tokens)
-        if active.is_late(now):
-            self._expire(active, now)
-            return
-        if plan.deadline is not None:
-            self._deadlines.push(plan.deadline, active)
-        for layout in plan.pieces:
-            images = plan.images if len(plan.images) <= 1 else [plan.images[pair] for pair in layout.pairs]
-            piece = Piece(active, layout, images=images)
-            piece.rank = self._queue.push(piece, flow=id(active), cost=self._tokens_of(layout), priority=plan.priority)
-        self._queue.end_flow(id(active))
-        self._sweep_queue()
-        if not plan.pieces:
-            self._answer(active, now)
+            read_request(request, self._limits, now=now, wall_now=self._wall_clock())
+            request.num_inflight_pairs = request.num_candidates
+            self._num_inflight_pairs += request.num_inflight_pairs
+            if request.is_late(now):
+                self._expire(request, now)
+                return
+            if request.deadline is not None:
+                self._deadlines.push(request.deadline, request)
+            self._texts.start(request)
+            self._queue_encoded(now)
+        except Exception as error:
+            self._fail(request, error, now)
 
     def refuse(self, record: Record, error: Poison, now: float) -> None:
-        active = self._active.get((record.partition, record.offset))
-        if active is not None:
-            self._close(active)
-        trace = active.trace if active is not None else self._spans.bus.begin(record)
-        reply_topic = active.plan.reply_topic if active is not None else self._limits.reply_topic
-        self._finished.append(self._replies.refused(record, trace, error, reply_topic, now))
+        request = self._open.get((record.partition, record.offset)) or self._begin(record, now)
+        self._fail(request, error, now)
 
-    def _sweep_queue(self) -> None:
-        """Forget pieces of closed requests: while the store is away none of them would ever come to its turn."""
-        if len(self._queue) >= self._sweep_at:
-            self._queue.discard(lambda piece: piece.request.is_closed)
-            self._sweep_at = max(MIN_SWEEP_PIECES, 2 * len(self._queue))
-
-    def _tokens_per_pair(self, layout: PieceLayout) -> int:
-        return layout.bucket + self._num_visual_tokens
-
-    def _tokens_of(self, layout: PieceLayout) -> int:
-        return len(layout.pairs) * self._tokens_per_pair(layout)
+    def _begin(self, record: Record, now: float) -> Request:
+        request = open_request(record, self._spans.bus.begin(record), self._limits, now)
+        self._open[record.partition, record.offset] = request
+        self._num_inflight_bytes += record.num_bytes()
+        return request
 
     def turn(self, now: float) -> list[Finished]:
-        for batch in self._scorer.turn():
-            self._spans.scored(batch)
-            self._metrics.observe_batch(
-                num_pairs=batch.num_pairs,
-                num_tokens=batch.num_tokens,
-                max_tokens=self._batcher.max_tokens,
-                seconds=batch.interval.seconds,
-            )
-            self._backlog.scored(batch.num_tokens, batch.interval.seconds)
-            start = 0
-            for ready in batch.pieces:
-                stop = start + ready.num_pairs
-                active = ready.piece.request
-                active.logits[ready.pairs] = batch.logits[start:stop]
-                active.scored[ready.pairs] = True
-                active.scoring_at, active.scored_at = batch.interval
-                self._end(ready.piece, now)
-                start = stop
-        self._expire_the_late(now)
-        self._take_loaded(now)  # first, because fetches that have ended make room for others
+        self._landing.turn()
+        for request, error in (*self._texts.take_failed(), *self._loader.take_failed()):
+            self._fail(request, error, now)
+        self._take_scored(now)
+        self._queue_encoded(now)
+        for request in self._deadlines.passed(now):
+            self._expire(request, now)
+        self._take_loaded(now)  # before pieces are started, because an ended fetch makes room for another
         self._start_pieces(now)
-        self._take_loaded(now)  # again, because what lies in the slab is ready at once
+        self._take_loaded(now)  # again, because a piece whose images are all in the slab is ready at once
         self._start_batches(now)
         finished, self._finished = self._finished, []
         return finished
+
+    def _queue_encoded(self, now: float) -> None:
+        """Cut the requests whose texts are encoded into pieces, and queue these."""
+        for request, encoded in self._texts.take_ready():
+            if request.is_closed:
+                continue
+            try:
+                self._queue_pieces(request, encoded, now)
+            except Exception as error:
+                self._fail(request, error, now)
+        if len(self._queue) >= self._sweep_at:  # while the store is away no piece of a closed request has its turn
+            self._queue.discard(lambda piece: piece.request.is_closed)
+            self._sweep_at = max(MIN_SWEEP_PIECES, 2 * len(self._queue))
+
+    def _queue_pieces(self, request: Request, encoded: Sequence[EncodedText], now: float) -> None:
+        if request.direction == "text-to-image" and encoded and encoded[0].num_pieces == 0:
+            raise Poison("query_empty", "the query has no words that the model could read")
+        request.warnings += [
+            WarningInfo(code=code, message=message) for code, message in warnings_about(request, encoded)
+        ]
+        request.text_ids = [text.ids for text in encoded]
+        pieces = cut(request, piece_pairs=self._bounds.piece_pairs, num_visual_tokens=self._num_visual_tokens)
+        request.num_open_pieces = request.num_unready_pieces = len(pieces)
+        request.num_open_tokens = sum(piece.num_tokens for piece in pieces)
+        self._num_inflight_tokens += request.num_open_tokens
+        self._backlog.accepted(request.num_open_tokens)
+        if not pieces:
+            self._answer(request, now)
+            return
+        self._queue.push(pieces, [piece.num_tokens for piece in pieces], priority=request.priority)
+        self._made_room = True
 
     def _start_pieces(self, now: float) -> None:
         """Give pieces their slots and fetches, in fair order, no further ahead of the engine than is useful."""
@@ -175,34 +182,31 @@ class RerankJob:
         num_ready = self._batcher.num_pairs
         while self._queue and self._loader.num_fetching < bounds.max_fetches and num_ready < bounds.max_ready_pairs:
             piece = self._queue.peek()
-            active = piece.request
-            if active.is_closed:
+            request = piece.request
+            if request.is_closed:
                 self._queue.pop()
                 continue
             if not self._loader.start(piece):
                 return
             self._queue.pop()
+            self._num_started += 1
+            piece.rank = self._num_started
             if piece.num_fetches == 0:
-                num_ready += len(piece.layout.pairs)
-            if active.started_at is None:
-                active.started_at = now
-                self._metrics.observe_queue_wait(now - active.accepted_at, active.trace.exemplar())
+                num_ready += piece.num_pairs
+            if request.started_at is None:
+                request.started_at = now
+                self._metrics.observe_queue_wait(now - request.accepted_at, request.trace.exemplar())
 
     def _take_loaded(self, now: float) -> None:
-        for piece in self._loader.turn():
-            self._make_ready(piece, now)
-
-    def _make_ready(self, piece: Piece, now: float) -> None:
-        active = piece.request
-        active.fetched_at = max(now, piece.read_at)  # a fast store answers within one turn, which has one `now`
-        active.num_unready_pieces -= 1
-        pairs, slots = piece.present()
-        if active.is_closed or not pairs:
-            self._end(piece, now)
-            return
-        assert piece.rank is not None  # set when it was queued
-        ready = ReadyPiece(piece, pairs, slots, len(pairs), self._tokens_per_pair(piece.layout))
-        self._batcher.add(ready, piece.layout.bucket, piece.rank, now)
+        for piece in self._loader.take_ready():
+            request = piece.request
+            request.fetched_at = max(now, piece.read_at)  # a store may answer within a turn, which has one `now`
+            request.num_unready_pieces -= 1
+            piece.leave_out_missing()
+            if request.is_closed or piece.num_pairs == 0:
+                self._end(piece, now)
+            else:
+                self._batcher.add(piece, piece.rank, now)
 
     def _start_batches(self, now: float) -> None:
         while self._scorer.has_room():
@@ -212,47 +216,85 @@ class RerankJob:
                 return
             self._made_room = True
             wanted = []
-            for ready in batch:
-                if ready.piece.request.is_late(now) and not ready.piece.request.is_closed:
-                    self._expire(ready.piece.request, now)
-                if ready.piece.request.is_closed:
-                    self._end(ready.piece, now)
+            for piece in batch:
+                if piece.request.is_late(now) and not piece.request.is_closed:
+                    self._expire(piece.request, now)
+                if piece.request.is_closed:
+                    self._end(piece, now)
                 else:
-                    wanted.append(ready)
+                    wanted.append(piece)
             if wanted:
                 self._scorer.submit(wanted)
 
+    def _take_scored(self, now: float) -> None:
+        for batch in self._scorer.take_scored():
+            self._spans.scored(batch)
+            self._metrics.observe_batch(
+                num_pairs=batch.num_pairs,
+                num_tokens=batch.num_tokens,
+                max_tokens=self._batcher.max_tokens,
+                seconds=batch.interval.seconds,
+            )
+            self._backlog.scored(batch.num_tokens, batch.interval.seconds)
+            start = 0
+            for piece in batch.pieces:
+                request, stop = piece.request, start + piece.num_pairs
+                request.logits[piece.pairs] = batch.logits[start:stop]
+                request.scored[piece.pairs] = True
+                request.scoring_at, request.scored_at = batch.interval
+                self._end(piece, now)
+                start = stop
+
     def _end(self, piece: Piece, now: float) -> None:
-        """A piece is through: free its slots, and answer the request if it was the last."""
+        """Free the slots of a piece, and answer its request if it was the last one."""
         self._loader.release(piece)
         self._made_room = True
-        active = piece.request
-        active.num_open_pieces -= 1
-        if active.is_closed:
+        request = piece.request
+        request.num_open_pieces -= 1
+        if request.is_closed:
             return
-        num_tokens = self._tokens_of(piece.layout)
-        active.num_open_tokens -= num_tokens
-        self._num_inflight_tokens -= num_tokens
-        if active.num_open_pieces == 0:
-            self._answer(active, now)
+        request.num_open_tokens -= piece.num_tokens
+        self._num_inflight_tokens -= piece.num_tokens
+        if request.num_open_pieces == 0:
+            self._answer(request, now)
 
-    def _answer(self, active: ActiveRequest, now: float) -> None:
-        self._finished.append(self._replies.answered(active, now))
-        self._close(active)
+    def _answer(self, request: Request, now: float) -> None:
+        try:
+            self._finish(request, self._replies.ranked(request, now))
+        except Exception as error:
+            self._fail(request, error, now)
 
-    def _expire_the_late(self, now: float) -> None:
-        for active in self._deadlines.passed(now):
-            self._expire(active, now)
+    def _expire(self, request: Request, now: float) -> None:
+        try:
+            self._finish(request, self._replies.expired(request, now))
+        except Exception as error:
+            self._fail(request, error, now)
 
-    def _expire(self, active: ActiveRequest, now: float) -> None:
-        self._finished.append(self._replies.expired(active, now))
-        self._close(active)
+    def _fail(self, request: Request, error: Exception, now: float) -> None:
+        """Give a request the outcome of an error; an unexpected one is reported as `internal_error`."""
+        if request.is_closed:
+            return
+        if request.request_id is None:
+            salvage_address(request, self._limits)
+        poison = as_internal_error(error, **request.for_log())
+        try:
+            finished = self._replies.refused(request, poison, now)
+        except Exception as second:
+            request.request_id = None  # no reply can be written: the dead letter alone
+            finished = self._replies.refused(request, as_internal_error(second, **request.for_log()), now)
+        self._finish(request, finished)
 
-    def _close(self, active: ActiveRequest) -> None:
-        active.is_closed = True
-        del self._active[active.record.partition, active.record.offset]
-        self._num_inflight_pairs -= active.plan.num_candidates
-        self._num_inflight_tokens -= active.num_open_tokens
+    def _finish(self, request: Request, finished: Finished) -> None:
+        self._finished.append(finished)
+        self._close(request)
+
+    def _close(self, request: Request) -> None:
+        request.is_closed = True
+        record = request.record
+        del self._open[record.partition, record.offset]
+        self._num_inflight_pairs -= request.num_inflight_pairs
+        self._num_inflight_bytes -= record.num_bytes()
+        self._num_inflight_tokens -= request.num_open_tokens
 
     def wants_turn_in_s(self, now: float) -> float | None:
         waits = []
@@ -268,7 +310,7 @@ class RerankJob:
         return min(waits) if waits else None
 
     def drop(self, partitions: Collection[Partition]) -> None:
-        for (partition, _), active in list(self._active.items()):
-            if partition in partitions:
-                self._close(active)
+        for request in list(self._open.values()):
+            if request.record.partition in partitions:
+                self._close(request)
         self._finished = [done for done in self._finished if done.record.partition not in partitions]

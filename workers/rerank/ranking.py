@@ -1,37 +1,50 @@
-"""Turns the logits of a request's candidates into its ranking.
+"""Ranks the candidates of one request by their logits.
 
-Pure: no clock, no wire format. Ties keep the candidates' order; a logit that is not finite is an error, never a rank.
+Pure: no clock, no wire format. Ties keep the order of the candidates; a logit that is not finite is an error.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
+from edje.calibration import DirectionCalibration, log_odds, sigmoid
+
 
 class NotFinite(ValueError):
-    """The engine gave a logit that is NaN or infinite."""
+    """The engine returned a logit that is NaN or infinite."""
+
+
+class Ranking(NamedTuple):
+    """The ranked candidates, best first."""
+
+    order: NDArray[np.intp]  # positions in the request
+    relevance: NDArray[np.float64]  # probabilities that image and text fit
+    logits: NDArray[np.float32]
 
 
 def rank(
-    logits: NDArray[np.float32], scored: NDArray[np.bool_] | None, top_n: int | None
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Order the scored candidates best first.
+    logits: NDArray[np.float32],
+    scored: NDArray[np.bool_] | None,
+    top_n: int | None,
+    *,
+    first_stage: NDArray[np.float32] | None = None,
+    calibration: DirectionCalibration | None = None,
+) -> Ranking:
+    """Order the scored candidates by their log-odds and return the first `top_n`.
 
-    `logits` `(n,)`; `scored` `(n,)` says which of them count (None: all). Returns the candidates' numbers and their
-    relevance scores (the sigmoid of the logit), cut to `top_n`. Raises `NotFinite`.
+    All arrays are `(candidates,)`. `scored` marks the candidates that have a logit (None: all); `first_stage` holds
+    standardised scores, which a calibration may add to the logits. Without a calibration the log-odds are the logits.
+    Raises `NotFinite`.
     """
-    numbers = np.arange(len(logits)) if scored is None else np.flatnonzero(scored)
-    chosen = logits[numbers]
+    positions = np.arange(len(logits)) if scored is None else np.flatnonzero(scored)
+    chosen = logits[positions]
     if not np.isfinite(chosen).all():
-        bad = int(numbers[np.flatnonzero(~np.isfinite(chosen))[0]])
-        raise NotFinite(f"the engine scored candidate {bad} as {logits[bad]}")
-    best = np.argsort(-chosen, kind="stable")[:top_n]
-    return numbers[best], relevance(chosen[best])
-
-
-def relevance(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The sigmoid, in the form that does not overflow for large negative logits."""
-    exact = logits.astype(np.float64)
-    small = np.exp(-np.abs(exact))
-    return np.where(exact >= 0, 1.0 / (1.0 + small), small / (1.0 + small))
+        bad = int(positions[np.flatnonzero(~np.isfinite(chosen))[0]])
+        raise NotFinite(f"the engine returned the logit {logits[bad]} for candidate {bad}")
+    first = np.zeros(len(chosen), np.float32) if first_stage is None else first_stage[positions]
+    odds = log_odds(chosen, first, calibration)
+    best = np.argsort(-odds, kind="stable")[:top_n]
+    return Ranking(positions[best], sigmoid(odds[best]), chosen[best])

@@ -1,59 +1,42 @@
-"""Reads rerank requests and writes what answers them: rankings, expiries, errors and dead letters.
+"""Writes the outcome of rerank requests: rankings, expired and error replies, dead letters.
 
-The bridge between the wire contract and the job; decides nothing about when.
+Maps a finished request to messages of the wire contract; decides nothing about when.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from enum import Enum, auto
+from functools import partial
 
 import numpy as np
 import structlog
 
-from protocols.encoding import (
-    CONTENT_TYPE_HEADER,
-    JSON,
-    MSGPACK,
-    EventError,
-    content_type_of,
-    decode,
-    encode,
-    encode_response,
-)
-from protocols.events import ErrorInfo, RerankRequest, RerankResponse
+from edje.calibration import Calibration
+from protocols.encoding import CONTENT_TYPE_HEADER, encode, encode_response
+from protocols.events import ErrorInfo, RerankResponse, Status, WarningInfo
 from protocols.fields import MAX_ERROR_MESSAGE_CHARS
-from protocols.salvage import salvage_id
 from workers.dead_letters import DeadLetters
 from workers.errors import Poison, Refused, TooLarge
 from workers.metrics import Metrics
-from workers.ports import Finished, Outgoing, Record
-from workers.rerank.ranking import NotFinite, rank
+from workers.ports import Finished, Outgoing
+from workers.rerank.ranking import NotFinite, Ranking, rank
+from workers.rerank.request import Request
 from workers.rerank.spans import RerankSpans
-from workers.rerank.state import ActiveRequest
-from workers.rerank.timeline import Timeline, timeline_of, timeline_of_refused
-from workers.telemetry.tracer import MessageTrace
+from workers.rerank.timeline import Timeline, timeline_of
 
 log = structlog.get_logger(__name__)
 
-#: Decimals of a relevance score on the wire: finer than any engine's rounding, and a third of the bytes.
+#: Decimals of scores on the wire: finer than any engine's rounding, and a third of the bytes.
 SCORE_DECIMALS = 7
 
 
-def about(record: Record, trace: MessageTrace, request_id: str | None) -> dict[str, object]:
-    """What every log line about a request carries."""
-    return {"request_id": request_id, "trace_id": trace.trace_id, "offset": record.offset}
+class _Kind(Enum):
+    """The kinds of messages that may answer one request, each the replacement of an earlier one."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """Who gets the reply, and what every reply says whatever it says else."""
-
-    record: Record
-    trace: MessageTrace
-    request_id: str
-    reply_topic: str
-    timeline: Timeline
+    RESULT = auto()
+    ERROR = auto()
+    SECOND_ERROR = auto()  # to the request's own address, in place of a result
+    REDIRECTED = auto()  # to the default topic
 
 
 class Replies:
@@ -66,151 +49,162 @@ class Replies:
         dead_letters: DeadLetters,
         model_digest: str,
         engine_digest: str,
+        calibration: Calibration | None,
         metrics: Metrics,
         spans: RerankSpans,
     ) -> None:
-        """`reply_topic` is where replies go by default, and where the sender learns that they cannot go elsewhere."""
+        """`reply_topic` is the default topic; it also gets the error reply if a request's own topic is refused."""
         self._reply_topic = reply_topic
         self._dead_letters = dead_letters
         self._model = model_digest
         self._engine = engine_digest
+        self._calibration = calibration
         self._metrics = metrics
         self._spans = spans
 
-    def read(self, record: Record) -> RerankRequest:
-        """Decode a request. Raises `Poison`."""
-        try:
-            return decode(RerankRequest, record.value, content_type_of(record.headers))
-        except EventError as error:
-            raise Poison(error.code, str(error)) from error
+    def rank(self, request: Request) -> Ranking:
+        """Rank the candidates of a request whose pairs are all scored or missing. Raises `NotFinite`."""
+        logits, scored, first_stage = request.logits, request.scored, request.first_stage
+        if request.pair_of_candidate is not None:
+            logits, scored = logits[request.pair_of_candidate], scored[request.pair_of_candidate]
+            first_stage = None if first_stage is None else first_stage[request.pair_of_candidate]
+        return rank(
+            logits,
+            None if scored.all() else scored,
+            request.top_n,
+            first_stage=first_stage,
+            calibration=None if self._calibration is None else self._calibration.of(request.direction),
+        )
 
-    def answered(self, active: ActiveRequest, now: float) -> Finished:
-        """The ranking of a request whose pairs are all scored or known to be missing."""
-        plan, timeline = active.plan, timeline_of(active, now)
-        logits, scored = active.logits, active.scored
-        absent = np.flatnonzero(~scored)
-        if plan.candidate_pairs is not None:
-            logits, scored = logits[plan.candidate_pairs], scored[plan.candidate_pairs]
+    def ranked(self, request: Request, now: float) -> Finished:
+        """Return the reply with the request's ranking; an error reply if a score is not finite."""
         try:
-            order, relevance_scores = rank(logits, scored if len(absent) else None, plan.top_n)
+            ranking = request.ranking or self.rank(request)
         except NotFinite as error:
-            code = "score_not_finite"
-            log.error("score not finite", **about(active.record, active.trace, plan.request_id), error=str(error))
-            self._metrics.count_event("error")
-            self._spans.answered(active, timeline, "error", code)
-            asked = _Asked(active.record, active.trace, plan.request_id, plan.reply_topic, timeline)
-            return self._error(asked, code, str(error))
-        missing = list(dict.fromkeys(plan.images[plan.pair_image(pair)] for pair in absent.tolist()))
-        status: Literal["ok", "partial"] = "partial" if missing else "ok"
+            log.error("score not finite", **request.for_log(), error=str(error))
+            return self._without_ranking(request, "score_not_finite", str(error), now)
+        timeline = timeline_of(request, now)
+        missing = self._missing(request)
+        status: Status = "partial" if missing else "ok"
         value = encode_response(
-            plan.request_id,
+            request.request_id or "",
             status,
-            order.tolist(),
-            plan.candidate_ids,
-            np.round(relevance_scores, SCORE_DECIMALS).tolist(),
-            np.round(logits[order].astype(np.float64), SCORE_DECIMALS).tolist(),
+            ranking.order.tolist(),
+            request.candidate_ids,
+            np.round(ranking.relevance, SCORE_DECIMALS).tolist(),
+            np.round(ranking.logits.astype(np.float64), SCORE_DECIMALS).tolist(),
             missing=missing,
             model=self._model,
             engine=self._engine,
             timings_ms=timeline.timings_ms(),
-            content_type=_content_type(active.record),
+            warnings=request.warnings,
+            explanations=request.explanations,
+            content_type=request.content_type,
         )
-        return self._ended(active, timeline, status, value, num_pairs=plan.num_pairs)
+        for warning in request.warnings:
+            self._metrics.count_warning(warning.code)
+        return self._finished(request, timeline, status, value, num_pairs=request.num_pairs)
 
-    def expired(self, active: ActiveRequest, now: float) -> Finished:
-        """The reply to a request whose deadline has passed."""
-        plan, timeline = active.plan, timeline_of(active, now)
+    def _missing(self, request: Request) -> list[str]:
+        """Return the ids of the images without usable tokens; warn if these are all images."""
+        absent = np.flatnonzero(~request.scored).tolist()
+        missing = list(dict.fromkeys(map(request.image_of_pair, absent)))
+        if missing and len(missing) == len(request.images):
+            request.warnings.append(
+                WarningInfo(
+                    code="all_images_missing",
+                    message=f"the store has usable tokens of none of the {len(missing)} images under model "
+                    f"{self._model}: index them with this model",
+                )
+            )
+        return missing
+
+    def expired(self, request: Request, now: float) -> Finished:
+        """Return the reply to a request whose deadline has passed."""
+        timeline = timeline_of(request, now)
         response = RerankResponse(
-            request_id=plan.request_id,
+            request_id=request.request_id or "",
             status="expired",
             model=self._model,
             engine=self._engine,
             timings_ms=timeline.timings_ms(),
         )
-        log.debug("request expired", **about(active.record, active.trace, plan.request_id))
-        return self._ended(active, timeline, "expired", encode(response, _content_type(active.record)), num_pairs=0)
+        log.debug("request expired", **request.for_log())
+        return self._finished(request, timeline, "expired", encode(response, request.content_type), num_pairs=0)
 
-    def _ended(
-        self,
-        active: ActiveRequest,
-        timeline: Timeline,
-        status: Literal["ok", "partial", "expired"],
-        value: bytes,
-        *,
-        num_pairs: int,
+    def _finished(
+        self, request: Request, timeline: Timeline, status: Status, value: bytes, *, num_pairs: int
     ) -> Finished:
-        plan, exemplar = active.plan, active.trace.exemplar()
+        exemplar = request.trace.exemplar()
         self._metrics.count_event(status)
-        seconds = timeline.total.ended_at - active.accepted_at
+        seconds = timeline.total.ended_at - request.accepted_at
         self._metrics.count_reply(status, seconds=seconds, num_pairs=num_pairs, exemplar=exemplar)
         self._metrics.observe_stages(timeline.stages, exemplar)
-        self._spans.answered(active, timeline, status, "expired" if status == "expired" else None)
-        asked = _Asked(active.record, active.trace, plan.request_id, plan.reply_topic, timeline)
-        return self._finished(asked, value)
+        self._spans.processed(request, timeline, status, "expired" if status == "expired" else None)
+        return Finished(request.record, (self._reply(request, timeline, value, _Kind.RESULT),), request.trace.span)
 
-    def refused(self, record: Record, trace: MessageTrace, poison: Poison, reply_topic: str, now: float) -> Finished:
-        """The outcome of a message that can never succeed: a dead letter, and a reply if its id can be read."""
-        error_class = type(poison.__cause__ or poison).__name__
-        messages = [self._dead_letters.of(record, error_class=error_class, code=poison.code, message=str(poison))]
-        request_id = salvage_id(record.value, record.key, "request_id")
-        log.warning("request refused", **about(record, trace, request_id), code=poison.code, error=str(poison))
-        timeline = timeline_of_refused(record, now)
-        self._spans.refused(record, trace, timeline, request_id, poison.code)
-        if request_id is not None:
-            asked = _Asked(record, trace, request_id, reply_topic, timeline)
-            messages.extend(self._error(asked, poison.code, str(poison)).messages)
-        return Finished(record, tuple(messages), trace.span)
+    def refused(self, request: Request, error: Poison, now: float) -> Finished:
+        """Return the outcome of a request that can never succeed: a dead letter, and an error reply if it has an id."""
+        error_class = type(error.__cause__ or error).__name__
+        letter = self._dead_letters.of(request.record, error_class=error_class, code=error.code, message=str(error))
+        log.warning("request refused", **request.for_log(), code=error.code, error=str(error))
+        timeline = timeline_of(request, now)
+        messages = [letter]
+        if request.request_id is not None:
+            messages.append(self._error_reply(request, timeline, error.code, str(error), _Kind.ERROR))
+            self._metrics.count_reply("error", seconds=None, num_pairs=0)
+        status = "dead_letter" if request.request_id is None else "error"
+        self._spans.processed(request, timeline, status, error.code)
+        return Finished(request.record, tuple(messages), request.trace.span)
 
-    def _error(self, asked: _Asked, code: str, message: str) -> Finished:
+    def _without_ranking(self, request: Request, code: str, message: str, now: float) -> Finished:
+        """Return the error reply to a valid request."""
+        timeline = timeline_of(request, now)
+        self._metrics.count_event("error")
         self._metrics.count_reply("error", seconds=None, num_pairs=0)
-        return Finished(asked.record, (self._counted(self._error_reply(asked, code, message)),), asked.trace.span)
+        self._spans.processed(request, timeline, "error", code)
+        reply = self._error_reply(request, timeline, code, message, _Kind.ERROR)
+        return Finished(request.record, (reply,), request.trace.span)
 
-    def _error_reply(self, asked: _Asked, code: str, message: str) -> Outgoing:
+    def _error_reply(self, request: Request, timeline: Timeline, code: str, message: str, kind: _Kind) -> Outgoing:
         response = RerankResponse(
-            request_id=asked.request_id,
+            request_id=request.request_id or "",
             status="error",
             model=self._model,
             engine=self._engine,
-            timings_ms=asked.timeline.timings_ms(),
+            timings_ms=timeline.timings_ms(),
             error=ErrorInfo(code=code, message=message[:MAX_ERROR_MESSAGE_CHARS]),
         )
-        reply = self._outgoing(asked, encode(response, _content_type(asked.record)))
-        return replace(reply, if_refused=lambda refused: self._redirected(asked, refused))
+        return self._reply(request, timeline, encode(response, request.content_type), kind)
 
-    def _redirected(self, asked: _Asked, refused: Refused) -> Outgoing | None:
-        """What tells the sender, where replies go by default, that the topic of its choice takes no reply."""
-        if asked.reply_topic == self._reply_topic:
+    def _reply(self, request: Request, timeline: Timeline, value: bytes, kind: _Kind) -> Outgoing:
+        to_default = kind is _Kind.REDIRECTED
+        trace_headers, span = request.trace.outgoing()
+        return Outgoing(
+            topic=self._reply_topic if to_default else request.reply_topic,
+            key=(request.request_id or "").encode("utf-8", "replace"),
+            value=value,
+            headers=((CONTENT_TYPE_HEADER, request.content_type.encode()), *trace_headers),
+            partition=None if to_default else request.reply_partition,
+            if_refused=None if to_default else partial(self._instead, request, timeline, len(value), kind),
+            span=span,
+        )
+
+    def _instead(
+        self, request: Request, timeline: Timeline, num_bytes: int, kind: _Kind, refused: Refused
+    ) -> Outgoing | None:
+        """Return the error reply that replaces a reply which the broker refuses, or None.
+
+        A result that is too large is replaced at the request's own address. Any other refusal is reported to the
+        default topic.
+        """
+        if kind is _Kind.RESULT and isinstance(refused, TooLarge):
+            message = f"the reply has {num_bytes} bytes, more than the broker accepts; ask for a smaller top_n"
+            replacement = self._error_reply(request, timeline, "reply_too_large", message, _Kind.SECOND_ERROR)
+        elif request.reply_topic != self._reply_topic or request.reply_partition is not None:
+            replacement = self._error_reply(request, timeline, "reply_topic_refused", str(refused), _Kind.REDIRECTED)
+        else:
             return None
-        asked = replace(asked, reply_topic=self._reply_topic)
-        return self._error_reply(asked, "reply_topic_refused", str(refused))
-
-    def _finished(self, asked: _Asked, value: bytes) -> Finished:
-        def instead(refused: Refused) -> Outgoing | None:
-            if not isinstance(refused, TooLarge):
-                return self._redirected(asked, refused)
-            message = f"the reply has {len(value)} bytes, more than the broker takes; ask for a smaller top_n"
-            return self._error_reply(asked, "reply_too_large", message)
-
-        reply = replace(self._outgoing(asked, value), if_refused=instead)
-        return Finished(asked.record, (self._counted(reply),), asked.trace.span)
-
-    def _counted(self, reply: Outgoing) -> Outgoing:
-        """This reply, which is counted once if another takes its place, and maybe yet another takes that one's."""
-
-        def instead(refused: Refused) -> Outgoing:
-            replacement = reply.instead(refused)
+        if kind is not _Kind.SECOND_ERROR:  # of several replacements only the first counts
             self._metrics.replies_replaced.inc()
-            return replacement
-
-        return replace(reply, if_refused=instead)
-
-    def _outgoing(self, asked: _Asked, value: bytes) -> Outgoing:
-        trace_headers, span = asked.trace.outgoing()
-        headers = ((CONTENT_TYPE_HEADER, _content_type(asked.record).encode()), *trace_headers)
-        return Outgoing(asked.reply_topic, asked.request_id.encode("utf-8", "replace"), value, headers, span=span)
-
-
-def _content_type(record: Record) -> str:
-    """What the reply is written in: what the request was, or JSON where that was neither."""
-    content_type = content_type_of(record.headers)
-    return content_type if content_type in (JSON, MSGPACK) else JSON
+        return replacement

@@ -1,36 +1,39 @@
-"""Runs micro-batches on the engine, one after the other on a thread of the engine's own.
+"""Runs micro-batches on the engine, one after the other on one thread, and estimates how long waiting work takes.
 
-Turns ready pieces into the few small arrays that the engine takes and hands the logits back. Knows nothing of
-requests' fates: who waits for the logits decides what they are for.
+Makes the few small arrays that the engine takes from ready pieces. Knows nothing of what the logits are for.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt.contract import DeviceCopies, PairScorer, ReportsCopies
+from workers.landing import Landing
 from workers.ports import Interval
-from workers.rerank.state import ReadyPiece
+from workers.rerank.request import Piece
 
 #: One batch on the engine and one behind it, so that the engine does not wait for the loop between two.
 MAX_BATCHES = 2
+#: Half-lives of the backlog's averages: requests for their size, busy seconds of the engine for its rate.
+HALF_LIFE_REQUESTS = 256
+HALF_LIFE_BUSY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """The logits of a batch, pieces and pairs in the order they went in."""
+    """The logits of a batch, in the order of its pieces and their pairs."""
 
-    pieces: Sequence[ReadyPiece]
+    pieces: Sequence[Piece]
     logits: NDArray[np.float32]
-    encoding: Interval  # of its queries
-    scoring: Interval  # of its pairs, right behind
-    copies: DeviceCopies | None  # None where the runtime does not tell
+    encoding: Interval  # of the queries
+    scoring: Interval  # of the pairs, right after
+    copies: DeviceCopies | None  # None: the runtime does not report them
 
     @property
     def interval(self) -> Interval:
@@ -38,43 +41,44 @@ class ScoredBatch:
 
     @property
     def num_pairs(self) -> int:
-        return sum(ready.num_pairs for ready in self.pieces)
+        return sum(piece.num_pairs for piece in self.pieces)
 
     @property
     def num_tokens(self) -> int:
-        return sum(ready.num_pairs * ready.tokens_per_pair for ready in self.pieces)
+        return sum(piece.num_pairs * piece.tokens_per_pair for piece in self.pieces)
 
 
 class BatchScorer:
-    """Batches in, scored batches out, in order."""
+    """Takes batches, and returns them scored, in order."""
 
-    def __init__(
-        self, engine: PairScorer, executor: Executor, wake: Callable[[], None], clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, engine: PairScorer, *, executor: Executor, landing: Landing, clock: Callable[[], float]) -> None:
         """`executor` has one thread, because the engine takes one call at a time."""
         self._engine = engine
         self._last_copies = engine.last_copies if isinstance(engine, ReportsCopies) else None
-        self._wake = wake
+        self._landing = landing
         self._clock = clock
         self._executor = executor
-        self._flying: deque[Future[ScoredBatch]] = deque()
+        self._num_running = 0
+        self._scored: list[ScoredBatch] = []
 
     def has_room(self) -> bool:
-        return len(self._flying) < MAX_BATCHES
+        return self._num_running < MAX_BATCHES
 
-    def submit(self, pieces: Sequence[ReadyPiece]) -> None:
-        future = self._executor.submit(self._score, pieces)
-        self._flying.append(future)
-        future.add_done_callback(lambda _: self._wake())
+    def submit(self, pieces: Sequence[Piece]) -> None:
+        """Score a batch. The landing's turn raises any exception of the engine: it ends the worker."""
+        self._num_running += 1
+        self._landing.start(self._executor, partial(self._score, pieces), self._land)
 
-    def turn(self) -> list[ScoredBatch]:
-        """Return the batches that are done. Raises what the engine raised: there is no remedy for it here."""
-        scored = []
-        while self._flying and self._flying[0].done():
-            scored.append(self._flying.popleft().result())
+    def _land(self, batch: ScoredBatch) -> None:
+        self._num_running -= 1
+        self._scored.append(batch)
+
+    def take_scored(self) -> list[ScoredBatch]:
+        """Return the batches that are scored."""
+        scored, self._scored = self._scored, []
         return scored
 
-    def _score(self, pieces: Sequence[ReadyPiece]) -> ScoredBatch:
+    def _score(self, pieces: Sequence[Piece]) -> ScoredBatch:
         started_at = self._clock()
         texts, pair_query, pair_slot = batch_arrays(pieces)
         queries = self._engine.encode_queries(texts)
@@ -85,32 +89,75 @@ class BatchScorer:
         return ScoredBatch(pieces, logits, encoding, scoring, copies)
 
     def close(self) -> None:
+        """Wait for the batch on the engine and end its thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 def batch_arrays(
-    pieces: Sequence[ReadyPiece],
+    pieces: Sequence[Piece],
 ) -> tuple[list[Sequence[int]], NDArray[np.int32], NDArray[np.int32]]:
-    """The batch as the engine takes it: the texts, each once, and for each pair its text's number and its slot."""
+    """Return the distinct texts of a batch, and the index of its text and the slot of its image for each pair."""
     texts: list[Sequence[int]] = []
-    numbers: dict[tuple[int, int], int] = {}
+    shared: dict[int, int] = {}  # index of the query's text by request, for requests of one text
     queries: list[NDArray[np.int32]] = []
-    for ready in pieces:
-        plan = ready.piece.request.plan
-        wanted = [0] if len(plan.texts) == 1 else ready.pairs
-        for text in wanted:
-            key = (id(plan), text)
-            if key not in numbers:
-                numbers[key] = len(texts)
-                texts.append(plan.texts[text])
-        found = [numbers[id(plan), text] for text in wanted]
-        one = len(found) == 1
-        queries.append(np.full(ready.num_pairs, found[0], np.int32) if one else np.array(found, np.int32))
-    slots = [slot for ready in pieces for slot in ready.slots]
-    return texts, np.concatenate(queries), np.array(slots, np.int32)
+    for piece in pieces:
+        request, num_pairs = piece.request, piece.num_pairs
+        if len(request.text_ids) == 1:
+            number = shared.setdefault(id(request), len(texts))
+            if number == len(texts):
+                texts.append(request.text_ids[0])
+            queries.append(np.full(num_pairs, number, np.int32))
+        else:
+            queries.append(np.arange(len(texts), len(texts) + num_pairs, dtype=np.int32))
+            texts += [request.text_ids[pair] for pair in piece.pairs.tolist()]
+    return texts, np.concatenate(queries), np.concatenate([piece.pair_slots() for piece in pieces])
 
 
-def first_stage_scores(pieces: Sequence[ReadyPiece]) -> NDArray[np.float32] | None:
-    """What the first stage gave each pair of the batch; None where the requests were admitted without."""
-    scores = [given[ready.pairs] for ready in pieces if (given := ready.piece.request.plan.first_stage) is not None]
-    return np.concatenate(scores) if scores else None
+def first_stage_scores(pieces: Sequence[Piece]) -> NDArray[np.float32] | None:
+    """Return the standardised first-stage score of each pair of a batch, NaN without one; None if no pair has one."""
+    if all(piece.request.first_stage is None for piece in pieces):
+        return None
+    return np.concatenate([_first_stage_of(piece) for piece in pieces])
+
+
+def _first_stage_of(piece: Piece) -> NDArray[np.float32]:
+    scores = piece.request.first_stage
+    return np.full(piece.num_pairs, np.nan, np.float32) if scores is None else scores[piece.pairs]
+
+
+class Backlog:
+    """Estimates the seconds of work that wait for this worker; an autoscaler adds them up over all workers.
+
+    Work is counted in tokens, because requests differ in size; a message still in Kafka counts as the average of the
+    latest requests. The rate is that of the engine while it was busy. Where another part is slower than the engine (a
+    slow store), the estimate is too low.
+    """
+
+    def __init__(self) -> None:
+        self._requests = self._request_tokens = 0.0
+        self._busy_s = self._scored_tokens = 0.0
+
+    def accepted(self, num_tokens: int) -> None:
+        """Record a request of this many tokens."""
+        kept = 0.5 ** (1 / HALF_LIFE_REQUESTS)
+        self._requests = self._requests * kept + 1
+        self._request_tokens = self._request_tokens * kept + num_tokens
+
+    def scored(self, num_tokens: int, busy_s: float) -> None:
+        """Record a batch that kept the engine busy for this long."""
+        kept = 0.5 ** (busy_s / HALF_LIFE_BUSY_S)
+        self._busy_s = self._busy_s * kept + busy_s
+        self._scored_tokens = self._scored_tokens * kept + num_tokens
+
+    def seconds(self, *, num_tokens: int, lag_events: int) -> float | None:
+        """Return the time for these tokens and messages.
+
+        No work takes 0 seconds. None before the first batch and the first request, when rate and size are unknown; a
+        sum over workers then leaves this worker out.
+        """
+        if num_tokens == 0 and lag_events == 0:
+            return 0.0
+        if self._busy_s == 0 or self._requests == 0:
+            return None
+        waiting = num_tokens + lag_events * self._request_tokens / self._requests
+        return waiting * self._busy_s / self._scored_tokens

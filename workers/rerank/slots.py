@@ -1,74 +1,89 @@
-"""The bookkeeping of the token slab: which image lies in which slot, what is in use, what goes next.
+"""The bookkeeping of the token slab: the slot of each image, pins, and eviction.
 
-Pure: the memory belongs to the engine, and whether a blob has arrived in its slot is for the one who fills it to know.
-A slot is *pinned* from its reservation on while a pair that needs it is in work, and otherwise free to be taken for
-another image, least recently used first.
+Pure: the memory belongs to the engine, and whether a blob has arrived in its slot is known to `loading`. A slot is
+*pinned* from its reservation until no pair in work needs it; an unpinned slot can be given to another image, least
+recently used first.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from itertools import repeat
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: In an array of slots: the image has no slot.
+NO_SLOT = -1
 
 
 class SlotTable:
-    """Image key to slot number, with pins and least-recently-used eviction."""
+    """Image key to slot number."""
 
     def __init__(self, num_slots: int) -> None:
         if num_slots <= 0:
             raise ValueError("a token slab needs at least one slot")
         self.num_slots = num_slots
         self.num_evicted = 0
-        self._slots: OrderedDict[str, int] = OrderedDict()  # oldest use first
+        self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._free = list(range(num_slots - 1, -1, -1))
-        self._pins = [0] * num_slots
+        self._pins = np.zeros(num_slots, np.int32)
         self._num_pinned = 0
-        self._orphans: set[int] = set()  # discarded while pinned: free as soon as the last pin goes
+        self._orphans: set[int] = set()  # discarded while pinned: free after the last unpin
+        self._discarded_tables: list[OrderedDict[str, int]] = []  # their slots are free unless pinned
 
     def __len__(self) -> int:
         return len(self._slots)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._slots
+
     def num_available(self) -> int:
-        """Slots that a new image could have now: the free ones and those that nothing in work needs."""
+        """The number of slots that new images can have now."""
         return self.num_slots - self._num_pinned
 
-    def pin_present(self, keys: Sequence[str]) -> tuple[list[int | None], list[str]]:
-        """Pin every key that has a slot; returns a slot or None per key, and the keys without.
+    def pin_present(self, keys: Sequence[str]) -> NDArray[np.int32]:
+        """Pin the slot of every key that has one; return the slot of each key, or `NO_SLOT`. Keys are distinct."""
+        table = self._slots
+        slots = np.fromiter(map(table.get, keys, repeat(NO_SLOT)), np.int32, len(keys))
+        present = slots
+        if len(slots) and slots.min() < 0:
+            present = slots[slots >= 0]
+            keys = [key for key in keys if key in table]
+        deque(map(table.move_to_end, keys), maxlen=0)
+        self._num_pinned += int(np.count_nonzero(self._pins[present] == 0))
+        self._pins[present] += 1
+        return slots
 
-        Keys are distinct. What is pinned stays until `unpin`.
-        """
-        slots, absent = [], []
-        table, pins = self._slots, self._pins
-        for key in keys:
-            slot = table.get(key)
-            slots.append(slot)
-            if slot is None:
-                absent.append(key)
-                continue
-            table.move_to_end(key)
-            if pins[slot] == 0:
-                self._num_pinned += 1
-            pins[slot] += 1
-        return slots, absent
+    def reserve(self, keys: Sequence[str]) -> NDArray[np.int32]:
+        """Give each key a pinned slot, evicting others if necessary. The keys are distinct and have no slot.
 
-    def reserve(self, keys: Sequence[str]) -> list[int]:
-        """Give each key (none of which has a slot) a pinned slot, evicting where needed.
-
-        Raises `IndexError` when fewer than `len(keys)` slots are available; ask `num_available` first.
+        Raises `IndexError` if fewer slots are available than keys.
         """
         if len(keys) > self.num_available():
             raise IndexError(f"{len(keys)} slots wanted, {self.num_available()} available")
-        slots = []
-        for key in keys:
-            slot = self._free.pop() if self._free else self._evict()
-            self._slots[key] = slot
-            self._pins[slot] = 1
-            self._num_pinned += 1
-            slots.append(slot)
+        slots = np.fromiter((self._take_slot() for _ in keys), np.int32, len(keys))
+        self._slots.update(zip(keys, slots.tolist(), strict=True))
+        self._pins[slots] = 1
+        self._num_pinned += len(keys)
         return slots
 
+    def _take_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        while self._discarded_tables:
+            table = self._discarded_tables[-1]
+            while table:
+                slot = table.popitem()[1]
+                if self._pins[slot] == 0:
+                    return slot
+                self._orphans.add(slot)
+            self._discarded_tables.pop()
+        return self._evict()
+
     def _evict(self) -> int:
-        """Free the least recently used slot without a pin; pinned ones met on the way count as used now."""
+        """Free the least recently used slot without a pin; pinned ones on the way count as used now."""
         while True:
             key, slot = self._slots.popitem(last=False)
             if self._pins[slot] == 0:
@@ -76,25 +91,32 @@ class SlotTable:
                 return slot
             self._slots[key] = slot
 
-    def discard(self, keys: Iterable[str]) -> None:
-        """These images are not to be had: their slots are free again once nobody pins them.
+    def discard(self, key: str, slot: int | None = None) -> None:
+        """Forget the slot of an image, if it has one (and if it is `slot`, where that is given).
 
-        The slots leave the table at once, so that the next request asks the store again.
+        The next lookup finds no slot. The slot is free as soon as no pair in work needs it.
         """
-        for key in keys:
-            slot = self._slots.pop(key, None)
-            if slot is not None and self._pins[slot] == 0:
-                self._free.append(slot)
-            elif slot is not None:
-                self._orphans.add(slot)
+        found = self._slots.get(key)
+        if found is None or (slot is not None and found != slot):
+            return
+        del self._slots[key]
+        if self._pins[found] == 0:
+            self._free.append(found)
+        else:
+            self._orphans.add(found)
 
-    def unpin(self, slots: Iterable[int]) -> None:
-        """Take back one pin of each slot."""
-        pins = self._pins
-        for slot in slots:
-            pins[slot] -= 1
-            if pins[slot] == 0:
-                self._num_pinned -= 1
-                if slot in self._orphans:
-                    self._orphans.remove(slot)
-                    self._free.append(slot)
+    def discard_all(self) -> None:
+        """Forget the slots of all images, in constant time."""
+        if self._slots:
+            self._discarded_tables.append(self._slots)
+            self._slots = OrderedDict()
+
+    def unpin(self, slots: NDArray[np.int32]) -> None:
+        """Remove one pin from each of these distinct slots."""
+        self._pins[slots] -= 1
+        unpinned = slots[self._pins[slots] == 0]
+        self._num_pinned -= len(unpinned)
+        if self._orphans:
+            freed = self._orphans.intersection(unpinned.tolist())
+            self._orphans -= freed
+            self._free += freed

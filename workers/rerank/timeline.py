@@ -1,42 +1,42 @@
-"""Where the time of a request went: one account, from which its reply, the metrics and the spans are made.
+"""The stages of a request in time, from which its reply, the metrics and the spans are made.
 
-Pure. The stages follow each other without gaps, each up to the last of the request's pieces, so that they add up to
-the total.
+Pure. The stages follow each other without gaps and add up to the total; each ends when the last piece has passed it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.ports import Interval, Record
-from workers.rerank.state import ActiveRequest
+from workers.ports import Interval
+from workers.rerank.request import Request
 from workers.telemetry.names import BATCH_WAIT, FETCH, INBOX, QUEUE, SCORE, TOTAL
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The stages in order, the last one up to the reply, and all of it."""
+    """The stages in order, and the whole."""
 
     stages: dict[str, Interval]
     total: Interval
 
     def timings_ms(self) -> dict[str, float]:
-        """As replies carry it."""
+        """Return the durations in milliseconds, as replies carry them."""
         timings = {stage: _ms(interval) for stage, interval in self.stages.items()}
         timings[TOTAL] = _ms(self.total)
         return timings
 
 
-def timeline_of(active: ActiveRequest, now: float) -> Timeline:
-    """The account of a request that is answered now, as far as it came."""
+def timeline_of(request: Request, now: float) -> Timeline:
+    """Return the stages of a request that is answered now, as far as it came."""
+    has_work = request.num_pairs > 0
     starts = [
-        (QUEUE, active.accepted_at),
-        (FETCH, active.started_at),
-        (BATCH_WAIT, active.fetched_at if active.num_unready_pieces == 0 else None),
-        (SCORE, active.scoring_at if active.num_open_pieces == 0 else None),
+        (QUEUE, request.accepted_at if has_work else None),
+        (FETCH, request.started_at),
+        (BATCH_WAIT, request.fetched_at if request.num_unready_pieces == 0 else None),
+        (SCORE, request.scoring_at if request.num_open_pieces == 0 else None),
     ]
-    stages, stage, began_at = {}, INBOX, active.record.polled_at(active.accepted_at)
-    polled_at = began_at
+    polled_at = request.record.polled_at(request.accepted_at)
+    stages, stage, began_at = {}, INBOX, polled_at
     for following, at in starts:
         if at is None:
             continue
@@ -44,17 +44,10 @@ def timeline_of(active: ActiveRequest, now: float) -> Timeline:
         at = max(at, began_at)
         stages[stage] = Interval(began_at, at)
         stage, began_at = following, at
-    # What other threads have done since may lie behind `now`, which is the beginning of the loop's turn.
-    ended_at = max(began_at, now, active.scored_at)
-    if active.plan.pieces:
-        stages[stage] = Interval(began_at, ended_at)
+    # Results of other threads may be later than `now`, the start of the loop's turn.
+    ended_at = max(began_at, now, request.scored_at)
+    stages[stage] = Interval(began_at, ended_at)
     return Timeline(stages, Interval(polled_at, ended_at))
-
-
-def timeline_of_refused(record: Record, now: float) -> Timeline:
-    """The account of a record that was answered when it was taken."""
-    waited = Interval(record.polled_at(now), now)
-    return Timeline({INBOX: waited}, waited)
 
 
 def _ms(interval: Interval) -> float:

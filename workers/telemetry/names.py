@@ -187,6 +187,7 @@ REPLIES_REPLACED = Metric(
     "counter",
     "Replies that the broker refused and an error reply took the place of.",
 )
+REPLY_WARNINGS = Metric("edje_reply_warnings_total", "counter", "Warnings in replies, by code.", ("code",))
 PAIRS_TOTAL = Metric("edje_pairs_total", "counter", "Pairs in replies that went out with a ranking.")
 INFLIGHT_PAIRS = Metric("edje_inflight_pairs", "gauge", "Pairs of requests in work.")
 BACKLOG_SECONDS = Metric(

@@ -31,7 +31,6 @@ class MessageTrace(NamedTuple):
     """The place of a consumed message in its trace; `span` is set only where its processing is recorded."""
 
     context: TraceContext  # what is published because of the message goes on from here
-    parent: TraceContext | None = None
     span: SpanIds | None = None
 
     @property
@@ -91,7 +90,7 @@ class Tracer:
         if parent is None and names_context(headers):
             self._count_bad_context()
         if self._sampling is None:
-            return MessageTrace(parent or new_context(), parent)
+            return MessageTrace(parent or new_context())
         if parent is None:
             number, parent_is_sampled = new_id(128), None
             trace_id, flags, state = b"%032x" % number, 0, b""
@@ -100,10 +99,10 @@ class Tracer:
             trace_id, flags, state = parent.trace_id, parent.flags, parent.state
         span_id = new_id(64)
         if not self._sampling.takes(number, parent_is_sampled=parent_is_sampled):
-            return MessageTrace(TraceContext(trace_id, b"%016x" % span_id, flags & ~SAMPLED, state), parent)
+            return MessageTrace(TraceContext(trace_id, b"%016x" % span_id, flags & ~SAMPLED, state))
         parent_id = None if parent is None else int(parent.span_id, 16)
         context = TraceContext(trace_id, b"%016x" % span_id, flags | SAMPLED, state)
-        return MessageTrace(context, parent, SpanIds(number, span_id, parent_id))
+        return MessageTrace(context, SpanIds(number, span_id, parent_id))
 
     def record(
         self,

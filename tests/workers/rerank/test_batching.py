@@ -1,4 +1,4 @@
-"""Micro-batches: every piece leaves once, budgets are kept, lengths are not mixed, and nobody waits too long."""
+"""Micro-batches: every piece leaves once and in time, budgets are kept, and lengths are not mixed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.rerank.batching import BUCKET_TOKENS, MicroBatcher, bucket_of
-from workers.rerank.fairness import Rank
 
 
 @dataclass(frozen=True)
@@ -17,6 +16,7 @@ class Pairs:
     num_pairs: int = 10
     tokens_per_pair: int = 80
     name: int = 0
+    bucket: int = 16
 
 
 def batcher(*, max_tokens: int = 8000, max_pairs: int = 64, max_wait_s: float = 0.005) -> MicroBatcher[Pairs]:
@@ -25,7 +25,7 @@ def batcher(*, max_tokens: int = 8000, max_pairs: int = 64, max_wait_s: float = 
 
 def test_a_lone_piece_leaves_when_it_has_waited_long_enough():
     waiting = batcher()
-    waiting.add(Pairs(), 16, Rank(0, 0.0, 1), now=10.0)
+    waiting.add(Pairs(), 1, now=10.0)
 
     assert waiting.take(10.004, more_is_coming=True) == []
     assert waiting.wants_turn_in_s(10.004) == pytest.approx(0.001)
@@ -35,7 +35,7 @@ def test_a_lone_piece_leaves_when_it_has_waited_long_enough():
 
 def test_a_lone_piece_leaves_at_once_when_nothing_could_join_it():
     waiting = batcher()
-    waiting.add(Pairs(), 16, Rank(0, 0.0, 1), now=10.0)
+    waiting.add(Pairs(), 1, now=10.0)
 
     assert waiting.take(10.0, more_is_coming=False) == [Pairs()]
 
@@ -44,7 +44,7 @@ def test_a_lone_piece_leaves_at_once_when_nothing_could_join_it():
 def test_a_full_bucket_leaves_at_once(budget):
     waiting = batcher(**budget)
     for number in range(3):
-        waiting.add(Pairs(name=number), 16, Rank(0, 0.0, number), now=10.0)
+        waiting.add(Pairs(name=number), number, now=10.0)
 
     assert [piece.name for piece in waiting.take(10.0, more_is_coming=True)] == [0, 1]
     assert waiting.take(10.0, more_is_coming=True) == []
@@ -53,8 +53,8 @@ def test_a_full_bucket_leaves_at_once(budget):
 
 def test_pieces_of_different_buckets_do_not_share_a_batch():
     waiting = batcher()
-    waiting.add(Pairs(name=1), 16, Rank(0, 0.0, 1), now=10.0)
-    waiting.add(Pairs(name=2), 24, Rank(0, 0.0, 2), now=10.0)
+    waiting.add(Pairs(name=1), 1, now=10.0)
+    waiting.add(Pairs(name=2, bucket=24), 2, now=10.0)
 
     assert [piece.name for piece in waiting.take(10.0, more_is_coming=False)] == [1]
     assert [piece.name for piece in waiting.take(10.0, more_is_coming=False)] == [2]
@@ -62,17 +62,17 @@ def test_pieces_of_different_buckets_do_not_share_a_batch():
 
 def test_the_bucket_with_the_first_rank_leaves_first_and_is_filled_in_rank_order():
     waiting = batcher()
-    waiting.add(Pairs(name=3), 16, Rank(0, 5.0, 1), now=10.0)
-    waiting.add(Pairs(name=2), 24, Rank(0, 4.0, 2), now=10.0)
-    waiting.add(Pairs(name=1), 24, Rank(-1, 9.0, 3), now=10.0)
+    waiting.add(Pairs(name=3), 3, now=10.0)
+    waiting.add(Pairs(name=2, bucket=24), 2, now=10.0)
+    waiting.add(Pairs(name=1, bucket=24), 1, now=10.0)
 
     assert [piece.name for piece in waiting.take(10.0, more_is_coming=False)] == [1, 2]
 
 
 def test_a_piece_over_the_budget_leaves_alone():
     waiting = batcher(max_pairs=8)
-    waiting.add(Pairs(name=1), 16, Rank(0, 0.0, 1), now=10.0)
-    waiting.add(Pairs(name=2), 16, Rank(0, 0.0, 2), now=10.0)
+    waiting.add(Pairs(name=1), 1, now=10.0)
+    waiting.add(Pairs(name=2), 2, now=10.0)
 
     assert [piece.name for piece in waiting.take(10.0, more_is_coming=True)] == [1]
 
@@ -104,7 +104,8 @@ def test_every_piece_leaves_exactly_once_within_the_budgets_and_in_time(added, m
 
     for name, (num_pairs, length, urgency, pause_s) in enumerate(added):
         now += pause_s
-        waiting.add(Pairs(num_pairs, length + 64, name), bucket_of(length), Rank(-urgency, float(name), name), now)
+        rank = (2 - urgency) * len(added) + name
+        waiting.add(Pairs(num_pairs, length + 64, name, bucket_of(length)), rank, now)
         since[name] = now
         take_all()
     now += 0.005

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,9 +14,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerank_harness import NAN_IMAGE, PARTITION, START, TOPICS, WALL_START, Rig, expected, image_request, request, said
+from edje.calibration import Calibration, DirectionCalibration
+from edje.first_stage_scores import standardise
+from rerank_harness import (
+    BAD_TEXT,
+    NAN_IMAGE,
+    PARTITION,
+    START,
+    TOPICS,
+    WALL_START,
+    Rig,
+    expected,
+    image_request,
+    request,
+    said,
+)
 from trt.contract import EngineBroken
-from workers.errors import Misconfigured
+from workers.errors import Misconfigured, Poison
 from workers.ports import Partition
 
 IMAGES = {f"i{number}": number for number in range(40)}
@@ -131,7 +146,7 @@ def with_scores(sent: dict[str, Any], scores: Mapping[int, float]) -> dict[str, 
     return {**sent, "candidates": candidates}
 
 
-SCORES = {number: number % 7 / 8 for number in range(0, 40, 3)}  # what float32 holds exactly
+SCORES = {number: (number * 7) % 41 / 8 for number in range(40)}
 
 
 def logits_by_candidate(rig: Rig, sent: dict[str, Any]) -> dict[int, float]:
@@ -148,21 +163,35 @@ def logits_by_candidate(rig: Rig, sent: dict[str, Any]) -> dict[int, float]:
 )
 def test_each_candidates_own_first_stage_score_reaches_an_engine_that_reads_it(sent):
     plain = logits_by_candidate(rig_with_images(piece_pairs=3), sent)
+    candidates = sent["candidates"]
+    scores = {number: SCORES[number % 40] for number in range(len(candidates))}
 
-    scored = logits_by_candidate(rig_with_images(piece_pairs=3, reads_first_stage=True), with_scores(sent, SCORES))
+    rig = rig_with_images(piece_pairs=3, reads_first_stage=True)
+    rig.send(with_scores(sent, scores))
+    rig.run()
 
-    assert scored == {number: logit + SCORES.get(number, 0.0) for number, logit in plain.items()}
+    standard = standardise([scores[number] for number in range(len(candidates))]).values
+    for result in rig.reply().results:
+        assert result.logit == pytest.approx(plain[result.index] + standard[result.index], abs=1e-5)
+    assert len(rig.reply().results) == len(plain)
+    assert rig.reply().warnings == []
 
 
 def test_a_first_stage_score_can_change_the_order_for_an_engine_that_reads_it_and_for_no_other():
-    sent = request(["i3", "i9", "i4"])
-    plain = run_and_say(rig_with_images(), sent)
-    last = plain["results"][-1][0]
-    praised = with_scores(sent, {last: 100.0})
+    images = {f"c{number}": 0 for number in range(4)}  # all the same to the engine
+    sent = request(list(images))
+    rising = with_scores(sent, {0: 0.1, 1: 0.3, 2: 0.2, 3: 0.9})
 
-    assert run_and_say(rig_with_images(), praised) == plain
-    assert run_and_say(rig_with_images(reads_first_stage=True), sent) == plain
-    assert run_and_say(rig_with_images(reads_first_stage=True), praised)["results"][0][0] == last
+    def order(sent: dict[str, Any], **options: Any) -> list[int]:
+        rig = Rig(**options)
+        rig.put(images)
+        rig.send(sent)
+        rig.run()
+        return [result.index for result in rig.reply().results]
+
+    assert order(rising) == [0, 1, 2, 3]
+    assert order(sent, reads_first_stage=True) == [0, 1, 2, 3]
+    assert order(rising, reads_first_stage=True) == [3, 1, 2, 0]
 
 
 def test_an_engine_that_does_not_read_the_first_stage_is_given_nothing_of_it():
@@ -176,23 +205,65 @@ def test_an_engine_that_does_not_read_the_first_stage_is_given_nothing_of_it():
 def test_requests_with_scores_and_without_share_a_batch():
     rig = rig_with_images(reads_first_stage=True)
     rig.send(request(["i1", "i2"], request_id="without"))
-    rig.send(with_scores(request(["i1", "i2"], request_id="with"), {0: 0.5, 1: 0.25}))
+    rig.send(with_scores(request(["i1", "i2"], request_id="with"), {0: 0.25, 1: 0.5}))
     rig.run()
 
     (given,) = rig.engine.first_stage
-    np.testing.assert_array_equal(given, [np.nan, np.nan, 0.5, 0.25])
+    second = -np.log(2)
+    np.testing.assert_allclose(given, [0, second, second, 0], atol=1e-6)
 
 
-def test_a_score_too_large_for_the_engine_is_an_error_reply_and_the_work_goes_on():
+@pytest.mark.parametrize(
+    ("scores", "code"),
+    [
+        ({}, "first_stage_scores_missing"),
+        ({0: 0.5, 1: 0.25}, "first_stage_scores_incomplete"),
+        ({0: 0.5, 1: 0.5, 2: 0.5}, "first_stage_scores_equal"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, "first_stage_scores_ascending"),
+    ],
+)
+def test_scores_that_give_no_order_are_warned_about_where_the_model_reads_them(scores, code):
+    sent = with_scores(request(["i1", "i2", "i3"]), scores)
+
+    for reads, codes in ((True, [code]), (False, [])):
+        rig = rig_with_images(reads_first_stage=reads)
+        rig.send(sent)
+        rig.run()
+
+        assert [warning.code for warning in rig.reply().warnings] == codes
+        assert rig.metric("edje_reply_warnings_total", code=code) == len(codes)
+        assert rig.reply().status == "ok"
+
+
+@pytest.mark.parametrize("scale", [1e300, -1e9, 1e-300])
+def test_scores_of_any_scale_are_ranked_by_their_order(scale):
     rig = rig_with_images(reads_first_stage=True)
-    rig.send(with_scores(request(["i1"]), {0: 1e300}))
-    rig.send(request(["i1"], request_id="r2"))
+    rig.send(with_scores(request(["i1", "i1x", "i2"]), {0: 1 * scale, 1: 3 * scale, 2: 2 * scale}))
     rig.run()
 
-    replies = {reply.request_id: reply for reply in rig.replies()}
-    assert (replies["r1"].status, replies["r1"].error.code) == ("error", "score_too_large")
-    assert replies["r2"].status == "ok"
+    assert np.isfinite([result.logit for result in rig.reply().results]).all()
     assert rig.is_idle()
+
+
+CALIBRATION = Calibration(
+    text_to_image=DirectionCalibration(temperature=2.0, offset=-1.0, first_stage_gain=0.0),
+    image_to_text=DirectionCalibration(temperature=0.5, offset=1.0, first_stage_gain=0.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("sent", "calibration"),
+    [(request(["i1", "i2"]), CALIBRATION.text_to_image), (image_request("i1", ["a", "b"]), CALIBRATION.image_to_text)],
+    ids=["text-to-image", "image-to-text"],
+)
+def test_a_relevance_score_is_calibrated_for_the_direction_of_its_query(sent, calibration):
+    rig = rig_with_images(calibration=CALIBRATION)
+    rig.send(sent)
+    rig.run()
+
+    for result in rig.reply().results:
+        expected = 1 / (1 + np.exp(-(result.logit / calibration.temperature + calibration.offset)))
+        assert result.relevance_score == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("sent", [request([]), image_request("i1", [])], ids=["text", "image"])
@@ -370,12 +441,15 @@ def test_far_deadlines_of_answered_requests_do_not_pile_up():
     assert rig.job.wants_turn_in_s(rig.now) is None
 
 
-def test_a_request_in_work_does_not_keep_the_bytes_of_its_message():
-    rig = rig_with_images()
-    rig.send(request(["i1"], padding="x" * 100_000))
+def test_a_worker_has_room_until_its_bound_of_bytes_is_reached_and_again_below_it():
+    rig = rig_with_images(max_inflight_bytes=250_000)
+    for number in range(3):
+        assert rig.job.has_room()
+        rig.send(request(["i1"], request_id=str(number), padding="x" * 100_000))
 
-    (active,) = rig.job._active.values()
-    assert active.record.value == b""
+    assert not rig.job.has_room()
+    rig.run()
+    assert rig.job.has_room()
 
 
 def test_a_store_that_comes_back_has_lost_nothing():
@@ -395,7 +469,79 @@ def test_a_store_that_comes_back_has_lost_nothing():
     }
 
 
-def test_a_store_that_refuses_us_ends_the_worker():
+@pytest.mark.parametrize("stage", ["read", "encoded", "fetched", "decoded", "answered", "expired"])
+def test_an_unexpected_error_of_one_request_is_its_outcome_and_the_work_goes_on(stage, monkeypatch):
+    rig = rig_with_images()
+    bug = ZeroDivisionError("a bug")
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.undo()  # for the first call alone
+        raise bug
+
+    sent = request(["i1", "i2"], deadline=at(0.5) if stage == "expired" else at(100))
+    if stage == "read":
+        monkeypatch.setattr("workers.rerank.job.read_request", fail)
+    if stage == "encoded":
+        sent["query"]["text"] = BAD_TEXT
+    record = rig.send(sent, key=b"r1")
+    rig.turn()
+    if stage == "fetched":
+        rig.fetches.waiting.pop(0)[0].set_exception(bug)
+    if stage == "decoded":
+        monkeypatch.setattr("workers.rerank.loading.decode_blobs", fail)
+    if stage == "answered":
+        monkeypatch.setattr("workers.rerank.replies.encode_response", fail)
+    if stage == "expired":
+        monkeypatch.setattr("workers.rerank.job.Replies.expired", fail)
+        rig.now += 1
+    rig.run()
+    rig.send(request(["i1", "i2"], request_id="r2"))
+    rig.run()
+
+    replies = {reply.request_id: reply for reply in rig.replies()}
+    (letter,) = rig.dead_letters()
+    assert (replies["r1"].status, replies["r1"].error.code) == ("error", "internal_error")
+    assert (letter.value, letter.key) == (record.value, b"r1")
+    assert replies["r2"].status == "ok"
+    assert rig.metric("edje_dead_letters_total", code="internal_error") == 1
+    assert rig.is_idle()
+
+
+def test_a_failed_fetch_concerns_every_request_that_waits_for_it_and_no_other():
+    rig = rig_with_images()
+    rig.send(request(["i1"]))
+    rig.send(request(["i1", "i2"], request_id="r2"))
+    rig.send(request(["i3"], request_id="r3"))
+    rig.turn()
+    rig.fetches.waiting.pop(0)[0].set_exception(ZeroDivisionError("a bug"))
+    rig.run()
+    rig.send(request(["i1"], request_id="r4"))
+    rig.run()
+
+    assert {reply.request_id: reply.status for reply in rig.replies()} == {
+        "r1": "error",
+        "r2": "error",
+        "r3": "ok",
+        "r4": "ok",
+    }
+    assert rig.is_idle()
+
+
+def test_a_record_that_the_loop_refuses_is_answered_with_the_error():
+    rig = rig_with_images()
+    record = rig.send(request(["i1"]))
+    rig.job.refuse(record, Poison("worker_died", "the process died"), rig.now)
+    never_accepted = replace(record, offset=7, value=json.dumps(request(["i1"], "r2", reply_topic="mine.a")).encode())
+    rig.job.refuse(never_accepted, Poison("worker_died", "the process died"), rig.now)
+    rig.run()
+
+    assert (rig.reply().request_id, rig.reply().error.code) == ("r1", "worker_died")
+    assert (rig.reply("mine.a").request_id, rig.reply("mine.a").error.code) == ("r2", "worker_died")
+    assert len(rig.dead_letters()) == 2
+    assert rig.is_idle()
+
+
+def test_a_store_that_refuses_this_worker_ends_it():
     rig = Rig()
     rig.send(request(["i1"]))
     rig.turn()
@@ -652,7 +798,7 @@ class RealEngine:
         self.engine = TorchEngine(
             loaded, slab=slab, max_pairs=32, max_images=1, device=torch.device("cpu"), dtype=torch.float32
         )
-        self.encode = Tokenizer.load(folder).encode
+        self.encode_batch = Tokenizer.load(folder).encode_batch
         random = np.random.default_rng(0)
         tokens = random.standard_normal((40, self.layout.num_tokens, self.layout.token_dim)).astype(np.float32)
         self.blobs = {
@@ -665,7 +811,7 @@ class RealEngine:
         rig = Rig(
             engine=self.engine,
             layout=self.layout,
-            encode=self.encode,
+            encode_batch=self.encode_batch,
             num_slots=64,
             piece_pairs=4,
             max_batch_pairs=32,
@@ -697,12 +843,13 @@ def test_the_logits_of_a_request_do_not_depend_on_what_shares_its_batches(tmp_pa
 def test_a_model_that_reads_the_first_stage_ranks_by_it_and_another_does_not(tmp_path, variant):
     reading = RealEngine(tmp_path / "reading", variant, reads_first_stage=True)
     plain = RealEngine(tmp_path / "plain", variant, reads_first_stage=False)
-    sent = with_scores(ONE, {4: 0.9})
+    in_order = {number: -number for number in range(11)}
+    swapped = with_scores(ONE, {**in_order, 4: -7, 7: -4})
 
-    changed = np.abs(reading.logits(sent) - reading.logits(ONE)) > 100 * BATCH_TOLERANCE
+    changed = np.abs(reading.logits(swapped) - reading.logits(with_scores(ONE, in_order))) > 100 * BATCH_TOLERANCE
 
-    assert np.flatnonzero(changed).tolist() == [4]
-    np.testing.assert_array_equal(plain.logits(sent), plain.logits(ONE))
+    assert np.flatnonzero(changed).tolist() == [4, 7]
+    np.testing.assert_array_equal(plain.logits(swapped), plain.logits(ONE))
 
 
 def test_answers_go_to_the_response_topic_by_default():

@@ -1,4 +1,4 @@
-"""Replies, error replies and dead letters of rerank requests, as their readers see them."""
+"""Replies, error replies and dead letters of rerank requests, as clients read them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ FIELDS = request(["i1"])
         (b"", (), "undecodable", "key"),
         (b"\xff\xfe\x00", (), "undecodable", "key"),
         (b'{"request_id": "r1", "query": {"te', (), "undecodable", "r1"),
-        (b"[" * 100_000, (), "undecodable", "key"),
+        (b"[" * 10_000, (), "undecodable", "key"),
+        (b"[" * 100_000, (), "event_too_large", "key"),
         (b"[]", (), "invalid_event", "key"),
         (b"null", (), "invalid_event", "key"),
         (b"{}", (), "invalid_event", "key"),
@@ -102,7 +103,7 @@ FIELDS = request(["i1"])
         (FIELDS, (*MSGPACK_HEADER, (CONTENT_TYPE_HEADER, b"text/xml")), "unsupported_content_type", "r1"),
     ],
 )
-def test_a_message_that_can_never_succeed_is_dead_lettered_and_answered_where_its_id_can_be_read(
+def test_a_message_that_can_never_succeed_is_dead_lettered_and_answered_to_its_id_or_key(
     value, headers, code, request_id
 ):
     letter, reply = refused(Rig(), value, headers)
@@ -132,6 +133,55 @@ def test_an_error_goes_to_the_topic_that_the_request_names_where_that_is_allowed
     assert reply.error.code == "model_not_served"
 
 
+def test_an_error_about_a_broken_request_goes_to_the_address_that_can_be_read():
+    value = b'{"request_id": "r1", "reply_topic": "mine.a", "reply_partition": 2, "query": {"text": "\\ud83d"}}'
+    rig = Rig()
+
+    _, reply = refused(rig, value, topic="mine.a")
+
+    assert (reply.request_id, reply.error.code) == ("r1", "undecodable")
+    assert [message.partition for message in rig.messages("mine.a")] == [2]
+
+
+def test_every_kind_of_reply_goes_to_the_partition_that_the_request_names():
+    rig = Rig()
+    rig.put({"i1": 1})
+    for fields in ({}, {"deadline": "2001-01-01T00:00:00Z"}, {"model": "m2"}):
+        rig.send({**FIELDS, "reply_partition": 5, **fields})
+    rig.send(FIELDS)
+    rig.run()
+
+    partitions = [message.partition for message in rig.messages(TOPICS.rerank_responses)]
+    assert sorted(partitions, key=str) == [5, 5, 5, None]
+
+
+def test_a_reply_whose_partition_is_refused_becomes_an_error_reply_to_any_partition():
+    rig = Rig()
+    rig.put({"i1": 1})
+    rig.send({**FIELDS, "reply_partition": 5})
+    rig.run()
+
+    (message,) = rig.messages(TOPICS.rerank_responses)
+    instead = message.instead(TopicRefused("there is no partition 5"))
+    assert (instead.topic, instead.partition) == (TOPICS.rerank_responses, None)
+    assert response_of(instead).error.code == "reply_topic_refused"
+
+
+@pytest.mark.parametrize("sent", [request(["gone", "lost"]), image_request("gone", ["a", "b"])])
+def test_a_reply_in_which_every_image_is_missing_names_the_model_it_looked_under(sent):
+    rig = Rig()
+    rig.put({"i1": 1})
+    rig.send(sent)
+    rig.send(request(["i1", "gone"], request_id="r2"))
+    rig.run()
+
+    missing, partial = sorted(rig.replies(), key=lambda reply: reply.request_id)
+    (warning,) = missing.warnings
+    assert warning.code == "all_images_missing"
+    assert LAYOUT.model_digest in warning.message
+    assert partial.warnings == []
+
+
 @pytest.mark.parametrize("topic", [".", ".."])
 def test_a_name_that_no_topic_can_have_is_refused_whatever_the_pattern(topic):
     rig = Rig(allowed_reply_topics=("*",))
@@ -147,7 +197,7 @@ def test_the_cause_of_a_dead_letter_is_named_by_its_class():
     assert letter.error_class == "EventError"
 
 
-def test_what_a_refused_message_says_does_not_stop_the_next():
+def test_a_refused_message_does_not_stop_the_next():
     rig = Rig()
     rig.put({"i1": 1})
     rig.send(b"\x00", key=None)
@@ -159,7 +209,7 @@ def test_what_a_refused_message_says_does_not_stop_the_next():
 
 @settings(max_examples=300, deadline=None)
 @given(value=st.binary(max_size=60), content_type=st.sampled_from([JSON, MSGPACK, "text/plain"]))
-def test_no_bytes_whatever_raise(value, content_type):
+def test_no_bytes_raise(value, content_type):
     rig = Rig()
     rig.send(value, ((CONTENT_TYPE_HEADER, content_type.encode()),))
     rig.run()
@@ -206,7 +256,7 @@ def test_a_request_without_a_content_type_is_answered_in_json():
     assert message.key == b"r1"
 
 
-def test_a_reply_says_which_model_and_engine_it_came_from():
+def test_a_reply_names_its_model_and_engine():
     rig = Rig()
     rig.put({"i1": 1})
     rig.send(FIELDS)
@@ -245,7 +295,7 @@ def test_a_reply_too_large_for_the_broker_becomes_an_error_reply_to_the_same_top
     assert "top_n" in reply.error.message
 
 
-def test_a_reply_whose_topic_is_refused_becomes_an_error_reply_where_replies_go_by_default():
+def test_a_reply_whose_topic_is_refused_becomes_an_error_reply_to_the_default_topic():
     rig = Rig()
     rig.put({"i1": 1})
     rig.send({**FIELDS, "reply_topic": "mine.a"}, ((TRACEPARENT, PARENT),))
@@ -264,7 +314,7 @@ def test_a_reply_whose_topic_is_refused_becomes_an_error_reply_where_replies_go_
 
 @pytest.mark.parametrize("refused", [TooLarge("even this"), TopicRefused("gone")])
 @pytest.mark.parametrize("fields", [{}, {"model": "m2"}, {"deadline": "2001-01-01T00:00:00Z"}])
-def test_a_reply_that_is_refused_again_and_again_ends_where_replies_go_by_default_and_counts_once(refused, fields):
+def test_a_reply_that_is_refused_repeatedly_ends_in_the_default_topic_and_counts_once(refused, fields):
     rig = Rig()
     rig.put({"i1": 1})
     rig.send({**FIELDS, "reply_topic": "mine.a", **fields})
@@ -278,7 +328,7 @@ def test_a_reply_that_is_refused_again_and_again_ends_where_replies_go_by_defaul
     assert rig.metric("edje_replies_replaced_total") == 1
 
 
-def test_a_reply_refused_where_replies_go_by_default_ends_the_worker():
+def test_a_reply_that_the_default_topic_refuses_ends_the_worker():
     rig = Rig()
     rig.put({"i1": 1})
     rig.send(FIELDS)

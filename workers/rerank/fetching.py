@@ -1,27 +1,36 @@
-"""Fetches token blobs on a few threads of its own, and waits out a store that is away.
+"""Fetches token blobs on threads, and waits while the store is away.
 
-The loop never waits for the store: it starts a fetch and is woken by its end.
+The loop never waits for the store: it starts a fetch and gets a future.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from prometheus_client import Histogram
 
 from workers.ports import Interval, TokenStore
-from workers.rerank.state import Read
 from workers.retrying import Retry
 
 
-class BlobFetches:
-    """Fetches in flight; each is tried until the store answers or the worker ends."""
+@dataclass(frozen=True, slots=True)
+class Read:
+    """The store's answer to one fetch: one blob or None per key."""
+
+    blobs: Sequence[bytes | None]
+    interval: Interval  # of all attempts
+    num_attempts: int
+
+
+class BlobFetcher:
+    """Fetches in progress; each is tried until the store answers or the worker ends."""
 
     def __init__(
         self, store: TokenStore, retry: Retry, num_threads: int, seconds: Histogram, clock: Callable[[], float]
     ) -> None:
-        """`seconds` is told of each read that the store answered; `clock` is the loop's."""
+        """`seconds` observes each read that the store answered; `clock` is the loop's."""
         self._store = store
         self._clock = clock
         self._retry = retry
@@ -29,6 +38,7 @@ class BlobFetches:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
 
     def start(self, keys: Sequence[str]) -> Future[Read]:
+        """Fetch the blobs of these keys."""
         return self._executor.submit(self._read, keys)
 
     def _read(self, keys: Sequence[str]) -> Read:
@@ -46,5 +56,6 @@ class BlobFetches:
         return self._retry("token blobs", attempt)
 
     def close(self) -> None:
+        """Give up all fetches and end the threads."""
         self._retry.stop()
         self._executor.shutdown(wait=True, cancel_futures=True)

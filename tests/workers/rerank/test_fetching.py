@@ -1,4 +1,4 @@
-"""Fetches of blobs: off the loop's thread, and patient with a store that is away."""
+"""Fetches of blobs: on other threads, repeated while the store is away."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
 from workers.errors import Misconfigured, Transient
-from workers.rerank.blob_fetches import BlobFetches
+from workers.rerank.fetching import BlobFetcher
 from workers.retrying import Retry, Stopped
 from workers.store.memory import MemoryStore
 
@@ -17,7 +17,7 @@ GIVE_UP_S = 20.0
 
 
 class Store(MemoryStore):
-    """Raises these errors first; tells when it was asked."""
+    """Raises these errors first; `asked` is set by the first call."""
 
     def __init__(self, *errors: Exception) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def start(seconds, monkeypatch):
     made = []
 
     def over(store):
-        fetches = BlobFetches(store, Retry(), 2, seconds, time.monotonic)
+        fetches = BlobFetcher(store, Retry(), 2, seconds, time.monotonic)
         made.append(fetches)
         return fetches
 
