@@ -46,7 +46,7 @@ class TrainingModel:
         )
         initialise(heads, recipe.seed)
         trained = self.first_stage if isinstance(self.first_stage, DualEncoder) else None
-        cls_id, sep_id, mask_id = (self.tokenizer.id_of(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
+        cls_id, sep_id, mask_id = (self.tokenizer.token_id(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
         module = TrainingStep(self.model, trained, heads, (cls_id, sep_id, mask_id))
         if recipe.start is not None:
             load_start(module, recipe.start, built.tokenizer_json)

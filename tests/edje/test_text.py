@@ -140,3 +140,31 @@ def test_words_name_the_positions_of_their_pieces(tokenizer):
     assert tokenizer.words("") == []
     positions = [position for _, each in tokenizer.words("dog " * 60) for position in each]
     assert positions == list(range(1, tokenizer.max_text_tokens - 1))
+
+
+@pytest.mark.parametrize("text", ["", "  ", "???", "🐕", "\N{BOM}", "狗在跑", "\ud83d", "\n\t"])
+def test_a_text_without_a_known_piece_is_not_understood(tokenizer, text):
+    [encoded] = tokenizer.encode_batch([text])
+
+    assert not encoded.is_understood
+
+
+@pytest.mark.parametrize("text", ["dog", "🐕 dog", "d", "собака", "5"])
+def test_a_text_with_a_known_piece_is_understood(tokenizer, text):
+    [encoded] = tokenizer.encode_batch([text])
+
+    assert encoded.is_understood
+
+
+@pytest.mark.parametrize("canonical", [True, False])
+@pytest.mark.parametrize("text", ["dog \ud83d", "\udc15\ud83d", "\ud83d\udc15 dog", "a\ud800" * 3000])
+def test_half_an_emoji_in_a_text_raises_no_error(text, canonical):
+    config = VARIANTS["tiny"] if canonical else parse_without_canonical_captions()
+    tokenizer = Tokenizer(character_tokenizer().to_str(), config)
+
+    ids = tokenizer.encode(text)
+
+    assert list(tokenizer.encode_batch([text, "dog"])[0].ids) == ids
+    assert (ids[0], ids[-1]) == (CLS, SEP)
+    assert tokenizer.words(text) is not None
+    assert len(tokenizer.token_positions(text, [0])) == 1

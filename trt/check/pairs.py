@@ -89,7 +89,7 @@ def _scenes(
     data = holdout(num_images, seed=_SEED)
     captions = [caption for image in data.images for caption in image.captions]
     encoded = [tokenizer.encode(caption) for caption in captions]
-    unknown = tokenizer.id_of(_UNKNOWN)
+    unknown = tokenizer.token_id(_UNKNOWN)
     if any(unknown in ids for ids in encoded):
         return None
     pixels = np.stack([data.pixels(number, config.preprocess.image_size) for number in range(num_images)])

@@ -41,7 +41,7 @@ class GroundingLabeller:
         other_sample = np.zeros(num, np.int64)
         other_labels: list[list[GroundingLabel]] = []
         texts = [self._captions.texts[index] for index in captions]
-        canonical = [self._tokenizer.as_read(text) for text in texts]
+        canonical = [self._tokenizer.normalise(text) for text in texts]
         for sample, text in enumerate(canonical):
             tried = [(sample + step) % num for step in range(1, 1 + _NUM_TRIED)]
             found = {other: self._source.grounding_labels(int(images[other]), text) for other in reversed(tried)}
@@ -54,7 +54,7 @@ class GroundingLabeller:
             (pair, position, label.role, label.value)
             for pair, (text, labels) in enumerate(zip(texts + texts, own_labels + other_labels, strict=True))
             for position, label in zip(
-                self._tokenizer.pieces_at(text, [each.char for each in labels]), labels, strict=True
+                self._tokenizer.token_positions(text, [each.char for each in labels]), labels, strict=True
             )
             if position is not None  # else the caption is truncated before it
         ]

@@ -56,7 +56,7 @@ def test_a_tokenizer_without_their_words_gets_random_ones():
         def encode(self, text):
             return [2, 1, 3]
 
-        def id_of(self, token):
+        def token_id(self, token):
             return {"[UNK]": 1}[token]
 
     assert hold_pairs(TINY, Foreign(), num_texts=3, num_images=2).said == "random pictures and texts"
