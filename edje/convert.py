@@ -1,6 +1,6 @@
-"""`python -m edje.convert SOURCE DEST`: the authors' weights as a checkpoint of ours that gives the logits theirs give.
+"""`python -m edje.convert SOURCE DEST`: converts the authors' weights to a checkpoint with the same logits.
 
-Reads their file and writes ours. Tensor names: `edje.imports.authors`; sources of files: `edje.imports.sources`.
+Tensor names: `edje.imports.authors`; sources of files: `edje.imports.sources`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import safetensors.torch
 import torch
 import typer
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from edje.checkpoint import CheckpointError, CheckpointExists
 from edje.config import EdjeConfig
-from edje.imports.authors import AuthorsError, Chosen, Layout, check_names, config_of, layout_of, twin_words, unwrapped
+from edje.imports.authors import (
+    AUTHORS_PREFIXES,
+    AuthorsError,
+    AuthorsLayout,
+    ImportOptions,
+    check_names,
+    config_of,
+    duplicate_word_tables,
+    layout_of,
+    without_wrappers,
+)
 from edje.imports.bert_checkpoint import BertConfig, BertError, load_pickled, read_bert_config, read_tokenizer
-from edje.imports.layouts import listed, misshapen, size
+from edje.imports.layouts import format_shape, join_names, shape_mismatches
 from edje.imports.sources import SourceError, find_source, only_file
 from edje.model.edje import Edje, build_edje
 from edje.model.weights import save_checkpoint
@@ -27,16 +39,16 @@ from edje.text import Tokenizer
 from edje.tower_config import Count, VitConfig
 from protocols.validation import first_problem
 
-#: What their joint encoder started from, and so the tokenizer that its words belong to.
+#: The model that their joint encoder started from; its tokenizer is theirs.
 MINILM = "hub:microsoft/MiniLM-L12-H384-uncased"
-_WEIGHTS = "*.pth"
+_WEIGHTS = ("*.pth", "*.safetensors")
 _PARTS = TypeAdapter(dict[str, object])
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
 @dataclass(frozen=True, slots=True)
-class Imported:
-    """A model made of the authors' weights, and remarks for whoever imports it."""
+class ImportedModel:
+    """A model with the authors' weights, and remarks for the user."""
 
     config: EdjeConfig
     model: Edje
@@ -44,7 +56,7 @@ class Imported:
 
 
 class TowerConfig(BaseModel):
-    """What a `config.json` of a SigLIP tower says; where the weights say it too, both have to agree."""
+    """The fields of a SigLIP tower's `config.json`; those that the weights imply as well must agree."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -67,13 +79,13 @@ def convert(
     tower_heads: int | None = None,
     joint_heads: int | None = None,
     canonical_captions: bool = True,
-) -> tuple[str, Imported]:
-    """Write a checkpoint from the authors' `.pth` and return its digest and what was imported.
+) -> tuple[str, ImportedModel]:
+    """Write a checkpoint from the authors' file and return its digest and the model.
 
     Raises `AuthorsError`, `BertError` (the tokenizer) or `CheckpointError`.
     """
     words = read_tokenizer(tokenizer)
-    chosen = Chosen(
+    options = ImportOptions(
         sep_id=words.token_to_id("[SEP]") or 0,
         tower_heads=_agreed("vision", tower_heads, tower),
         joint_heads=_agreed("joint", joint_heads, bert),
@@ -81,53 +93,94 @@ def convert(
         joint_eps=bert.layer_norm_eps if bert else 1e-12,
         canonical_captions=canonical_captions,
     )
-    imported = import_model(read_state(weights), chosen)
+    imported = import_model(read_weights(weights), options)
     _compare(imported.config, tower, bert)
-    Tokenizer(words.to_str(), imported.config)  # refuses a tokenizer that belongs to another model
+    Tokenizer(words.to_str(), imported.config)  # raises for a tokenizer of another model
     return save_checkpoint(checkpoint, imported.config, imported.model, words.to_str()), imported
 
 
-def read_state(weights: Path) -> dict[str, Tensor]:
-    """The named tensors of a `.pth` file, without the prefixes of torch's wrappers. Raises `AuthorsError`."""
-    try:
-        loaded = load_pickled(weights)
-    except ValueError as error:
-        raise AuthorsError(str(error)) from error
+def read_weights(weights: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth` or `.safetensors` file by name, without the prefixes of torch's wrappers.
+
+    Raises `AuthorsError`.
+    """
+    loaded = _read_safetensors(weights) if _is_safetensors(weights) else _read_pickled(weights)
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, Mapping) or not state:
-        raise AuthorsError(f'{weights} holds no {{"model": weights by name}}: it is no file of the authors\' layout')
+        raise AuthorsError(f'{weights} holds no dictionary {{"model": weights by name}}: give the authors\' file')
     strange = [str(name) for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if strange:
-        raise AuthorsError(f"{weights} holds what is no tensor: {listed(strange)}")
-    return {inner: state[outer] for inner, outer in unwrapped(state).items()}
+        raise AuthorsError(f"{weights} holds objects that are no tensors: {join_names(strange)}")
+    return {inner: state[outer] for inner, outer in without_wrappers(state).items()}
 
 
-def import_model(state: Mapping[str, Tensor], chosen: Chosen) -> Imported:
-    """Our model with their weights, in float32. Raises `AuthorsError` with every name that is wrong."""
+def _is_safetensors(weights: Path) -> bool:
+    """Whether the file is named or begins like one of the safetensors library."""
+    if weights.suffix == ".safetensors" or not weights.is_file():
+        return weights.suffix == ".safetensors"
+    with weights.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _read_pickled(weights: Path) -> object:
+    try:
+        return load_pickled(weights)
+    except ValueError as error:
+        raise AuthorsError(str(error)) from error
+
+
+def _read_safetensors(weights: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise AuthorsError(f"{weights} is no complete safetensors file ({error}): download or copy it again") from error
+
+
+def _require_authors_names(state: Mapping[str, Tensor]) -> None:
+    """Raise `AuthorsError` for the weights of another kind of model, with the way to use them."""
+    prefixes = {name.partition(".")[0] for name in state}
+    if prefixes & AUTHORS_PREFIXES:
+        return
+    hint = "give the authors' file"
+    if {"vision", "adapter", "joint"} <= prefixes:
+        hint = "these are the weights of a checkpoint that is already converted; use its folder"
+    elif prefixes & {"bert", "embeddings", "encoder"}:
+        hint = "a BERT or another text encoder starts training with `joint.bert` in a recipe"
+    elif prefixes & {"vision_model", "text_model"}:
+        hint = 'a SigLIP or CLIP model is used with `tower = "hub:FOLDER"` in a recipe'
+    names = join_names(sorted(state)[:5])
+    raise AuthorsError(f"none of the {len(state)} tensors has a name of the authors' weights ({names}, ...): {hint}")
+
+
+def import_model(state: Mapping[str, Tensor], options: ImportOptions) -> ImportedModel:
+    """Our model with their weights, in float32. Raises `AuthorsError`, which names every tensor that does not fit."""
+    _require_authors_names(state)
     layout = layout_of(list(state))
     rules = layout.rules()
-    missing, unexpected, aside = check_names(list(state), rules)
+    missing, unexpected, unneeded = check_names(list(state), rules)
     wrong = {"missing": missing, "unexpected": unexpected}
     try:
-        config = config_of(layout, {name: tuple(tensor.shape) for name, tensor in state.items()}, chosen)
+        config = config_of(layout, {name: tuple(tensor.shape) for name, tensor in state.items()}, options)
         model = build_edje(config, device="meta")
-        wrong["wrongly shaped"] = misshapen(state, rules, model.state_dict()) + _unlike_twins(layout, state)
-    except (AuthorsError, KeyError):  # too much is missing or odd to say which shapes are wrong
+        wrong["wrongly shaped"] = shape_mismatches(state, rules, model.state_dict()) + _differing_word_tables(
+            layout, state
+        )
+    except (AuthorsError, KeyError):  # too little is known to compare shapes
         if missing or unexpected:
             raise AuthorsError(_sentence(wrong)) from None
         raise
     if any(wrong.values()):
         raise AuthorsError(_sentence(wrong))
     ours = {rule.ours: rule.apply(state).to(torch.float32) for rule in rules}
-    endless = [rule.theirs[0] for rule in rules if not torch.isfinite(ours[rule.ours]).all()]
-    if endless:
-        raise AuthorsError(_sentence({"not finite": endless}))
+    not_finite = [rule.theirs[0] for rule in rules if not torch.isfinite(ours[rule.ours]).all()]
+    if not_finite:
+        raise AuthorsError(_sentence({"not finite": not_finite}))
     model.load_state_dict(ours, assign=True)
-    return Imported(config, model.eval().requires_grad_(False), _remarks(aside, layout, state))
+    return ImportedModel(config, model.eval().requires_grad_(False), _remarks(unneeded, layout, state))
 
 
 def read_tower_config(path: Path) -> TowerConfig:
-    """A SigLIP tower's `config.json`, or that of the model it is a part of. Raises `AuthorsError`."""
+    """Read the `config.json` of a SigLIP tower or of a whole SigLIP model. Raises `AuthorsError`."""
     try:
         parts = _PARTS.validate_json(path.read_bytes())
         return TowerConfig.model_validate(parts.get("vision_config", parts))
@@ -138,7 +191,7 @@ def read_tower_config(path: Path) -> TowerConfig:
 
 
 def _tokenizer(source: str | None) -> Path:
-    """Where the tokenizer is; without a word about it, the one that belongs to MiniLM."""
+    """The path of the tokenizer; without a source, of MiniLM's."""
     try:
         return find_source(source or MINILM, _TOKENIZER_FILES)
     except SourceError as error:
@@ -149,7 +202,7 @@ def _tokenizer(source: str | None) -> Path:
 def _agreed(part: str, heads: int | None, config: TowerConfig | BertConfig | None) -> int | None:
     if heads and config and heads != config.num_attention_heads:
         raise AuthorsError(
-            f"--{part}-heads says {heads}, --{part}-config {config.num_attention_heads}: leave one of them out"
+            f"--{part}-heads is {heads}, --{part}-config has {config.num_attention_heads}: leave one of them out"
         )
     return config.num_attention_heads if config else heads
 
@@ -158,44 +211,44 @@ def _compare(config: EdjeConfig, tower: TowerConfig | None, bert: BertConfig | N
     """Raise `AuthorsError` where a configuration file describes another model than the weights make."""
     assert isinstance(config.vision, VitConfig)  # nothing else is imported
     for part, file, ours in (("vision", tower, config.vision), ("joint", bert, config.joint)):
-        said = {
+        expected = {
             "hidden_size": ours.dim,
             "num_hidden_layers": ours.num_layers,
             "intermediate_size": ours.hidden_dim,
         }
         wrong = [
-            f"{name} {getattr(file, name)} for {number}"
-            for name, number in said.items()
+            f"{name} is {getattr(file, name)} instead of {number}"
+            for name, number in expected.items()
             if file is not None and getattr(file, name) != number
         ]
         if wrong:
-            raise AuthorsError(f"--{part}-config belongs to another model than the weights: {listed(wrong)}")
+            raise AuthorsError(f"--{part}-config belongs to another model than the weights: {join_names(wrong)}")
 
 
-def _unlike_twins(layout: Layout, state: Mapping[str, Tensor]) -> list[str]:
-    """A remark where the two tables of words cannot be the same one."""
-    twins = [name for name in twin_words(layout) or () if name in state]
+def _differing_word_tables(layout: AuthorsLayout, state: Mapping[str, Tensor]) -> list[str]:
+    """A phrase if the two tables of words have different shapes."""
+    twins = [name for name in duplicate_word_tables(layout) or () if name in state]
     same = len({state[name].shape for name in twins}) <= 1
-    return [] if same else [" but ".join(f"{name} is {size(state[name].shape)}" for name in twins)]
+    return [] if same else [" but ".join(f"{name} is {format_shape(state[name].shape)}" for name in twins)]
 
 
 def _sentence(wrong: Mapping[str, list[str]]) -> str:
-    """Everything that is wrong, by name, each kind with its count."""
-    kinds = (f"{len(names)} {kind}: {listed(names)}" for kind, names in wrong.items() if names)
-    return "these are not the authors' weights, or not whole. " + "; ".join(kinds)
+    """A sentence that names all tensors that do not fit, by kind."""
+    kinds = (f"{len(names)} {kind}: {join_names(names)}" for kind, names in wrong.items() if names)
+    return "the file does not hold the authors' complete weights: " + "; ".join(kinds)
 
 
-def _remarks(aside: Mapping[str, int], layout: Layout, state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """What of their file was not used, and what in it is odd."""
-    remarks = [f"not needed: {number} tensors of {what}" for what, number in aside.items()]
-    twins = twin_words(layout)
+def _remarks(unneeded: Mapping[str, int], layout: AuthorsLayout, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Remarks on tensors that were not used, and on tables of words that differ."""
+    remarks = [f"not needed: {number} tensors of {what}" for what, number in unneeded.items()]
+    twins = duplicate_word_tables(layout)
     if twins and not torch.equal(state[twins[0]], state[twins[1]]):
-        remarks.append(f"{twins[0]} and {twins[1]} differ: the first is read, as when the pair is embedded")
+        remarks.append(f"{twins[0]} and {twins[1]} differ: the first was read, because it embeds the pair")
     return tuple(remarks)
 
 
 def main(
-    source: Annotated[str, typer.Argument(help="The authors' .pth file, or hub:OWNER/NAME.")],
+    source: Annotated[str, typer.Argument(help="The authors' .pth or .safetensors file, or hub:OWNER/NAME.")],
     checkpoint: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write; must be new or empty.")],
     tokenizer: Annotated[
         str | None,
@@ -209,23 +262,24 @@ def main(
     ] = None,
     joint_config: Annotated[Path | None, typer.Option(help="config.json of the BERT, for unusual ones.")] = None,
     vision_heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of the tower, where its width leaves it open.")
+        int | None, typer.Option(min=1, help="Attention heads of the tower, if they do not follow from its width.")
     ] = None,
     joint_heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of the BERT, where its width leaves it open.")
+        int | None, typer.Option(min=1, help="Attention heads of the BERT, if they do not follow from its width.")
     ] = None,
     canonical_captions: Annotated[
-        bool, typer.Option(help="Lower case without punctuation, as the authors trained; or captions as they come.")
+        bool,
+        typer.Option(help="Captions in lower case without punctuation, as in the authors' training; or as written."),
     ] = True,
 ) -> None:
-    """Import the authors' weights: a checkpoint that gives the logits theirs give."""
+    """Convert the authors' weights to a checkpoint with the same logits."""
     try:
-        # What may be refused at once goes before what may take a download.
+        # Checks that need no download come first.
         if checkpoint.exists() and (not checkpoint.is_dir() or any(checkpoint.iterdir())):
             raise CheckpointExists(f"{checkpoint} exists: remove it or choose another folder")
         words = _tokenizer(tokenizer)
         digest, imported = convert(
-            only_file(find_source(source, [_WEIGHTS]), _WEIGHTS),
+            only_file(find_source(source, _WEIGHTS), _WEIGHTS),
             checkpoint,
             words,
             tower=None if vision_config is None else read_tower_config(vision_config),
@@ -235,7 +289,7 @@ def main(
             canonical_captions=canonical_captions,
         )
     except (AuthorsError, BertError, CheckpointError, SourceError) as error:
-        # One plain line: a frame around it would break the names it lists.
+        # One plain line: a frame would break the names of tensors.
         typer.echo(f"Not converted: {error}", err=True)
         raise typer.Exit(1) from error
     except OSError as error:

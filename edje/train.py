@@ -17,7 +17,7 @@ from edje.checkpoint import CheckpointError
 from edje.data.dataset import DataError
 from edje.features.storage import FeaturesError
 from edje.images import ImageError
-from edje.imports.bert import BertError
+from edje.imports.bert_checkpoint import BertError
 from edje.imports.sources import SourceError
 from edje.optional import PackageMissing
 from edje.recipe import RecipeError

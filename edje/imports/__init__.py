@@ -1,1 +1,1 @@
-"""Weights from elsewhere: the authors' checkpoints, BERT and SigLIP layouts, and where files come from."""
+"""Imports of published weights: the authors' checkpoints, BERT and SigLIP layouts, and the sources of files."""

@@ -1,4 +1,4 @@
-"""Starts a joint encoder of any kind from a BERT or MiniLM checkpoint, which `edje.imports.bert_checkpoint` reads."""
+"""Loads the weights of a BERT or MiniLM checkpoint into a joint encoder of any kind."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from edje.imports.bert_checkpoint import (
     bert_tensors,
     layer_numbers,
     read_shape,
-    tokenizer_json,
+    read_tokenizer,
 )
-from edje.imports.layouts import POOLER, listed, size
-
-__all__ = ["BertError", "BertReport", "BertShape", "bert_tensors", "load_bert", "read_shape", "tokenizer_json"]
+from edje.imports.layouts import POOLER, format_shape, join_names
 
 _LAYER = "layers."
 
 
 @dataclass(frozen=True, slots=True)
 class BertReport:
-    """What happened to the joint encoder's tensors: those taken from the source, and those left as they were."""
+    """The joint encoder's tensors that were loaded from the source, and those that were left unchanged."""
 
     shape: BertShape
     loaded: tuple[str, ...]
@@ -39,36 +37,47 @@ def load_bert(
     joint: nn.Module,
     layers: Sequence[int] | None = None,
     visual_layers: Sequence[int] | None = None,
+    *,
+    vocabulary: Mapping[str, int] | None = None,
 ) -> BertReport:
-    """Give a joint encoder the source's weights; what the source lacks stays as it is.
+    """Load the source's weights into a joint encoder; tensors without a counterpart in the source stay unchanged.
 
-    `layers` are those of the source that become the ones in which text and image meet, `visual_layers` those that
-    become the ones that read images alone; text layers are the source's first ones. Where nothing is said, the layers
-    of the meeting go on where the text layers end, or are the source's last ones where too few are left, and the visual
-    ones are its first ones. An empty sequence leaves those layers as they are.
-    Raises `BertError` where something does not fit; nothing is changed then.
+    Args:
+        source: folder of the BERT checkpoint.
+        joint: the joint encoder. Its text layers start from the source's first layers.
+        layers: the source's layers for the fusion layers (for all layers of kind `full`); None for those after the text
+            layers, or the last ones if too few follow. An empty sequence leaves the layers unchanged.
+        visual_layers: the same for the visual layers; None for the source's first layers.
+        vocabulary: the ids by token that the joint encoder reads; None if it is the source's vocabulary.
+
+    Raises `BertError` if something does not fit; nothing is changed then.
     """
+    if vocabulary is not None:
+        _compare_vocabularies(source, read_tokenizer(source).get_vocab(), vocabulary)
     shape, targets = read_shape(source), joint.state_dict()
-    num_text, num_visual, num_meeting = (_num_layers(targets, kind) for kind in ("text_", "visual_", ""))
+    num_text, num_visual, num_fusion = (_num_layers(targets, kind) for kind in ("text_", "visual_", ""))
     if layers is None:
-        if num_meeting > shape.num_layers:
-            raise BertError(f"{source} has {shape.num_layers} layers, the joint encoder wants {num_meeting}")
-        start = num_text if num_text + num_meeting <= shape.num_layers else shape.num_layers - num_meeting
-        layers = range(start, start + num_meeting)
+        if num_fusion > shape.num_layers:
+            raise BertError(f"{source} has {shape.num_layers} layers, the joint encoder has {num_fusion}")
+        start = num_text if num_text + num_fusion <= shape.num_layers else shape.num_layers - num_fusion
+        layers = range(start, start + num_fusion)
     visual_layers = range(num_visual) if visual_layers is None else visual_layers
-    wanted = {"text_": (range(num_text), num_text), "visual_": (visual_layers, num_visual), "": (layers, num_meeting)}
+    wanted = {"text_": (range(num_text), num_text), "visual_": (visual_layers, num_visual), "": (layers, num_fusion)}
     for kind, (numbers, num_wanted) in wanted.items():
         if numbers and len(numbers) != num_wanted:
-            raise BertError(f"{num_wanted} {kind}layers cannot start from the {len(numbers)} layers {list(numbers)}")
+            raise BertError(
+                f"the joint encoder has {num_wanted} {kind}layers: give as many layers of {source}, not {list(numbers)}"
+            )
     taken = {kind: layer_numbers(source, shape, numbers) for kind, (numbers, _) in wanted.items()}
     ours = dict(_renamed(bert_tensors(source), taken, targets, shape))
     wrong = [
-        f"{name} is {size(tensor.shape)} there and {size(targets[name].shape) if name in targets else 'absent'} here"
+        f"{name} is {format_shape(tensor.shape)} in the source and "
+        f"{format_shape(targets[name].shape) if name in targets else 'absent'} in the joint encoder"
         for name, tensor in ours.items()
         if name not in targets or tensor.shape != targets[name].shape
     ]
     if wrong:
-        raise BertError(f"{source} does not fit this joint encoder: {listed(wrong)}")
+        raise BertError(f"{source} does not fit this joint encoder: {join_names(wrong)}")
     for name, tensor in ours.items():
         targets[name].copy_(tensor)
     return BertReport(shape, tuple(sorted(ours)), tuple(sorted(targets.keys() - ours.keys())))
@@ -80,8 +89,8 @@ def _renamed(
     targets: Mapping[str, Tensor],
     shape: BertShape,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The source's tensors under the names of this joint encoder."""
-    # One that has more positions repeats them from the start: a place to begin training from, and no more than that.
+    """The source's tensors under the joint encoder's names."""
+    # A joint encoder with more positions repeats the source's: good enough to start training from.
     rows = torch.arange(len(targets["positions.weight"])) % shape.max_positions
     for name, tensor in source.items():
         if name.startswith(_LAYER):
@@ -89,19 +98,31 @@ def _renamed(
             for kind, numbers in taken.items():
                 for ours in (ours for ours, theirs in enumerate(numbers) if theirs == int(number)):
                     yield f"{kind}{_LAYER}{ours}.{within}", tensor
-                    # A map of its own for visual states begins as the text's map to keys and values.
+                    # The map of visual tokens to keys and values starts as the text's map.
                     visual = f"{kind}{_LAYER}{ours}.{within.replace('attention.qkv', 'visual_kv')}"
                     if visual in targets and "attention.qkv" in within:
                         yield visual, tensor[shape.dim :]
         elif name == "positions.weight":
             yield name, tensor[rows]
-        elif not name.startswith(POOLER) or name in targets:  # an encoder without layers to meet in has no pooler
+        elif not name.startswith(POOLER) or name in targets:  # maxsim has no pooler
             yield name, tensor
         if name.startswith("norm.") and f"visual_{name}" in targets:
             yield f"visual_{name}", tensor
 
 
+def _compare_vocabularies(source: Path, theirs: Mapping[str, int], ours: Mapping[str, int]) -> None:
+    """Raise `BertError` if a token has another id in the joint encoder than in the source."""
+    differing = sorted(theirs.keys() | ours.keys(), key=lambda token: (theirs.get(token, -1), token))
+    token = next((token for token in differing if theirs.get(token) != ours.get(token)), None)
+    if token is not None:
+        raise BertError(
+            f"the vocabulary is not that of {source}: {token!r} is token {theirs.get(token, 'absent')} there and "
+            f"{ours.get(token, 'absent')} in the vocabulary. Its word embeddings would belong to other words: leave "
+            "the vocabulary out, or the BERT"
+        )
+
+
 def _num_layers(names: Mapping[str, Tensor], kind: str) -> int:
-    """How many layers of a kind a joint encoder has."""
+    """The number of a joint encoder's layers of a kind."""
     starts = f"{kind}{_LAYER}"
     return len({name.removeprefix(starts).split(".")[0] for name in names if name.startswith(starts)})

@@ -1,7 +1,7 @@
 """Reads a BERT or MiniLM checkpoint in Hugging Face's layout: its shape, its weights under our names, its tokenizer.
 
-A source is a folder with `config.json`, `model.safetensors` or `pytorch_model.bin`, and a tokenizer; how one is found
-is `edje.imports.sources`, what is done with its weights `edje.imports.bert`.
+A source is a folder with `config.json`, `model.safetensors` or `pytorch_model.bin`, and a tokenizer.
+`edje.imports.sources` finds it, `edje.imports.bert` loads its weights into a joint encoder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from edje.config import JointConfig
-from edje.imports.layouts import bert_embedding_rules, bert_layer_rules, listed, misshapen, missing_from, pooler_rules
+from edje.imports.layouts import (
+    bert_embedding_rules,
+    bert_layer_rules,
+    join_names,
+    missing_names,
+    pooler_rules,
+    shape_mismatches,
+)
 from edje.model.joint import JointEncoder
 from edje.tower_config import Count
 from edje.vocabulary import IMAGE_TOKEN, SPECIAL_TOKENS, VocabularyError, wordpiece_tokenizer
@@ -33,12 +40,12 @@ TOKENIZER_FILE, VOCABULARY_FILE = "tokenizer.json", "vocab.txt"
 
 
 class BertError(ValueError):
-    """The source cannot start a joint encoder; the message says why."""
+    """The source cannot be read, or does not fit the joint encoder; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class BertShape:
-    """The numbers of a source. `vocab_size` counts the `<image>` token, whether the source has it or gets it here."""
+    """Sizes of a source. `vocab_size` includes the `<image>` token, which is added to a source without one."""
 
     dim: int
     num_layers: int
@@ -51,7 +58,7 @@ class BertShape:
 
 
 class BertConfig(BaseModel):
-    """What of `config.json` decides whether the layers compute what ours do."""
+    """The fields of `config.json` that our layers depend on."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -74,16 +81,16 @@ def read_shape(source: Path) -> BertShape:
 
 
 def tokenizer_json(source: Path) -> str:
-    """The source's tokenizer as a checkpoint stores it: neither padding nor truncation, `<image>` appended."""
+    """The source's tokenizer as JSON for a checkpoint: without padding and truncation, with `<image>`."""
     return str(read_tokenizer(source).to_str())
 
 
 def bert_tensors(source: Path, layers: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """The source's weights in float32 under `JointEncoder`'s names.
+    """The source's weights in float32 under the names of a `JointEncoder`.
 
-    `layers` are those to take, counted from 0 and from the end as in a list: `(-2, -1)` for the last two, which become
-    layers 0 and 1. None takes all of them. Rows that the vocabulary gains here (`<image>`) are the mean of the others.
-    The pooler is left out where the source has none.
+    `layers` are the source's layers to read, as indices of a list: `(-2, -1)` for the last two, which become layers 0
+    and 1. None reads all. A row that is added for `<image>` is the mean of all word embeddings. A source without a
+    pooler gives none.
     """
     config = read_bert_config(source / CONFIG_FILE)
     shape = _shape(config, read_tokenizer(source))
@@ -92,10 +99,10 @@ def bert_tensors(source: Path, layers: Sequence[int] | None = None) -> dict[str,
     rules = [*(rule.prefixed("", "embeddings.") for rule in bert_embedding_rules()), *bert_layer_rules(taken)]
     if any(name.startswith("pooler.") for name in theirs):
         rules += (rule.prefixed("", "pooler.") for rule in pooler_rules())
-    missing = missing_from(theirs, rules)
+    missing = missing_names(theirs, rules)
     if missing:
-        raise BertError(f"{source} is no whole BERT of {shape.num_layers} layers: it lacks {listed(missing)}")
-    plan = JointConfig(
+        raise BertError(f"{source} is no complete BERT of {shape.num_layers} layers, missing: {join_names(missing)}")
+    expected = JointConfig(
         dim=shape.dim,
         num_layers=len(taken),
         num_heads=shape.num_heads,
@@ -105,26 +112,28 @@ def bert_tensors(source: Path, layers: Sequence[int] | None = None) -> dict[str,
         max_positions=shape.max_positions,
     )
     with torch.device("meta"):
-        wrong = misshapen(theirs, rules, JointEncoder(plan).state_dict())
+        wrong = shape_mismatches(theirs, rules, JointEncoder(expected).state_dict())
     if wrong:
-        raise BertError(f"the weights in {source} are not those that its {CONFIG_FILE} describes: {listed(wrong)}")
+        raise BertError(f"the weights in {source} do not match its {CONFIG_FILE}: {join_names(wrong)}")
     ours = {rule.ours: rule.apply(theirs).float() for rule in rules}
     words = ours["words.weight"]
-    gained = words.mean(dim=0, keepdim=True).expand(shape.vocab_size - len(words), -1)
-    ours["words.weight"] = torch.cat((words, gained))
+    added = words.mean(dim=0, keepdim=True).expand(shape.vocab_size - len(words), -1)
+    ours["words.weight"] = torch.cat((words, added))
     return ours
 
 
 def layer_numbers(source: Path, shape: BertShape, layers: Sequence[int]) -> list[int]:
-    """Layers counted from 0; below zero they count from the end. Raises `BertError` for those that do not exist."""
+    """Layer numbers from 0, with negative ones counted from the end. Raises `BertError` for a layer that is missing."""
     try:
         return [range(shape.num_layers)[number] for number in layers]
     except IndexError as error:
-        raise BertError(f"{source} has {shape.num_layers} layers: {list(layers)} asks for others") from error
+        raise BertError(
+            f"{source} has {shape.num_layers} layers, not all of {list(layers)}: name other layers"
+        ) from error
 
 
 def read_bert_config(path: Path) -> BertConfig:
-    """A `config.json` that describes a BERT. Raises `BertError`."""
+    """Read a BERT's `config.json`. Raises `BertError`."""
     try:
         return BertConfig.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -135,7 +144,7 @@ def read_bert_config(path: Path) -> BertConfig:
 
 
 def read_tokenizer(source: Path) -> Tokenizer:
-    """The tokenizer of a folder, or of a `tokenizer.json` or a `vocab.txt` alone. Raises `BertError`."""
+    """The tokenizer of a folder, a `tokenizer.json` or a `vocab.txt`, with `<image>` added. Raises `BertError`."""
     path = source
     if source.is_dir():
         path = source / (TOKENIZER_FILE if (source / TOKENIZER_FILE).is_file() else VOCABULARY_FILE)
@@ -146,11 +155,11 @@ def read_tokenizer(source: Path) -> Tokenizer:
             raise BertError(str(error)) from error
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower class
         raise BertError(f"{path} cannot be read as a tokenizer: {error}") from error
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
-        raise BertError(f"{path} is no BERT tokenizer: it lacks {', '.join(missing)}")
+        raise BertError(f"{path} is no BERT tokenizer: the tokens {', '.join(missing)} are missing")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.add_special_tokens([IMAGE_TOKEN])
@@ -158,26 +167,26 @@ def read_tokenizer(source: Path) -> Tokenizer:
 
 
 def load_pickled(path: Path) -> object:
-    """What `torch.save` wrote, as far as it is tensors and plain values. Raises `ValueError`; runs no code."""
+    """Load a file of `torch.save` that holds only tensors and plain values. Raises `ValueError`; runs no code."""
     if not path.is_file():
         raise ValueError(f"{path} is no file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unusual files it warns, then fails
-            # Files of before 2020 are no zip archives, and cannot be mapped.
+            warnings.simplefilter("ignore")  # torch warns of unusual files before it fails
+            # Files from before 2020 are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no file of torch.save, or holds more than tensors (a program could hide there): "
+            f"{path} is no file of torch.save, or holds objects other than tensors, which could run code: "
             "download or copy it again, or save the state dictionary alone"
         ) from error
-    except Exception as error:  # its parser lets out whatever it trips over
-        raise ValueError(f"{path} is not a whole file of torch.save: download or copy it again") from error
+    except Exception as error:  # its parser raises errors of many classes
+        raise ValueError(f"{path} is no complete file of torch.save: download or copy it again") from error
 
 
 def _shape(config: BertConfig, tokenizer: Tokenizer) -> BertShape:
     sep_id = tokenizer.token_to_id("[SEP]")
-    assert sep_id is not None  # no tokenizer is read without it
+    assert sep_id is not None  # `read_tokenizer` requires it
     return BertShape(
         dim=config.hidden_size,
         num_layers=config.num_hidden_layers,
@@ -198,16 +207,16 @@ def _read_tensors(source: Path) -> dict[str, Tensor]:
         path = source / PICKLE_FILE
         loaded = load_pickled(path)
     except SafetensorError as error:
-        raise BertError(f"{path} is not a whole safetensors file: {error}") from error
+        raise BertError(f"{path} is no complete safetensors file ({error}): download or copy it again") from error
     except ValueError as error:
         raise BertError(str(error)) from error
     if not isinstance(loaded, dict) or not all(isinstance(each, Tensor) for each in loaded.values()):
-        raise BertError(f"{path} holds something else than named tensors")
+        raise BertError(f"{path} holds objects other than named tensors: give the folder of a BERT")
     return loaded
 
 
 def _encoder_only(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's tensors; a model with a head of its own keeps them below `bert.`."""
+    """The encoder's tensors, without the prefix `bert.` that a model with a head gives them."""
     if any(name.startswith("bert.") for name in tensors):
         return {name.removeprefix("bert."): each for name, each in tensors.items() if name.startswith("bert.")}
     return dict(tensors)

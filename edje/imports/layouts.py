@@ -1,6 +1,6 @@
-"""Where each of our weights stands in other people's state dictionaries: transformers' BERT and its SigLIP tower.
+"""Maps our tensor names to those of published state dictionaries: transformers' BERT and SigLIP vision tower.
 
-Names and shapes, and the one way of joining tensors that they need; knows neither files nor models.
+Names and shapes only; knows neither files nor models.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One tensor of ours is these of theirs, one below the other; `boxed` gives it a leading axis of one."""
+class TensorRule:
+    """One of our tensors is the concatenation of these of theirs; `adds_axis` adds a leading axis of size one."""
 
     ours: str
     theirs: tuple[str, ...]
-    boxed: bool = False
+    adds_axis: bool = False
 
-    def prefixed(self, ours: str, theirs: str) -> Rule:
-        """The same rule with both sides inside larger models."""
-        return Rule(ours + self.ours, tuple(theirs + name for name in self.theirs), self.boxed)
+    def prefixed(self, ours: str, theirs: str) -> TensorRule:
+        """The rule with a prefix before the names of both sides."""
+        return TensorRule(ours + self.ours, tuple(theirs + name for name in self.theirs), self.adds_axis)
 
     def apply(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Our tensor, always a copy."""
+        """Our tensor, as a copy."""
         joined = torch.cat([tensors[name] for name in self.theirs])
-        return joined[None] if self.boxed else joined
+        return joined[None] if self.adds_axis else joined
 
     def their_shape(self, our_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """What each of their tensors has to measure."""
-        shape = our_shape[1:] if self.boxed else our_shape
+        """The shape that each of their tensors must have."""
+        shape = our_shape[1:] if self.adds_axis else our_shape
         return (shape[0] // len(self.theirs), *shape[1:])
 
 
-#: Where BERT's pooler and the logit's layer stand within a joint encoder.
-POOLER, LOGIT = "head.pooler.", "head.out."
+#: Prefixes of BERT's pooler and of the output layer in a joint encoder.
+POOLER, OUTPUT = "head.pooler.", "head.out."
 
 _QKV = "attention.qkv"
 
-#: Ours within one layer, theirs within transformers' BertLayer; several are stacked.
+#: Our names within one layer, and theirs within transformers' BertLayer.
 _BERT_LAYER = {
     _QKV: ("attention.self.query", "attention.self.key", "attention.self.value"),
     "attention.out": ("attention.output.dense",),
@@ -56,7 +56,7 @@ _BERT_TABLES = {
     "norm.weight": "LayerNorm.weight",
     "norm.bias": "LayerNorm.bias",
 }
-#: transformers' SiglipEncoderLayer.
+#: The same for transformers' SiglipEncoderLayer.
 _SIGLIP_LAYER = {
     "attention_norm": ("layer_norm1",),
     _QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -65,7 +65,7 @@ _SIGLIP_LAYER = {
     "mlp.fc1": ("mlp.fc1",),
     "mlp.fc2": ("mlp.fc2",),
 }
-#: transformers' SiglipVisionTransformer outside its layers: our name, theirs, and whether ours is boxed.
+#: transformers' SiglipVisionTransformer without its layers: our name, theirs, and `TensorRule.adds_axis`.
 _SIGLIP_REST = (
     ("patches.weight", "embeddings.patch_embedding.weight", False),
     ("patches.bias", "embeddings.patch_embedding.bias", False),
@@ -86,13 +86,13 @@ _SIGLIP_REST = (
 )
 
 
-def bert_embedding_rules() -> tuple[Rule, ...]:
-    """Ours within a `JointEncoder`, theirs within a BertEmbeddings."""
-    return tuple(Rule(ours, (theirs,)) for ours, theirs in _BERT_TABLES.items())
+def bert_embedding_rules() -> tuple[TensorRule, ...]:
+    """Rules from a BertEmbeddings to a `JointEncoder`."""
+    return tuple(TensorRule(ours, (theirs,)) for ours, theirs in _BERT_TABLES.items())
 
 
-def bert_layer_rules(layers: Iterable[int]) -> tuple[Rule, ...]:
-    """Ours within a `JointEncoder`, counted from 0; theirs within a BertModel: these layers, in this order."""
+def bert_layer_rules(layers: Iterable[int]) -> tuple[TensorRule, ...]:
+    """Rules from these layers of a BertModel, in this order, to the layers of a `JointEncoder`, counted from 0."""
     return tuple(
         rule.prefixed(f"layers.{ours}.", f"encoder.layer.{theirs}.")
         for ours, theirs in enumerate(layers)
@@ -100,31 +100,33 @@ def bert_layer_rules(layers: Iterable[int]) -> tuple[Rule, ...]:
     )
 
 
-def siglip_rules(num_layers: int) -> tuple[Rule, ...]:
-    """Ours within a `VisionTower`, theirs within a SiglipVisionTransformer."""
+def siglip_rules(num_layers: int) -> tuple[TensorRule, ...]:
+    """Rules from a SiglipVisionTransformer to a `VisionTower`."""
     layers = (
         rule.prefixed(f"layers.{number}.", f"encoder.layers.{number}.")
         for number in range(num_layers)
         for rule in _weights_and_biases(_SIGLIP_LAYER)
     )
-    return (*(Rule(ours, (theirs,), boxed) for ours, theirs, boxed in _SIGLIP_REST), *layers)
+    return (*(TensorRule(ours, (theirs,), adds_axis) for ours, theirs, adds_axis in _SIGLIP_REST), *layers)
 
 
-def pooler_rules() -> tuple[Rule, ...]:
-    """Ours within a `JointEncoder`, theirs within a BertPooler."""
-    return tuple(Rule(f"{POOLER}{kind}", (f"dense.{kind}",)) for kind in ("weight", "bias"))
+def pooler_rules() -> tuple[TensorRule, ...]:
+    """Rules from a BertPooler to a `JointEncoder`."""
+    return tuple(TensorRule(f"{POOLER}{kind}", (f"dense.{kind}",)) for kind in ("weight", "bias"))
 
 
-def missing_from(names: Iterable[str], rules: Sequence[Rule]) -> list[str]:
-    """Which of their names the rules need and do not find."""
-    have = set(names)
-    return [name for rule in rules for name in rule.theirs if name not in have]
+def missing_names(names: Iterable[str], rules: Sequence[TensorRule]) -> list[str]:
+    """The names that the rules need and that are not among `names`."""
+    present = set(names)
+    return [name for rule in rules for name in rule.theirs if name not in present]
 
 
-def misshapen(tensors: Mapping[str, Tensor], rules: Sequence[Rule], ours: Mapping[str, Tensor]) -> list[str]:
-    """One remark for each of their tensors that has not the size that ours asks for."""
+def shape_mismatches(
+    tensors: Mapping[str, Tensor], rules: Sequence[TensorRule], ours: Mapping[str, Tensor]
+) -> list[str]:
+    """One phrase for each of their tensors whose shape does not match ours."""
     return [
-        f"{name} is {size(tensors[name].shape)}, expected {size(expected)}"
+        f"{name} is {format_shape(tensors[name].shape)}, expected {format_shape(expected)}"
         for rule in rules
         for expected in [rule.their_shape(tuple(ours[rule.ours].shape))]
         for name in rule.theirs
@@ -132,22 +134,22 @@ def misshapen(tensors: Mapping[str, Tensor], rules: Sequence[Rule], ours: Mappin
     ]
 
 
-#: More names than this in one message help nobody.
+#: Names in one message.
 _MAX_NAMES = 40
 
 
-def listed(names: Sequence[str]) -> str:
-    """All of them, or the first ones and how many more there are."""
+def join_names(names: Sequence[str]) -> str:
+    """The names separated by commas; of many, the first ones and the number of the others."""
     more = len(names) - _MAX_NAMES
     return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def size(shape: Sequence[int]) -> str:
-    """A shape for people to read."""
+def format_shape(shape: Sequence[int]) -> str:
+    """A shape as text, such as `3 x 4`."""
     return " x ".join(map(str, shape)) or "a single number"
 
 
-def _weights_and_biases(names: Mapping[str, tuple[str, ...]]) -> Iterator[Rule]:
+def _weights_and_biases(names: Mapping[str, tuple[str, ...]]) -> Iterator[TensorRule]:
     for ours, theirs in names.items():
         for kind in ("weight", "bias"):
-            yield Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
+            yield TensorRule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))

@@ -1,6 +1,6 @@
-"""Turns the name of a source of weights into a local path: a path, a folder of an installed package, or the hub.
+"""Resolves a source of weights to a local path: a path, a folder of an installed package, or a hub repository.
 
-Runs no code of the packages it looks into, and reaches the network for names on the hub only.
+Runs no code of the packages, and uses the network only for hub repositories.
 
     path/to/file.pth, path/to/folder
     package:NAME/folder/inside
@@ -17,17 +17,17 @@ from pathlib import Path, PurePosixPath
 from edje.optional import PackageMissing, require_package
 
 PACKAGE_PREFIX, HUB_PREFIX = "package:", "hub:"
-_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-#: What a name ends in that means a file, even one that does not exist.
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+#: Name suffixes of files: a missing file is not taken for a repository.
 _FILES = {".pth", ".pt", ".bin", ".json", ".txt", ".safetensors"}
 
 
 class SourceError(ValueError):
-    """There is nothing under this name; the message says what to do."""
+    """The source does not exist or cannot be fetched; the message says what to do."""
 
 
 def find_source(source: str, patterns: Sequence[str]) -> Path:
-    """The local path of a source; of a hub's repository, the files that match a pattern. Raises `SourceError`."""
+    """The local path of a source; from a hub repository, only files that match a pattern. Raises `SourceError`."""
     if source.startswith(PACKAGE_PREFIX):
         package, _, inside = source.removeprefix(PACKAGE_PREFIX).partition("/")
         return package_folder(package, inside)
@@ -42,20 +42,20 @@ def find_source(source: str, patterns: Sequence[str]) -> Path:
 
 
 def is_hub_repository(source: str, path: Path) -> bool:
-    """Whether a source without a prefix means a repository, because no file or folder is where it points as a path."""
-    return not path.exists() and path.suffix not in _FILES and bool(_ON_THE_HUB.fullmatch(source))
+    """Whether a source without a prefix names a hub repository: it has the form of one, and no such path exists."""
+    return not path.exists() and path.suffix not in _FILES and bool(_REPOSITORY.fullmatch(source))
 
 
 def package_folder(package: str, inside: str = "") -> Path:
     """A folder of an installed package, found without running the package's code. Raises `SourceError`."""
     parts = PurePosixPath(inside).parts
     if not package.isidentifier() or ".." in parts or PurePosixPath(inside).is_absolute():
-        raise SourceError(f"{package}/{inside} is no folder of a package: write package:NAME/folder")
+        raise SourceError(f"{package}/{inside} names no folder of a package: write package:NAME/folder")
     spec = importlib.util.find_spec(package)
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    if not places:
+    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not locations:
         raise SourceError(f"the package {package} is not installed: install it, or give a folder")
-    folder = Path(places[0], *parts)
+    folder = Path(locations[0], *parts)
     if not folder.is_dir():
         raise SourceError(f"the package {package} has no folder {inside!r}")
     return folder
@@ -64,9 +64,9 @@ def package_folder(package: str, inside: str = "") -> Path:
 def hub_folder(
     repository: str, patterns: Sequence[str], *, endpoint: str | None = None, cache: Path | None = None
 ) -> Path:
-    """A local copy of the repository's files that match, downloaded unless it is there. Raises `SourceError`.
+    """A local copy of the repository's files that match, downloaded if necessary. Raises `SourceError`.
 
-    `endpoint` and `cache` are huggingface_hub's own settings where they are None.
+    `endpoint` and `cache` default to the settings of huggingface_hub.
     """
     try:
         folder = require_package("huggingface_hub", "train").snapshot_download(
@@ -74,7 +74,7 @@ def hub_folder(
         )
     except PackageMissing as error:
         raise SourceError(str(error)) from error
-    # OSError is what its network and HTTP errors have in common, ValueError what its complaints about names have.
+    # OSError is the base class of its network and HTTP errors, ValueError of its errors about names.
     except (OSError, ValueError) as error:
         raise SourceError(
             f"{repository} cannot be fetched from the hub ({_first_line(error)}): "
@@ -83,14 +83,19 @@ def hub_folder(
     return Path(folder)
 
 
-def only_file(folder: Path, pattern: str) -> Path:
-    """The one file of a folder that matches; a file given as the folder is itself it. Raises `SourceError`."""
-    if not folder.is_dir():
-        return folder
-    found = sorted(folder.glob(pattern))
+def only_file(path: Path, patterns: Sequence[str]) -> Path:
+    """The only file in a folder that matches one of the patterns; a path of a file is returned as it is.
+
+    Raises `SourceError`.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(file for pattern in patterns for file in path.glob(pattern))
     if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise SourceError(f"{folder} should hold one file {pattern} and holds {names}: give the file's path")
+        names = ", ".join(file.name for file in found) or "none"
+        raise SourceError(
+            f"{path} should hold one file {' or '.join(patterns)} and holds {names}: give the file's path"
+        )
     return found[0]
 
 

@@ -14,8 +14,8 @@ from edje.checkpoint import read_tokenizer_json
 from edje.config import EdjeConfig, FirstStageScoreConfig, JointConfig, PreprocessConfig
 from edje.features.extraction import extractor_of
 from edje.first_stage.load import load_first_stage
-from edje.imports.bert import BertShape, load_bert, read_shape, tokenizer_json
-from edje.imports.bert_checkpoint import read_tokenizer
+from edje.imports.bert import load_bert
+from edje.imports.bert_checkpoint import BertShape, read_shape, read_tokenizer, tokenizer_json
 from edje.imports.sources import find_source
 from edje.model.edje import Edje, build_edje
 from edje.model.initialisation import initialise_for_training
@@ -73,7 +73,13 @@ def build_model(recipe: Recipe, captions: Iterable[str]) -> BuiltModel:
     if found is not None:
         model.vision.load_state_dict(found.module.state_dict())
     if source is not None:
-        load_bert(source, model.joint, joint.bert_layers, joint.bert_visual_layers)
+        load_bert(
+            source,
+            model.joint,
+            joint.bert_layers,
+            joint.bert_visual_layers,
+            vocabulary=Tokenizer.from_str(tokenizer).get_vocab(),
+        )
     return BuiltModel(config, model, tokenizer)
 
 

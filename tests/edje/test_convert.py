@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ from authors_model import (
 )
 from edje.checkpoint import WEIGHTS_FILE, CheckpointTampered, read_config
 from edje.convert import import_model, main
-from edje.imports.authors import AuthorsError, Chosen, config_of, layout_of
+from edje.imports.authors import AuthorsError, ImportOptions, config_of, layout_of
 from edje.imports.sources import SourceError, find_source, hub_folder
 from edje.model.edje import build_edje
 from edje.model.variants import VARIANTS
@@ -198,7 +199,7 @@ def test_the_papers_models_are_recognised_by_their_shapes_alone(name):
         theirs: rule.their_shape(tuple(ours[rule.ours].shape)) for rule in layout.rules() for theirs in rule.theirs
     }
 
-    config = config_of(layout, shapes, Chosen(sep_id=102))
+    config = config_of(layout, shapes, ImportOptions(sep_id=102))
 
     assert config == replace(variant, trained=True)
 
@@ -230,6 +231,10 @@ def with_all_outer_embeddings(weights):
     return without_outer_words(weights) | copies
 
 
+def below_model(weights):
+    return {f"model.{name}": tensor for name, tensor in weights.items()}
+
+
 def with_a_teacher(weights):
     return weights | {f"teacher.{name}": tensor for name, tensor in weights.items()}
 
@@ -243,6 +248,7 @@ def with_a_teacher(weights):
         without_outer_words,
         with_all_outer_embeddings,
         with_a_teacher,
+        below_model,
     ],
 )
 def test_the_same_weights_in_another_spelling_are_the_same_model(spelling, authors, converted, convert):
@@ -292,7 +298,7 @@ NEEDED = [
 ]
 
 
-CHOSEN = Chosen(sep_id=3, tower_heads=TOWER_HEADS, joint_heads=JOINT_HEADS)
+CHOSEN = ImportOptions(sep_id=3, tower_heads=TOWER_HEADS, joint_heads=JOINT_HEADS)
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -331,10 +337,30 @@ def test_everything_that_is_wrong_is_named_at_once(authors, refuse):
 
 
 def test_another_architecture_is_refused_with_a_few_names_and_a_count(refuse):
-    said = refuse({f"layer{number}.conv.weight": torch.zeros(3) for number in range(90)})
+    said = refuse(
+        {"classification_head.0.bias": torch.zeros(1)}
+        | {f"layer{number}.conv.weight": torch.zeros(3) for number in range(90)}
+    )
 
-    assert "90 unexpected: layer0.conv.weight" in said
-    assert "and 50 more" in said
+    assert "91 unexpected: " in said
+    assert "and 51 more" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (["vision.norm.weight", "adapter.query", "joint.norm.weight"], "already converted"),
+        (["bert.embeddings.word_embeddings.weight"], "`joint.bert` in a recipe"),
+        (["text_model.head.weight", "vision_model.head.probe"], 'tower = "hub:FOLDER"'),
+        (["layer1.weight"], "give the authors' file"),
+    ],
+)
+def test_the_weights_of_another_kind_of_model_are_refused_with_the_way_to_use_them(names, remedy, refuse):
+    said = refuse({name: torch.zeros(1) for name in names})
+
+    assert "has a name of the authors' weights" in said
+    assert sorted(names)[0] in said
+    assert remedy in said
 
 
 def test_weights_that_are_not_finite_are_named(authors, refuse):
@@ -373,7 +399,7 @@ def test_a_configuration_file_of_another_model_is_refused(tower_json, authors, r
 
     said = refuse(authors.weights(), *HEADS, "--vision-config", tower_json)
 
-    assert "intermediate_size 64 for 48" in said
+    assert "intermediate_size is 64 instead of 48" in said
 
 
 def test_heads_that_contradict_the_configuration_file_are_refused(tower_json, authors, refuse):
@@ -403,17 +429,17 @@ def saved(value, **options):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "not a whole file"),
+        (b"", "no complete file of torch.save"),
         (b"a letter, not weights", "file of torch.save"),
         (b"PK", "file of torch.save"),
         (saved({"model": {"a": torch.zeros(999)}})[:-99], "file of torch.save"),
         (saved({"model": {"a": torch.zeros(999)}})[:999], "file of torch.save"),
-        (saved({"model": Hostile()}), "a program could hide there"),
-        (pickle.dumps(Hostile()), "a program could hide there"),
-        (saved({"model": 5}), "no file of the authors"),
-        (saved([torch.zeros(1)]), "no file of the authors"),
-        (saved({"model": {"a": torch.zeros(1), "b": "text"}}), "no tensor: b"),
-        (saved({"model": {}}), "no file of the authors"),
+        (saved({"model": Hostile()}), "which could run code"),
+        (pickle.dumps(Hostile()), "which could run code"),
+        (saved({"model": 5}), "give the authors' file"),
+        (saved([torch.zeros(1)]), "give the authors' file"),
+        (saved({"model": {"a": torch.zeros(1), "b": "text"}}), "no tensors: b"),
+        (saved({"model": {}}), "give the authors' file"),
     ],
 )
 def test_a_file_that_holds_no_weights_gets_a_sentence(content, said, tmp_path, vocabulary):
@@ -453,6 +479,28 @@ def test_a_source_that_is_not_there_gets_a_sentence(source, tmp_path, vocabulary
     said = refusal(source, tmp_path / "ours", "--tokenizer", vocabulary)
 
     assert "does not exist" in said or "not installed" in said
+
+
+@pytest.mark.parametrize("name", ["authors.safetensors", "authors.pth"])
+def test_a_safetensors_file_with_the_authors_names_is_read(name, authors, converted, tmp_path, vocabulary):
+    path = tmp_path / name
+    tensors = {each: tensor.contiguous().clone() for each, tensor in authors.weights().items()}
+    path.write_bytes(safetensors.torch.save(tensors))
+
+    done = run(path, tmp_path / "ours", "--tokenizer", vocabulary, *HEADS)
+
+    assert done.exit_code == 0, done.output
+    assert load_checkpoint(tmp_path / "ours").digest == load_checkpoint(converted).digest
+
+
+@pytest.mark.parametrize("content", [b"", b"a letter", bytes(8) + b"{}"])
+def test_a_broken_safetensors_file_gets_a_sentence(content, tmp_path, vocabulary):
+    (tmp_path / "some.safetensors").write_bytes(content)
+
+    said = refusal(tmp_path / "some.safetensors", tmp_path / "ours", "--tokenizer", vocabulary, *HEADS)
+
+    assert "is no complete safetensors file" in said
+    assert "download or copy it again" in said
 
 
 def test_a_folder_with_two_files_of_weights_asks_which(tmp_path, vocabulary):

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from authors_model import VOCABULARY, write_vocabulary
 from edje.config import JointConfig
-from edje.imports.bert import BertError, bert_tensors, load_bert, read_shape, tokenizer_json
+from edje.imports.bert import load_bert
+from edje.imports.bert_checkpoint import BertError, bert_tensors, read_shape, read_tokenizer, tokenizer_json
 from edje.imports.sources import SourceError, find_source, package_folder
 from edje.model.joint import JointEncoder
 from edje.model.late_fusion import LateFusionEncoder
@@ -104,6 +105,21 @@ def test_a_joint_encoder_starts_from_the_packaged_minilm():
     assert (shape.dim, shape.num_layers, shape.num_heads, shape.vocab_size) == (384, 6, 12, 30_523)
     assert report.untouched == ("head.out.bias", "head.out.weight")
     assert_reads_as(joint, bert, 30_522)
+
+
+def test_another_vocabulary_of_the_same_size_is_refused_by_content(original):
+    shape = read_shape(original)
+    joint = randomised(JointEncoder(joint_config(shape)))
+    before = joint.words.weight.clone()
+    same = read_tokenizer(original).get_vocab()
+    first, second = sorted(same)[-2:]
+    other = same | {first: same[second], second: same[first]}
+
+    with pytest.raises(BertError, match=r"the vocabulary is not that of .*: '.*' is token \d+ there and \d+ in"):
+        load_bert(original, joint, vocabulary=other)
+
+    assert torch.equal(joint.words.weight, before)
+    assert load_bert(original, joint, vocabulary=same).loaded
 
 
 def test_a_source_with_a_head_of_its_own_and_pickled_weights_is_the_same_source(bert, original, folder):
@@ -202,11 +218,11 @@ def test_an_encoder_without_layers_to_meet_in_takes_the_rest(original, bert):
 @pytest.mark.parametrize(
     ("changes", "layers", "said"),
     [
-        ({"dim": 27}, None, "words.weight is 35 x 24 there and 35 x 27 here"),
-        ({"vocab_size": 99}, None, "words.weight is 35 x 24 there and 99 x 24 here"),
-        ({"num_layers": 4}, None, "has 3 layers, the joint encoder wants 4"),
-        ({}, (0, 1), r"3 layers cannot start from the 2 layers \[0, 1\]"),
-        ({}, (0, 1, 3), "asks for others"),
+        ({"dim": 27}, None, "words.weight is 35 x 24 in the source and 35 x 27 in the joint encoder"),
+        ({"vocab_size": 99}, None, "words.weight is 35 x 24 in the source and 99 x 24 in the joint encoder"),
+        ({"num_layers": 4}, None, "has 3 layers, the joint encoder has 4"),
+        ({}, (0, 1), r"the joint encoder has 3 layers: .*, not \[0, 1\]"),
+        ({}, (0, 1, 3), "not all of"),
     ],
 )
 def test_a_joint_encoder_that_does_not_fit_is_refused_and_left_alone(changes, layers, said, original):
@@ -226,7 +242,7 @@ def test_a_joint_encoder_that_does_not_fit_is_refused_and_left_alone(changes, la
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"type_vocab_size": 1}, "type_vocab_size"),
-        ({"num_hidden_layers": 4}, "lacks encoder.layer.3.attention.self.query.weight"),
+        ({"num_hidden_layers": 4}, "missing: encoder.layer.3.attention.self.query.weight"),
         ({"intermediate_size": 41}, "intermediate.dense.weight is 40 x 24, expected 41 x 24"),
         ({"vocab_size": 30}, "word_embeddings.weight is 34 x 24, expected 30 x 24"),
     ],
@@ -244,7 +260,7 @@ def test_a_configuration_that_our_layers_do_not_follow_is_refused(changes, said,
         ("config.json", b"{", "config.json describes no BERT"),
         ("vocab.txt", b"a\nb\n", "lacks"),
         ("tokenizer.json", b"{}", "cannot be read as a tokenizer"),
-        ("model.safetensors", b"cut off", "not a whole safetensors file"),
+        ("model.safetensors", b"cut off", "no complete safetensors file"),
     ],
 )
 def test_a_file_that_is_not_whole_is_named(name, content, said, folder):
