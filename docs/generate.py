@@ -1,4 +1,4 @@
-"""Writes docs/reference/{events,settings,commands}.md from the code. `--check` only compares.
+"""Writes docs/reference/{events,settings,commands,recipe}.md from the code. `--check` only compares.
 
 Run: python docs/generate.py [--check]
 
@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
+from edje import recipe_reference
 from protocols.events import ImageIndexed, ImageNew, RerankRequest, RerankResponse
 from protocols.examples import examples
 from protocols.topics import Topics
@@ -57,6 +58,7 @@ def documents() -> dict[Path, str]:
         REFERENCE / "events.md": events(),
         REFERENCE / "settings.md": settings(),
         REFERENCE / "commands.md": commands(),
+        REFERENCE / "recipe.md": recipe(),
     }
 
 
@@ -157,6 +159,17 @@ def _default(value: object) -> str:
             secret = getattr(value, "get_secret_value", None)
             text = str(secret() if secret else value)
             return f"`{text}`" if text else ""
+
+
+def recipe() -> str:
+    """Return the page about the fields of a recipe."""
+    head = (
+        "# Recipe fields\n\n"
+        "A recipe is one TOML file with everything that a training run depends on; examples are in `edje/recipes/`. "
+        "`--set path.to.name=value` changes any field on the command line; a phase is addressed by its index "
+        "(`phase.0.epochs=2`).\n\n"
+    )
+    return NOTE + head + recipe_reference.markdown().replace("\n### ", "\n## ").removeprefix("#")
 
 
 def commands() -> str:
