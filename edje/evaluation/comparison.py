@@ -42,6 +42,8 @@ class Comparison:
     num_queries: int
     num_candidates: int
     rows: tuple[MetricRow, ...]
+    better: Interval  # share of queries whose best positive rises by reranking
+    worse: Interval  # share of queries whose best positive falls
 
     def row(self, metric: str) -> MetricRow:
         """The row of a metric, such as `R@1`. Raises `KeyError`."""
@@ -95,12 +97,35 @@ def compare(
     k = scores.shape[1]
     after = ranks_after(before, reorder(before.top[:, :k], scores))
     refuse_changed_recall(before.ranks, after, k)
-    names = metric_names(k)
-    first, second = metric_columns(before.ranks, k), metric_columns(after, k)
-    intervals = bootstrap_intervals(
-        np.concatenate((first, second, second - first), axis=1), task.cluster, num_resamples=num_resamples, seed=seed
+    rows, better, worse = compare_columns(
+        metric_names(k),
+        metric_columns(before.ranks, k),
+        metric_columns(after, k),
+        np.sign(before.ranks.best() - after.best()),
+        task.cluster,
+        num_resamples=num_resamples,
+        seed=seed,
     )
-    rows = zip(
-        names, intervals[: len(names)], intervals[len(names) : 2 * len(names)], intervals[2 * len(names) :], strict=True
-    )
-    return Comparison(task.direction, k, task.num_queries, task.num_candidates, tuple(MetricRow(*row) for row in rows))
+    return Comparison(task.direction, k, task.num_queries, task.num_candidates, rows, better, worse)
+
+
+def compare_columns(
+    names: Sequence[str],
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    change: NDArray[np.integer],
+    cluster: NDArray[np.int64],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> tuple[tuple[MetricRow, ...], Interval, Interval]:
+    """Compare `(queries, metrics)` values: a row per metric, and the shares of queries that got better and worse.
+
+    `change` (queries,) is 1 for a query that got better, -1 for one that got worse, else 0.
+    """
+    changes = np.stack((change > 0, change < 0), axis=1).astype(np.float64)
+    columns = np.concatenate((before, after, after - before, changes), axis=1)
+    intervals = bootstrap_intervals(columns, cluster, num_resamples=num_resamples, seed=seed)
+    num = len(names)
+    rows = zip(names, intervals[:num], intervals[num : 2 * num], intervals[2 * num : 3 * num], strict=True)
+    return tuple(MetricRow(*row) for row in rows), intervals[-2], intervals[-1]

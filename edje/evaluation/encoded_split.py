@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from edje.calibration import Calibration
 from edje.data.dataset import Dataset
 from edje.evaluation.cost import ScorerCost
 from edje.evaluation.errors import SplitUnusable
@@ -41,6 +42,7 @@ class EncodedSplit:
     checkpoint: Path
     model_digest: str
     trained: bool
+    calibration: Calibration | None
     data: str
     split: str
     captions: tuple[str, ...]
@@ -115,6 +117,7 @@ def encode_split(
         checkpoint=checkpoint,
         model_digest=loaded.digest,
         trained=config.trained,
+        calibration=config.calibration,
         data=dataset.name,
         split=split,
         captions=captions,

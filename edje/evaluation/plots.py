@@ -1,4 +1,4 @@
-"""Plots of R@1 against cost: GFLOP per pair, bytes per image, candidates per query.
+"""Plots: R@1 against GFLOP per pair, bytes per image or candidates per query, and reliability diagrams.
 
 Computes nothing. The same figures give the same file, byte for byte, with one version of matplotlib, which is imported
 when the first plot is drawn.
@@ -7,13 +7,15 @@ when the first plot is drawn.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from edje.evaluation.errors import PlotImpossible
+from edje.evaluation.reliability import NUM_BINS, Reliability
 
 #: Okabe and Ito's colours, distinct for any colour vision; their yellow is left out because it is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -106,10 +108,39 @@ def quality_vs_k(
         axes.minorticks_off()
 
 
+def reliability_diagram(curves: Mapping[str, Reliability], path: Path, *, title: str = "") -> None:
+    """Plot the share of positives against the predicted probability, a curve per name; writes `.svg` or `.png`.
+
+    The area of a marker grows with the logarithm of the number of pairs in its bin.
+    """
+    _check_suffix(path)
+    if not curves:
+        raise PlotImpossible(f"there is nothing to draw in {path}")
+    with _figure(path, title, "predicted probability", "share of positives") as axes:
+        axes.plot((0, 1), (0, 1), color="#666666", linestyle="--", linewidth=1.2, label="calibrated")
+        for number, (name, figures) in enumerate(curves.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            x = [each.mean_probability for each in figures.bins]
+            y = [each.positive_share for each in figures.bins]
+            axes.plot(x, y, color=colour, label=f"{name}, ECE {figures.calibration_error.value:.3f}")
+            sizes = [10 + 12 * math.log10(each.num_pairs) for each in figures.bins]
+            axes.scatter(x, y, s=sizes, color=colour, marker=MARKERS[number % len(MARKERS)], zorder=3)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axes.set_xticks([tick / 5 for tick in range(6)])
+        axes.legend(loc="upper left", title=f"{NUM_BINS} bins")
+
+
 @contextmanager
 def _axes(path: Path, points: Sequence[Point], title: str, x_label: str) -> Iterator[Any]:
-    """Labelled empty axes; on leaving, the figure is written to `path`. Raises `PlotImpossible`."""
+    """Labelled empty axes for R@1; on leaving, the figure is written to `path`. Raises `PlotImpossible`."""
     _refuse(path, points)
+    with _figure(path, title, x_label, "R@1, %") as axes:
+        yield axes
+
+
+@contextmanager
+def _figure(path: Path, title: str, x_label: str, y_label: str) -> Iterator[Any]:
+    """Labelled empty axes; on leaving, the figure is written to `path`. Raises `PlotImpossible` without matplotlib."""
     try:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError as error:
@@ -122,15 +153,19 @@ def _axes(path: Path, points: Sequence[Point], title: str, x_label: str) -> Iter
         figure = figure_module.Figure(figsize=_INCHES, layout="constrained")
         agg.FigureCanvasAgg(figure)  # works without a display
         axes = figure.add_subplot()
-        axes.set(xlabel=x_label, ylabel="R@1, %")
+        axes.set(xlabel=x_label, ylabel=y_label)
         axes.set_title(title, loc="left")
         yield axes
         figure.savefig(path, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None})
 
 
-def _refuse(path: Path, points: Sequence[Point]) -> None:
+def _check_suffix(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise PlotImpossible(f"{path} ends in neither {' nor '.join(SUFFIXES)}")
+
+
+def _refuse(path: Path, points: Sequence[Point]) -> None:
+    _check_suffix(path)
     if not points:
         raise PlotImpossible(f"there is nothing to draw in {path}")
     for point in points:

@@ -6,7 +6,8 @@
     MODULE:FACTORY    the result of `FACTORY(split)`: an engine, a graph, a table
 
 A factory takes the encoded split (`edje.evaluation.encoded_split`). Its scorer takes (caption, image) pairs in both
-directions of retrieval.
+directions of retrieval and returns the model's logits. Like those of `torch` they become log-odds by the checkpoint's
+calibration, as in the service.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-from edje.calibration import Direction
+import numpy as np
+from numpy.typing import NDArray
+
+from edje.calibration import Direction, DirectionCalibration, log_odds
 from edje.evaluation.cascade import Cascade
 from edje.evaluation.cost import ScorerCost, cascade_cost
 from edje.evaluation.errors import ScorerUnknown
 from edje.evaluation.protocol import Scorer, swapped
+from edje.first_stage_scores import of_ranks
 
 CHEAP, FULL = "maxsim", "torch"
 _CASCADE = re.compile(r"cascade:(\d+)", re.ASCII)
@@ -47,24 +53,52 @@ def check_scorer_name(name: str) -> None:
 
 
 def scores_pairs_independently(name: str) -> bool:
-    """Whether a pair's score is known not to depend on the other candidates, so that one scoring serves every k."""
+    """Whether a pair's score is known not to depend on k, so that one scoring serves every k."""
     return name in (CHEAP, FULL)
 
 
-def make_scorer(name: str, split: HasScorers, direction: Direction) -> Scorer:
-    """The scorer of this name for (query, candidate) pairs of this direction. Raises `ScorerUnknown`."""
+def returns_log_odds(name: str) -> bool:
+    """Whether the scores of this scorer are the model's log-odds, and their sigmoid a probability."""
+    return name != CHEAP and not _CASCADE.fullmatch(name)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedScorer:
+    """A scorer that turns another one's logits into log-odds.
+
+    `ranks` returns the ranks of (query, candidate) pairs in the first stage's order, from 1.
+    """
+
+    logits: Scorer
+    constants: DirectionCalibration | None
+    ranks: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+
+    def __call__(self, query_index: NDArray[np.int64], candidate_index: NDArray[np.int64], /) -> NDArray[np.float32]:
+        logits = self.logits(query_index, candidate_index)
+        if self.constants is None:
+            return logits
+        first_stage = of_ranks(self.ranks(query_index, candidate_index))
+        return log_odds(np.asarray(logits), first_stage, self.constants).astype(np.float32)
+
+
+def make_scorer(
+    name: str, split: HasScorers, direction: Direction, calibrated: Callable[[Scorer], Scorer] = lambda logits: logits
+) -> Scorer:
+    """The scorer of this name for (query, candidate) pairs of this direction. Raises `ScorerUnknown`.
+
+    `calibrated` turns a scorer of logits of such pairs into one of log-odds; by default logits stay as they are.
+    """
     check_scorer_name(name)
 
     def directed(scorer: Scorer) -> Scorer:
-        if direction == "text-to-image":
-            return scorer
-        if isinstance(scorer, Cascade):  # its budget is per query, in either direction
-            return Cascade(swapped(scorer.cheap), swapped(scorer.full), scorer.budget)
-        return swapped(scorer)
+        return scorer if direction == "text-to-image" else swapped(scorer)
 
     if cascade := _CASCADE.fullmatch(name):
-        return directed(Cascade(_from_split(CHEAP, split), _from_split(FULL, split), int(cascade[1])))
-    return directed(_from_split(name, split) if name in (CHEAP, FULL) else _from_factory(name, split))
+        cheap, full = directed(_from_split(CHEAP, split)), directed(_from_split(FULL, split))
+        return Cascade(cheap, calibrated(full), int(cascade[1]))
+    if name == CHEAP:
+        return directed(_from_split(name, split))
+    return calibrated(directed(_from_split(name, split) if name == FULL else _from_factory(name, split)))
 
 
 def cost_of_scorer(name: str, split: HasScorers, k: int) -> ScorerCost | None:

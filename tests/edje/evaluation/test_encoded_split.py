@@ -11,14 +11,16 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from edje.calibration import Calibration, DirectionCalibration, sigmoid
 from edje.checkpoint import CheckpointMissing, read_tokenizer_json
 from edje.data.spec import ScenesSpec, open_dataset
-from edje.evaluate import evaluate_split
 from edje.evaluation.encoded_split import encode_split
 from edje.evaluation.errors import SplitUnusable
+from edje.evaluation.split_evaluation import evaluate_split
 from edje.first_stage.base import save_first_stage
 from edje.first_stage.dual_encoder import DualEncoder, DualEncoderConfig
 from edje.first_stage.load import load_first_stage
+from edje.first_stage_scores import of_ranks
 from edje.init import write_untrained
 from edje.model.initialisation import initialise
 from edje.model.variants import VARIANTS
@@ -168,7 +170,7 @@ def test_a_limit_takes_captions_evenly_and_keeps_all_images_as_candidates(load, 
     limited, images = (result.comparison for result in report.results)
     assert (limited.num_queries, limited.num_candidates) == (10, 8)
     assert (images.num_queries, images.num_candidates) == (8, 40)
-    assert report.data == "scenes test, 10 of 40 captions asked"
+    assert report.data == "scenes test, 10 of 40 captions as queries"
     positive = split.similarity[np.arange(40), split.image_of_caption]
     ranks = (split.similarity > positive[:, None]).sum(axis=1)
     assert limited.row("R@1").first_stage.value == pytest.approx((ranks[::4] == 0).mean())
@@ -191,3 +193,79 @@ def test_a_limit_keeps_the_captions_numbers(load, tmp_path):
     limited = report_of(right, 7).results[0].comparison
 
     assert limited.row("R@1").reranked.value == limited.row("R@3").first_stage.value
+
+
+# Calibration
+
+
+GAIN = DirectionCalibration(temperature=2.0, offset=-1.0, first_stage_gain=3.0)
+
+
+def calibrated(split, text_to_image=GAIN, image_to_text=GAIN):
+    return replace(split, calibration=Calibration(text_to_image, image_to_text))
+
+
+def test_each_direction_is_ordered_by_the_log_odds_of_its_constants(load, tmp_path):
+    split = load(checkpoint_in(tmp_path / "model"), scenes())
+    reversed_order = {"torch": lambda: lambda captions, images: -split.similarity[captions, images]}
+    constants = replace(GAIN, first_stage_gain=1e6), replace(GAIN, first_stage_gain=0.0)
+
+    report = report_of(calibrated(replace(split, scorers=reversed_order), *constants), None)
+
+    by_first_stage, by_logits = (result.comparison for result in report.results)
+    assert (by_first_stage.better.value, by_first_stage.worse.value) == (0, 0)
+    assert by_logits.worse.value > 0
+
+
+@pytest.mark.parametrize("num_captions", [None, 7])
+def test_each_candidate_gets_the_first_stage_score_of_its_rank(load, tmp_path, num_captions):
+    split = load(checkpoint_in(tmp_path / "model"), scenes())
+    logits = {"torch": lambda: lambda captions, images: np.zeros(len(captions), np.float32)}
+
+    result = report_of(calibrated(replace(split, scorers=logits)), num_captions).results[0]
+
+    # With equal logits the first stage alone decides, and each query has the same three probabilities.
+    assert result.comparison.worse.value == 0
+    assert [each.mean_probability for each in result.reliability.bins] == pytest.approx(
+        sigmoid(1.5 * of_ranks(np.array([3, 2, 1])) - 1), abs=1e-6
+    )
+
+
+def test_requests_without_scores_in_random_order_rank_worse_and_are_in_the_report(load, tmp_path):
+    split = load(checkpoint_in(tmp_path / "model"), scenes())
+    known = {"torch": lambda: lambda c, i: (split.image_of_caption[c] == i).astype(np.float32)}
+
+    result = report_of(calibrated(replace(split, scorers=known)), None).results[0]
+
+    assert result.shuffled.row("R@1").reranked.value < result.comparison.row("R@3").reranked.value
+    assert result.shuffled.row("R@3") == result.comparison.row("R@3")
+
+
+def test_a_model_that_reads_no_scores_has_no_row_without_them(load, tmp_path):
+    split = load(checkpoint_in(tmp_path / "model"), scenes())
+    reads_none = calibrated(split, replace(GAIN, first_stage_gain=0.0), replace(GAIN, first_stage_gain=0.0))
+
+    for one in (split, reads_none):
+        assert [result.shuffled for result in report_of(one, None).results] == [None, None]
+
+
+def test_only_scorers_of_the_models_logits_have_probabilities(load, tmp_path):
+    tiny = replace(TINY, joint=replace(TINY.joint, kind="minimal", text_layers=1, visual_layers=1, match_dim=8))
+    split = calibrated(load(checkpoint_in(tmp_path / "model", tiny), scenes()))
+
+    has_probabilities = {
+        scorer: [result.reliability is not None for result in report_of(split, None, scorer).results]
+        for scorer in ("torch", "maxsim", "cascade:2")
+    }
+
+    assert has_probabilities == {"torch": [True, True], "maxsim": [False, False], "cascade:2": [False, False]}
+
+
+def test_a_cascade_with_a_budget_of_all_candidates_ranks_as_the_calibrated_model(load, tmp_path):
+    tiny = replace(TINY, joint=replace(TINY.joint, kind="minimal", text_layers=1, visual_layers=1, match_dim=8))
+    split = calibrated(load(checkpoint_in(tmp_path / "model", tiny), scenes()))
+
+    model, cascade = report_of(split, 9), report_of(split, 9, "cascade:3")
+
+    for one, other in zip(model.results, cascade.results, strict=True):
+        assert one.comparison == other.comparison

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from edje.calibration import Calibration, DirectionCalibration
 from edje.evaluation.comparison import evaluate
 from edje.evaluation.cost import ScorerCost, cascade_cost, scorer_cost
 from edje.evaluation.errors import PlotImpossible
-from edje.evaluation.plots import Curve, Point, quality_vs_bytes, quality_vs_cost, quality_vs_k
+from edje.evaluation.plots import Curve, Point, quality_vs_bytes, quality_vs_cost, quality_vs_k, reliability_diagram
+from edje.evaluation.reliability import reliability
 from edje.evaluation.report import Report, Result, print_report, read_report, to_json, to_markdown
 from edje.evaluation.task import text_to_image
 from edje.model.flops import Cost
@@ -31,6 +33,7 @@ def report():
         checkpoint="models/[bold]one",
         model_digest="0123456789abcdef",
         trained=True,
+        calibration=None,
         data="three pictures",
         split="test",
         first_stage="clip",
@@ -55,7 +58,7 @@ def test_a_report_is_one_line_of_json_that_can_be_read_again(report):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 2}, "version 2; this program reads version 1"),
+        ({"schema_version": 1}, "version 1; this program reads version 2"),
         ({"colour": "blue"}, "colour"),
         ({"results": [{"comparison": 1}]}, "comparison"),
     ],
@@ -71,11 +74,32 @@ def test_markdown_shows_both_rankings_and_names_model_and_data(report):
     assert "| R@1 | 33.3 [0.0, 100.0] | 100.0 [100.0, 100.0] | +66.7 [+0.0, +100.0] |" in text
     assert "24,832 B (24,966 B as a blob)" in text
     assert "text-to-image, k = 3: 3 queries, 3 candidates, 3.6 GFLOP per pair" in text
+    assert "queries: 66.7 [0.0, 100.0] % better, 0.0 [0.0, 0.0] % worse." in text
     assert "UNTRAINED" not in text
 
 
 def test_a_report_says_that_weights_are_untrained(report):
     assert "UNTRAINED" in to_markdown(replace(report, trained=False))
+
+
+def test_a_report_says_whether_scores_are_probabilities(report):
+    constants = DirectionCalibration(temperature=2.0, offset=-1.0, first_stage_gain=1.5)
+    calibrated = replace(report, calibration=Calibration(constants, replace(constants, first_stage_gain=0.0)))
+
+    assert "not calibrated: relevance scores are sigmoids of logits" in to_markdown(report)
+    assert "calibrated, first-stage gain text-to-image 1.5, image-to-text 0" in to_markdown(calibrated)
+    assert read_report(to_json(calibrated)) == calibrated
+
+
+def test_a_report_shows_probabilities_and_requests_without_scores(report):
+    [result] = report.results
+    figures = reliability(np.zeros((3, 3)), np.eye(3, dtype=bool), np.arange(3), num_resamples=5)
+
+    full = replace(report, results=(replace(result, reliability=figures, shuffled=result.comparison),))
+
+    assert "of 9 pairs, 33.3 % of them positive: ECE 0.1667 [0.1667, 0.1667], Brier score 0.2500" in to_markdown(full)
+    assert "in random order R@1 100.0 [100.0, 100.0]." in to_markdown(full)
+    assert read_report(to_json(full)) == full
 
 
 def test_the_terminal_shows_a_table_and_prints_names_that_look_like_markup(report):
@@ -114,10 +138,12 @@ CURVES = [
     Curve("int8", (Point("", 3_000, (0.8,), "8"), Point("", 6_000, (0.9, 0.91), "16"))),
     Curve("fp16", (Point("", 6_000, (0.81,)),)),
 ]
+FIGURES = reliability(np.linspace(-4, 4, 60).reshape(20, 3), np.eye(20, 3, dtype=bool), np.arange(20), num_resamples=5)
 DRAW = {
     "cost": lambda path: quality_vs_cost(POINTS, path, title="scenes", first_stage=0.58),
     "bytes": lambda path: quality_vs_bytes(CURVES, path, first_stage=0.58),
     "k": lambda path: quality_vs_k(CURVES, path, scale="log"),
+    "reliability": lambda path: reliability_diagram({"text-to-image": FIGURES}, path, title="scenes"),
 }
 
 
@@ -131,7 +157,7 @@ def test_the_same_figures_give_the_same_file(kind, tmp_path):
 
     assert first.read_bytes() == second.read_bytes()
     assert b"<dc:date>" not in first.read_bytes()
-    assert "R@1, %" in first.read_text()
+    assert {"reliability": "share of positives"}.get(kind, "R@1, %") in first.read_text()
 
 
 def test_a_plot_can_be_a_png(tmp_path):
