@@ -36,7 +36,6 @@ from server_process import ServiceError, free_port
 from services import Services
 from workers.errors import WorkerError
 from workers.publish.__main__ import connection
-from workers.settings import IngestSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Where the page is, if nothing else is there.
@@ -117,7 +116,7 @@ def settings_of(choices: Choices, pictures: Pictures, port: int, scratch: Path) 
             "ALLOWED_SCHEMES": "file",
             "FILE_ROOTS": str(pictures.folder.resolve()),
             "PUBLISH_EMBEDDING": "true",
-            **({"THUMBNAILS": "true"} if "thumbnails" in IngestSettings.model_fields else {}),
+            "THUMBNAILS": "true",
         },
         "rerank": {**engine, "SLAB_BYTES": str(SLAB_BYTES), "SPAN_FILE": spans["rerank"]},
         "index": checkpoint,

@@ -110,7 +110,8 @@ class Service:
         """`configs` are the broker's own settings of a topic, with _ for a dot: max_message_bytes."""
         topics = self.topics
         inputs = (topics.images_new, topics.rerank_requests)
-        names = (*inputs, topics.images_indexed, topics.rerank_responses, *map(topics.dead_letter, inputs))
+        dead_letters = map(topics.dead_letter, (*inputs, topics.images_indexed))
+        names = (*inputs, topics.images_indexed, topics.rerank_responses, topics.gateway_replies, *dead_letters)
         config = {name.replace("_", "."): str(value) for name, value in configs.items()}
         with contextlib.closing(KafkaAdminClient(bootstrap_servers=self.brokers.split(","))) as admin:
             each = {"num_partitions": num_partitions, "configs": config}
@@ -125,7 +126,12 @@ class Service:
             "engine": "constant",
             "session_timeout_ms": 6_000,  # the least that a broker takes unless told otherwise
         } | ({"slab_bytes": "8MiB"} if kind == "rerank" else {})
-        variables = {f"{kind.upper()}_{name.upper()}": str(value) for name, value in (chosen | settings).items()}
+        return self.start_plain(kind, **(chosen | settings))
+
+    def start_plain(self, kind: str, **settings: object) -> Worker:
+        """Start a worker process with these settings and no defaults but the topic prefix; does not wait for it."""
+        chosen = {"topic_prefix": self._prefix} | settings
+        variables = {f"{kind.upper()}_{name.upper()}": str(value) for name, value in chosen.items()}
         variables |= {"KAFKA_BROKERS": self.brokers, "REDIS_URL": self.redis_url, **self.variables}
         worker = Worker(kind, variables, self._folder / f"{kind}-{len(self.workers)}.log")
         self.workers.append(worker)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Of a process that starts or answers, on a machine that does much else.
 LIMIT_S = 60.0
 #: What would otherwise leak from the developer's shell into a worker.
-_PREFIXES = ("RERANK_", "INGEST_", "KAFKA_", "REDIS_", "OTEL_")
+_PREFIXES = ("RERANK_", "INGEST_", "INDEX_", "GATEWAY_", "KAFKA_", "REDIS_", "DATABASE_", "OTEL_")
 
 
 def eventually(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> float:
