@@ -43,9 +43,10 @@ ONLY_IN = {
 }
 #: The modules that put a program together, and so alone say which adapter stands behind a port.
 ROOTS = {
-    f"workers/{name}.py" for name in ("runtime", "client", "publish/__main__", "index/__main__", "gateway/replica")
+    f"workers/{name}.py"
+    for name in ("runtime", "connect", "client", "publish/__main__", "index/__main__", "gateway/replica")
 }
-ADAPTERS = {f"workers.bus.{name}" for name in ("inbox", "outbox", "transactions", "reader")} | {
+ADAPTERS = {f"workers.bus.{name}" for name in ("consumer", "producer", "transactions", "reader", "follower")} | {
     "workers.store.client",
     "workers.index.client",
 }

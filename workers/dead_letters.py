@@ -1,4 +1,4 @@
-"""Publishes dead letters; what one holds is `protocols.dead_letters`."""
+"""Makes and counts the dead letters of records; their form is `protocols.dead_letters`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from workers.errors import Poison, Refused, TooLarge
 from workers.metrics import Metrics
 from workers.ports import Finished, Outgoing, Record
 
+#: A dead letter is not shortened below this size: cause and origin need about as much.
+MIN_LETTER_BYTES = 1_000
+
 
 @dataclass(frozen=True, slots=True)
 class DeadLetters:
-    """Writes the dead letter of a record, and counts it."""
+    """Makes the dead letters of one worker."""
 
-    topic_of: Callable[[str], str]  # the dead-letter topic beside an input topic
+    topic_of: Callable[[str], str]  # the dead-letter topic of an input topic
     max_message_bytes: int
     metrics: Metrics
 
@@ -25,7 +28,10 @@ class DeadLetters:
         return Finished(record, (self.of(record, error_class=error_class, code=error.code, message=str(error)),))
 
     def of(self, record: Record, *, error_class: str, code: str, message: str, attempts: int = 1) -> Outgoing:
-        """The message to publish for a record that can never succeed; one too large for the broker loses its end."""
+        """Return the message to publish for a record that can never succeed.
+
+        A letter that is too large for the broker loses its end; if the topic takes even less, more of it.
+        """
         self.metrics.count_event("dead_letter")
         self.metrics.count_dead_letter(code)
         letter = DeadLetter(
@@ -40,12 +46,15 @@ class DeadLetters:
             message=message,
             attempts=attempts,
         )
-        topic = self.topic_of(letter.topic)
+        return _outgoing(self.topic_of(letter.topic), letter, self.max_message_bytes)
 
-        def shortened(refused: Refused) -> Outgoing | None:
-            if not isinstance(refused, TooLarge):
-                return None
-            short = letter.shortened(self.max_message_bytes)
-            return Outgoing(topic, short.key, short.value, short.to_headers())
 
-        return Outgoing(topic, letter.key, letter.value, letter.to_headers(), if_refused=shortened)
+def _outgoing(topic: str, letter: DeadLetter, next_max_bytes: int) -> Outgoing:
+    """The letter's message; refused for its size, it is replaced by one of at most `next_max_bytes`, and so on."""
+
+    def shortened(refused: Refused) -> Outgoing | None:
+        if not isinstance(refused, TooLarge) or next_max_bytes < MIN_LETTER_BYTES:
+            return None
+        return _outgoing(topic, letter.shortened(next_max_bytes), next_max_bytes // 4)
+
+    return Outgoing(topic, letter.key, letter.value, letter.to_headers(), if_refused=shortened)

@@ -1,16 +1,19 @@
-"""Tells the outside whether a worker is alive and ready, and serves its metrics: `/livez`, `/readyz`, `/metrics`.
+"""Serves a worker's state and metrics over HTTP: `/livez`, `/readyz` and `/metrics`.
 
-Alive means that the loop turns, ready means that nothing it waits for at the start is missing; both are noted by those
-who know and only read here. Knows neither Kafka nor Redis nor the engine.
+Alive: the loop turns. Ready: every condition of the start is met, and no problem is known. Other modules report both;
+here they are only read. Knows neither Kafka nor Redis nor the engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler
-from socketserver import ThreadingTCPServer
+from socketserver import BaseServer, ThreadingTCPServer
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -20,8 +23,10 @@ from workers.errors import Misconfigured
 
 log = structlog.get_logger(__name__)
 
-#: A probe that sends its request no faster than this is cut off, so that none can hold a thread.
+#: A connection is closed after this time, however slowly its request arrives or its answer is read.
 REQUEST_LIMIT_S = 5.0
+#: Connections served at once; a new one closes the oldest.
+MAX_CONNECTIONS = 32
 
 
 class Health:
@@ -30,29 +35,41 @@ class Health:
     def __init__(self, *, waits_for: Iterable[str], stall_limit_s: float) -> None:
         """`waits_for` are the conditions, in words, that must all be met before the worker is ready."""
         self._lock = threading.Lock()
-        self._missing = dict.fromkeys(waits_for, "")  # each with why, where that is known
+        self._missing = dict.fromkeys(waits_for, "")  # each with the reason, where that is known
+        self._problems: dict[str, str] = {}
         self._stall_limit_s = stall_limit_s
         self._last_turn: float | None = None
         self._draining = False
 
     def met(self, condition: str) -> None:
-        """Note that one of the conditions holds now. Raises `KeyError` for one that nobody waits for."""
+        """Note that one of the conditions is met. Raises `KeyError` for an unknown one."""
         with self._lock:
             del self._missing[condition]
 
     def explain(self, condition: str, reason: str) -> None:
-        """Note why one of the conditions does not hold yet. Raises `KeyError` for one that nobody waits for."""
+        """Note why one of the conditions is not met. Raises `KeyError` for an unknown one."""
         with self._lock:
             if condition not in self._missing:
                 raise KeyError(condition)
             self._missing[condition] = reason
 
+    def fail(self, part: str, reason: str) -> None:
+        """Note that a part of the worker does not work: not ready until it is `restored`."""
+        with self._lock:
+            self._problems[part] = reason
+
+    def restore(self, part: str) -> None:
+        """Note that a part of the worker works."""
+        if part in self._problems:
+            with self._lock:
+                self._problems.pop(part, None)
+
     def turned(self, now: float) -> None:
-        """Note that the loop has turned; a plain write, because this is called in every turn."""
+        """Note that the loop has turned; a plain write, because every turn makes it."""
         self._last_turn = now
 
     def draining(self) -> None:
-        """Note that the worker is on its way out: alive, and not ready again."""
+        """Note that the worker ends: alive, and not ready again. A plain write, because a signal handler makes it."""
         self._draining = True
 
     def unready_reasons(self) -> list[str]:
@@ -62,6 +79,7 @@ class Health:
                 f"waits for: {condition}" + (f" ({reason})" if reason else "")
                 for condition, reason in self._missing.items()
             ]
+            reasons += [f"{part}: {reason}" for part, reason in self._problems.items()]
         return [*reasons, "draining"] if self._draining else reasons
 
     def stall(self, now: float) -> str | None:
@@ -72,9 +90,47 @@ class Health:
 
 
 class _Server(ThreadingTCPServer):
-    # Not http.server's class: that one asks the DNS for the name of its own address before it serves.
+    """A server whose connections are bounded in number and in time.
+
+    Not http.server's class: that one asks the DNS for the name of its own address before it serves.
+    """
+
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, address: tuple[str, int], handler: Callable[[Any, Any, Any], BaseHTTPRequestHandler]) -> None:
+        self._open: dict[socket.socket, float] = {}  # by connection, when it was accepted; the oldest first
+        self._open_lock = threading.Lock()
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._open_lock:
+            self._open[request] = time.monotonic()
+            if len(self._open) > MAX_CONNECTIONS:
+                _cut(next(iter(self._open)))
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Called between requests and twice a second: cut the connections whose time is up."""
+        with self._open_lock:
+            late = [request for request, at in self._open.items() if at + REQUEST_LIMIT_S < time.monotonic()]
+            for request in late:
+                _cut(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._open_lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("http connection lost", exc_info=True)
+
+
+def _cut(request: socket.socket) -> None:
+    """End the reads and writes of a connection; its thread then closes it."""
+    with contextlib.suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _ServerOverIPv6(_Server):
@@ -82,12 +138,19 @@ class _ServerOverIPv6(_Server):
 
 
 class HealthServer:
-    """Serves the three pages from threads of its own, as long as the `with` block lasts."""
+    """Serves the three pages from its own threads, as long as the `with` block lasts."""
 
     def __init__(
-        self, health: Health, registry: CollectorRegistry, *, clock: Callable[[], float], host: str, port: int
+        self,
+        health: Health,
+        registry: CollectorRegistry,
+        *,
+        clock: Callable[[], float],
+        host: str,
+        port: int,
+        settings: tuple[str, str] = ("http_host", "http_port"),
     ) -> None:
-        """Port 0 takes a free one. Raises `Misconfigured` if the port cannot be had."""
+        """Port 0 takes a free one. Raises `Misconfigured`, with the names of the settings, if that is impossible."""
 
         class Pages(BaseHTTPRequestHandler):
             timeout = REQUEST_LIMIT_S
@@ -120,15 +183,18 @@ class HealthServer:
                 log.debug("http", line=format % args)
 
         try:
-            self._server = (_ServerOverIPv6 if ":" in host else _Server)((host, port), Pages)
+            self._server: BaseServer = (_ServerOverIPv6 if ":" in host else _Server)((host, port), Pages)
         except (OSError, OverflowError) as error:
-            raise Misconfigured(f"health and metrics cannot be served on {host}:{port}: {error}") from error
+            raise Misconfigured(
+                f"health and metrics cannot be served on {host}:{port}: {error}; "
+                f"set {settings[1]} to a free port (0 takes any), or change {settings[0]}"
+            ) from error
         self._host = host
         self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
 
     @property
     def port(self) -> int:
-        return int(self._server.server_address[1])
+        return int(self._server.server_address[1])  # type: ignore[index]  # of an internet address
 
     def __enter__(self) -> HealthServer:
         self._thread.start()
@@ -141,5 +207,5 @@ class HealthServer:
         self._server.server_close()
 
     def is_serving(self) -> bool:
-        """False once its thread has died, which is for the loop to notice and to end the worker."""
+        """False once its thread has died; the loop then ends the worker."""
         return self._thread.is_alive()

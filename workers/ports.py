@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from workers.errors import Misconfigured, Poison, Refused, TooLarge
+from workers.errors import Poison, Refused
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -52,7 +52,10 @@ class Poll:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One consumed message. A `value` of None is a tombstone; an empty value is not one."""
+    """One consumed message. A `value` of None is a tombstone; an empty value is not one.
+
+    `epoch` numbers the assignments of the partition: an outcome of an earlier one has no effect.
+    """
 
     partition: Partition
     offset: int
@@ -61,6 +64,7 @@ class Record:
     headers: Headers
     timestamp_ms: int
     poll: Poll | None = field(default=None, compare=False)  # None for the in-memory twin, which polls nothing
+    epoch: int = 0
 
     def polled_at(self, taken_at: float) -> float:
         """The end of the poll that returned the record, at the latest the moment it was taken."""
@@ -93,17 +97,9 @@ class Outgoing:
         """The bytes of key and value."""
         return len(self.key or b"") + len(self.value or b"")
 
-    def instead(self, refused: Refused) -> Outgoing:
-        """Return the message that replaces this one. Raises `Misconfigured` if there is no replacement."""
-        message = self.if_refused(refused) if self.if_refused is not None else None
-        if message is None:
-            remedy = (
-                "raise the topic's max.message.bytes"
-                if isinstance(refused, TooLarge)
-                else "create the topic, and allow this worker to describe it and to write to it"
-            )
-            raise Misconfigured(f"a message for the topic {self.topic} cannot be published: {refused}; {remedy}")
-        return message
+    def instead(self, refused: Refused) -> Outgoing | None:
+        """Return the message that replaces this one, None if there is no replacement."""
+        return None if self.if_refused is None else self.if_refused(refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +150,25 @@ class Job(Protocol):
         ...
 
 
+class Commit(NamedTuple):
+    """A committed offset: everything before it is done. `metadata` is text that the broker keeps with it."""
+
+    offset: int
+    metadata: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A partition that is assigned to this worker and not read until `Inbox.open`."""
+
+    partition: Partition
+    committed: Commit | None
+    beginning: int  # offset of the oldest record
+    end: int  # one past the newest record
+    topic_id: str = ""  # a topic that is deleted and created again has another one; "" if the broker reports none
+    epoch: int = 0  # the records of the assignment carry it
+
+
 @dataclass(frozen=True, slots=True)
 class Revocation:
     """Partitions that another worker is about to own or, if `lost`, owns already.
@@ -177,8 +192,16 @@ class Inbox(Protocol):
         """Return the revocations since the last call."""
         ...
 
-    def commit(self, offsets: Mapping[Partition, int]) -> Future[None]:
-        """Commit these offsets: everything before them is done. The future fails with `Transient` if that failed."""
+    def assignments(self) -> list[Assignment]:
+        """Return the assignments since the last call."""
+        ...
+
+    def open(self, assignment: Assignment, offset: int) -> None:
+        """Begin to read an assigned partition at this offset; without effect if the assignment is over."""
+        ...
+
+    def commit(self, offsets: Mapping[Partition, Commit]) -> Future[None]:
+        """Commit offsets, in the order of the calls. The future fails with `Transient` if that failed."""
         ...
 
     def joined(self) -> bool:
@@ -240,11 +263,15 @@ class Outbox(Protocol):
 class TransactionalOutbox(Protocol):
     """Publishes messages and the offsets of the records they answer in one transaction."""
 
-    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
+    def is_decided(self, topic: str) -> bool:
+        """Whether messages to this topic can be published or refused without waiting; starts to find out if not."""
+        ...
+
+    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, Commit]) -> None:
         """Publish all or nothing; blocks until the broker has decided.
 
         Raises, with nothing published: `Refused` (its `message_number` is the index of the message) or `Transient` (try
-        again; also during a rebalance, which a revocation then explains).
+        again the same messages or some of them; also during a rebalance, which a revocation then explains).
         """
         ...
 

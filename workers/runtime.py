@@ -1,40 +1,36 @@
-"""What both workers are made of, put together: settings, logs, health, store, bus, delivery, loop, signals.
+"""The composition of every worker: settings, logs, health, telemetry, bus, delivery, loop, signals.
 
-Each worker adds its job. Of a worker only this module names adapters; everything else knows ports.
+Each worker adds its job (`Build`). Only this module and `workers.connect` name the adapters of a worker; everything
+else knows ports.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import enum
 import signal
-import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import Generic, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 import structlog
+import typer
 
 from protocols.topics import Topics
 from trt.contract import EngineError
-from workers.bus.connection import kafka_connection
-from workers.bus.consumer import KafkaInbox
-from workers.bus.producer import KafkaOutbox
-from workers.bus.transactions import KafkaTransactionalOutbox
+from workers.connect import Subscription, connect, transactional_id
 from workers.dead_letters import DeadLetters
-from workers.delivery import AtLeastOnce, Delivery, ExactlyOnce
 from workers.errors import Misconfigured, Transient
 from workers.health import Health, HealthServer
 from workers.logs import set_up_logs
 from workers.loop import Loop, Wake
 from workers.metrics import Metrics, RetryKind
 from workers.ports import Inbox, Job, Partition, TokenStore
-from workers.read_settings import near_misses, read_settings, secrets_of
+from workers.read_settings import near_misses, read_settings, secrets_of, variable_names
 from workers.retrying import Retry
 from workers.settings import EngineSettings, WorkerSettings
 from workers.show_config import show_config
@@ -49,13 +45,22 @@ log = structlog.get_logger(__name__)
 S = TypeVar("S", bound=WorkerSettings)
 T = TypeVar("T")
 
-#: What a worker waits for before it is ready, in the words of `/readyz`.
+#: The conditions of `/readyz`.
 ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS = "engine loaded and warm", "store answers", "broker answers"
 GROUP_JOINED = "consumer group joined"
 #: How often gauges are brought up to date.
 GAUGES_S = 1.0
-#: For the last words to the broker, after the drain.
-CLOSE_S = 5.0
+#: How often the store or database is probed once the worker is ready.
+PROBE_S = 5.0
+#: The retries that report whether the store or the database works.
+STORE_RETRIES: tuple[RetryKind, ...] = ("store_read", "store_write")
+
+
+class Layout(enum.StrEnum):
+    """How `--show-config` writes the settings."""
+
+    table = "table"
+    json = "json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +73,25 @@ class Shared(Generic[S]):
     tracer: Tracer
     wake: Wake
     clock: Callable[[], float]
+    health: Health = field(default_factory=lambda: Health(waits_for=(), stall_limit_s=60.0))
 
     def retry(self, kind: RetryKind) -> Retry:
-        return Retry(on_retry=lambda: self.metrics.count_retry(kind))
+        """Return a retry that counts its attempts and, for the store, reports to `/readyz` whether they succeed."""
+        if kind not in STORE_RETRIES:
+            return Retry(on_retry=lambda: self.metrics.count_retry(kind))
+        return Retry(
+            on_retry=lambda: self.metrics.count_retry(kind),
+            on_error=lambda error: self.health.fail(kind, str(error)),
+            on_success=lambda: self.health.restore(kind),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A job that is ready to work, and what the worker calls besides.
+    """A job that is ready to work, and what the worker needs besides.
 
     `refresh_gauges` takes the lag of each assigned partition. `probe` tries every command that the job sends to its
-    store or database, and raises `Transient` or `Misconfigured`.
+    store or database, and raises `Transient` or `Misconfigured`. `about` is logged with the line `ready`.
     """
 
     job: Job
@@ -87,6 +100,8 @@ class Built:
     group_id: str
     refresh_gauges: Callable[[Mapping[Partition, int]], None]
     probe: Callable[[], None]
+    output_topics: tuple[str, ...] = ()
+    about: Mapping[str, object] = field(default_factory=dict)
 
 
 Build = Callable[[Shared[S]], AbstractContextManager[Built]]
@@ -103,27 +118,39 @@ def open_store(settings: EngineSettings) -> TokenStore:
 def run_worker(
     name: str, kind: type[S], build: Build[S], *, loads: str = ENGINE_WARM, needs: str = STORE_ANSWERS
 ) -> int:
-    """Run a worker until SIGTERM or SIGINT; returns the process's exit status.
+    """Run a worker until SIGTERM or SIGINT; returns or raises the process's exit status.
 
     `loads` and `needs` are the conditions in `/readyz` that the end of `build` and a first good `Built.probe` meet.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m workers.{name}", description="Settings come from the environment."
-    )
-    parser.add_argument(
-        "--show-config", nargs="?", const="table", choices=("table", "json"), help="list every setting, and end"
-    )
-    arguments = parser.parse_args()
-    try:
-        settings = read_settings(kind)
-    except Misconfigured as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    if arguments.show_config is not None:
-        show_config(settings, sys.stdout, arguments.show_config)
-        return 0
+    program = f"python -m workers.{name}"
+
+    def command(
+        layout: Annotated[
+            Layout | None, typer.Option("--show-config", help="List every setting (table or json; default table), end.")
+        ] = None,
+    ) -> None:
+        try:
+            settings = read_settings(kind)
+        except Misconfigured as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        if layout is not None:
+            show_config(settings, sys.stdout, layout.value)
+            return
+        raise typer.Exit(_run_logged(name, settings, build, loads=loads, needs=needs))
+
+    arguments = sys.argv[1:]
+    if arguments[-1:] == ["--show-config"]:  # the option's value may be left out
+        arguments.append(Layout.table)
+    app = typer.Typer(add_completion=False)
+    app.command(help="Settings come from the environment.")(command)
+    app(arguments, prog_name=program)
+    return 0
+
+
+def _run_logged(name: str, settings: S, build: Build[S], *, loads: str, needs: str) -> int:
     set_up_logs(log_format=settings.log_format, level=settings.log_level, secrets=secrets_of(settings))
-    for sentence in near_misses(kind):
+    for sentence in (*near_misses(type(settings)), *settings.warnings()):
         log.warning(sentence)
     try:
         with ExitStack() as stack:
@@ -132,13 +159,16 @@ def run_worker(
         log.error("the worker cannot go on", error=str(error), kind=type(error).__name__)
         return 1
     except Exception:
-        log.exception("the worker ends; what was in work is left to its next owner")
+        log.exception("the worker ends; the next owner repeats what was in work")
         return 1
     return 0
 
 
 class _Signals:
-    """SIGTERM and SIGINT: before the loop runs they end the process, afterwards they drain it."""
+    """SIGTERM and SIGINT: before the loop runs they end the process, afterwards they drain it.
+
+    The handler sets flags and takes no lock: the interrupted code may hold any.
+    """
 
     def __init__(self, health: Health) -> None:
         self._health = health
@@ -157,28 +187,51 @@ def _run(name: str, settings: S, build: Build[S], stack: ExitStack, *, loads: st
     clock, metrics, wake = time.monotonic, Metrics(), Wake()
     health = Health(waits_for=(loads, needs, BROKER_ANSWERS, GROUP_JOINED), stall_limit_s=settings.stall_limit_s)
     signals = _Signals(health)
+    names = variable_names(type(settings))
     server = stack.enter_context(
-        HealthServer(health, metrics.registry, clock=clock, host=settings.http_host, port=settings.http_port)
+        HealthServer(
+            health,
+            metrics.registry,
+            clock=clock,
+            host=settings.http_host,
+            port=settings.http_port,
+            settings=(names["http_host"], names["http_port"]),
+        )
     )
-    tracer = start_tracing(name, settings, metrics, clock, stack)
-    metric_export = start_metric_export(name, settings, metrics, stack)
-    shared = Shared(settings, Topics(settings.topic_prefix), metrics, tracer, wake, clock)
+    tracer = start_tracing(name, settings.telemetry(), metrics, clock, stack)
+    metric_export = start_metric_export(name, settings.telemetry(), metrics.registry, stack)
+    _check_checkpoint(settings, names)
+    shared = Shared(settings, Topics(settings.topic_prefix), metrics, tracer, wake, clock, health)
 
     built = stack.enter_context(build(shared))
     health.met(loads)
-    _when_it_answers(shared, health, needs, built.probe)
-    inbox, delivery = _when_it_answers(shared, health, BROKER_ANSWERS, lambda: _connect(name, shared, built, stack))
+    _wait_for(shared, needs, built.probe)
+    dead_letter_topic = shared.topics.dead_letter(built.input_topic)
+    subscription = Subscription(
+        name=name,
+        group_id=built.group_id,
+        input_topic=built.input_topic,
+        output_topics=(*built.output_topics, dead_letter_topic),
+        transactional_id=transactional_id(built.group_id, server.port),
+    )
+    connected = _wait_for(
+        shared,
+        BROKER_ANSWERS,
+        lambda: connect(settings, subscription, wake=wake, metrics=metrics, spans=built.spans, stack=stack),
+    )
+    prober = stack.enter_context(_Prober(health, needs, built.probe))
 
     loop = Loop(
-        inbox=inbox,
+        inbox=connected.inbox,
         job=built.job,
-        delivery=delivery,
+        delivery=connected.delivery,
+        partitions=connected.partitions,
         dead_letter=DeadLetters(shared.topics.dead_letter, settings.max_message_bytes, metrics).finished,
         wake=wake,
         clock=clock,
         drain_grace_s=settings.drain_grace_s,
         revoke_grace_s=settings.revoke_grace_s,
-        on_turn=_Housekeeping(health, server, metrics, metric_export, inbox, built),
+        on_turn=_Housekeeping(shared, built, connected.inbox, [server, prober], metric_export),
     )
     signals.loop = loop
     log.info("joining the group", topic=built.input_topic, group=built.group_id, delivery=settings.delivery)
@@ -186,83 +239,77 @@ def _run(name: str, settings: S, build: Build[S], stack: ExitStack, *, loads: st
     built.spans.flush()
 
 
-def _when_it_answers(shared: Shared[S], health: Health, condition: str, call: Callable[[], T]) -> T:
-    """Try until it succeeds, and have `/readyz` say why it does not.
+def _check_checkpoint(settings: WorkerSettings, names: Mapping[str, str]) -> None:
+    if isinstance(settings, EngineSettings) and not settings.checkpoint.is_dir():
+        raise Misconfigured(
+            f"{names['checkpoint']}={settings.checkpoint} is not a folder; name the folder of a model checkpoint "
+            "(`python -m edje.init` makes an untrained one)"
+        )
 
-    Refused credentials are waited for as well: a worker that says what is wrong is found sooner than one that restarts.
+
+def _wait_for(shared: Shared[S], condition: str, call: Callable[[], T]) -> T:
+    """Repeat a call until it succeeds; `/readyz` shows why it does not.
+
+    Refused credentials and missing permissions too: a worker that reports them is found sooner than one that restarts.
     """
 
     def attempt() -> T:
         try:
             return call()
         except (Transient, Misconfigured) as error:
-            health.explain(condition, str(error))
+            shared.health.explain(condition, str(error))
             raise Transient(str(error)) from error
 
     answer = shared.retry("connect")(condition, attempt)
-    health.met(condition)
+    shared.health.met(condition)
     return answer
 
 
-def _connect(name: str, shared: Shared[S], built: Built, stack: ExitStack) -> tuple[Inbox, Delivery]:
-    """Connect to Kafka. Raises `Transient` while no broker answers; nothing is then left open."""
-    settings, wake = shared.settings, shared.wake
-    connection = kafka_connection(settings, client_id=f"edje-{name}")
-    with ExitStack() as opened:
-        inbox = KafkaInbox(
-            connection,
-            topic=built.input_topic,
-            group_id=built.group_id,
-            wake=wake,
-            read_committed=settings.delivery == "exactly_once",
-            max_poll_records=settings.max_poll_records,
-            max_message_bytes=settings.max_message_bytes,
-            session_timeout_ms=settings.session_timeout_ms,
-        )
-        opened.callback(inbox.close, CLOSE_S)
-        delivery: Delivery
-        if settings.delivery == "exactly_once":
-            transactional = KafkaTransactionalOutbox(
-                connection,
-                transactional_id=transactional_id(built.group_id),
-                membership=inbox.membership,
-                max_message_bytes=settings.max_message_bytes,
-                transaction_timeout_ms=settings.session_timeout_ms,
-            )
-            executor = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="transaction"))
-            opened.callback(transactional.close, CLOSE_S)  # first, because it ends a transaction that waits
-            interval_s = settings.transaction_interval_ms / 1000
-            delivery = ExactlyOnce(transactional, executor, wake, interval_s, shared.metrics, built.spans)
-        else:
-            outbox = KafkaOutbox(connection, max_message_bytes=settings.max_message_bytes)
-            opened.callback(outbox.close, CLOSE_S)
-            interval_s = settings.commit_interval_ms / 1000
-            delivery = AtLeastOnce(inbox, outbox, wake, interval_s, shared.metrics, built.spans)
-        stack.push(opened.pop_all())
-    return inbox, delivery
+class _Prober:
+    """Probes the store or database of a ready worker, on a thread: while idle it would not notice that it is away."""
 
+    def __init__(self, health: Health, needs: str, probe: Callable[[], None]) -> None:
+        self._health = health
+        self._needs = needs
+        self._probe = probe
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
 
-def transactional_id(group_id: str) -> str:
-    """The same for a container that restarts in its pod, so that its successor ends an open transaction at once.
+    def __enter__(self) -> _Prober:
+        self._thread.start()
+        return self
 
-    In a container the process number is always 1; elsewhere it tells the workers of one host apart.
-    """
-    return f"{group_id}-{socket.gethostname()}-{os.getpid()}"
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()  # not joined: its call may wait for a store that is away
+
+    def is_serving(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stop.wait(PROBE_S):
+            try:
+                self._probe()
+            except (Transient, Misconfigured) as error:
+                self._health.fail(self._needs, f"not any more: {error}")
+            else:
+                self._health.restore(self._needs)
+                for kind in STORE_RETRIES:
+                    self._health.restore(kind)
 
 
 class _Housekeeping:
-    """Tells health and metrics of every turn of the loop, the costlier things now and then."""
+    """Reports each turn of the loop to health and metrics, the costlier things once a second."""
 
     def __init__(
         self,
-        health: Health,
-        server: HealthServer,
-        metrics: Metrics,
-        metric_export: MetricExport | None,
-        inbox: Inbox,
+        shared: Shared[S],
         built: Built,
+        inbox: Inbox,
+        threads: list[HealthServer | _Prober],
+        metric_export: MetricExport | None,
     ) -> None:
-        self._health, self._server, self._metrics, self._inbox, self._built = health, server, metrics, inbox, built
+        self._health, self._metrics, self._inbox, self._built = shared.health, shared.metrics, inbox, built
+        self._threads = threads
         self._metric_export = metric_export
         self._has_joined = False
         self._due = 0.0
@@ -274,12 +321,12 @@ class _Housekeeping:
         if not self._has_joined and self._inbox.joined():
             self._has_joined = True
             self._health.met(GROUP_JOINED)
-            log.info("ready")
+            log.info("ready", **self._built.about)
         if now < self._due:
             return
         self._due = now + GAUGES_S
-        if not self._server.is_serving():
-            raise RuntimeError("the thread that serves health and metrics has died")
+        if not all(thread.is_serving() for thread in self._threads):
+            raise RuntimeError("the thread that serves health and metrics, or the one that probes, has died")
         if self._metric_export is not None and not self._metric_export.is_running():
             raise RuntimeError("the thread that exports metrics has died")
         self._metrics.loop_turns.inc(self._num_turns)

@@ -14,7 +14,7 @@ from pydantic import model_validator as check
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from protocols.topics import Topics
-from workers.telemetry.sampling import SamplerName
+from workers.telemetry.options import OptionsReader, OtelValues, TelemetryOptions
 
 MIB = 2**20
 
@@ -117,36 +117,80 @@ class ServiceSettings(KafkaSettings):
     otlp_metrics_endpoint: SecretStr | None = Field(
         None, validation_alias="OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", description="Whole address for metrics alone."
     )
-    otel_sdk_disabled: bool = Field(
-        False, validation_alias="OTEL_SDK_DISABLED", description="Record and send neither spans nor metrics."
+    otel_sdk_disabled: str = Field(
+        "false", validation_alias="OTEL_SDK_DISABLED", description="true: record and send neither spans nor metrics."
     )
-    otel_traces_sampler: SamplerName = Field(
+    otel_traces_exporter: str = Field(
+        "otlp", validation_alias="OTEL_TRACES_EXPORTER", description="none: send no spans, whatever endpoint is set."
+    )
+    otel_metrics_exporter: str = Field(
+        "otlp",
+        validation_alias="OTEL_METRICS_EXPORTER",
+        description="none: send no metrics, whatever endpoint is set. They are served on `/metrics` in any case.",
+    )
+    otel_protocol: str = Field(
+        "http/protobuf",
+        validation_alias="OTEL_EXPORTER_OTLP_PROTOCOL",
+        description="Protocol to the collector; this is the only one.",
+    )
+    otel_traces_sampler: str = Field(
         "parentbased_always_on",
         validation_alias="OTEL_TRACES_SAMPLER",
-        description="Which messages are traced; parentbased: what the producer says, where it says anything.",
+        description="Which messages are traced: always_on, always_off, traceidratio, or one of these after "
+        "`parentbased_`, which follows the producer's decision if there is one.",
     )
-    otel_traces_sampler_arg: float = Field(
-        1.0, ge=0, le=1, validation_alias="OTEL_TRACES_SAMPLER_ARG", description="The share, for traceidratio."
+    otel_traces_sampler_arg: str = Field(
+        "1.0", validation_alias="OTEL_TRACES_SAMPLER_ARG", description="The share of traces, for traceidratio."
     )
-    otel_max_queue_spans: PositiveInt = Field(
-        2048, validation_alias="OTEL_BSP_MAX_QUEUE_SIZE", description="Spans that wait to be sent; more are dropped."
+    otel_max_queue_spans: str = Field(
+        "2048", validation_alias="OTEL_BSP_MAX_QUEUE_SIZE", description="Spans that wait to be sent; more are dropped."
     )
-    otel_max_batch_spans: PositiveInt = Field(
-        512, validation_alias="OTEL_BSP_MAX_EXPORT_BATCH_SIZE", description="So many spans are sent at once."
+    otel_max_batch_spans: str = Field(
+        "512",
+        validation_alias="OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+        description="Number of spans that are sent together, at most the queue's size.",
     )
-    otel_span_delay_ms: PositiveInt = Field(
-        5000, validation_alias="OTEL_BSP_SCHEDULE_DELAY", description="Fewer spans than that are sent this often."
+    otel_span_delay_ms: str = Field(
+        "5000", validation_alias="OTEL_BSP_SCHEDULE_DELAY", description="Interval at which fewer spans are sent."
     )
-    otel_metric_export_interval_ms: PositiveInt = Field(
-        60_000, validation_alias="OTEL_METRIC_EXPORT_INTERVAL", description="Metrics are sent this often."
+    otel_metric_export_interval_ms: str = Field(
+        "60000", validation_alias="OTEL_METRIC_EXPORT_INTERVAL", description="Interval at which metrics are sent."
     )
 
     @check(mode="after")
     def _shared_limits_agree(self) -> Self:
         Topics(self.topic_prefix)
-        if self.otel_max_batch_spans > self.otel_max_queue_spans:
-            raise ValueError("OTEL_BSP_MAX_EXPORT_BATCH_SIZE is larger than OTEL_BSP_MAX_QUEUE_SIZE")
         return self
+
+    def telemetry(self) -> TelemetryOptions:
+        """Return the telemetry options; invalid values of standard variables are ignored."""
+        return self._read_telemetry(OptionsReader())
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each ignored value."""
+        reader = OptionsReader()
+        self._read_telemetry(reader)
+        return reader.warnings
+
+    def _read_telemetry(self, reader: OptionsReader) -> TelemetryOptions:
+        return reader.read(
+            OtelValues(
+                sdk_disabled=self.otel_sdk_disabled,
+                traces_exporter=self.otel_traces_exporter,
+                metrics_exporter=self.otel_metrics_exporter,
+                protocol=self.otel_protocol,
+                sampler=self.otel_traces_sampler,
+                sampler_arg=self.otel_traces_sampler_arg,
+                max_queue_spans=self.otel_max_queue_spans,
+                max_batch_spans=self.otel_max_batch_spans,
+                span_delay_ms=self.otel_span_delay_ms,
+                metric_interval_ms=self.otel_metric_export_interval_ms,
+            ),
+            has_traces_endpoint=bool(self.otlp_endpoint or self.otlp_traces_endpoint),
+            has_metrics_endpoint=bool(self.otlp_endpoint or self.otlp_metrics_endpoint),
+            span_file=self.span_file,
+            span_file_bytes=self.span_file_bytes,
+        )
 
 
 class WorkerSettings(ServiceSettings):
@@ -165,6 +209,12 @@ class WorkerSettings(ServiceSettings):
     )
     revoke_grace_s: NonNegativeFloat = Field(5.0, description="Before a partition is given back, for its messages.")
     max_poll_records: PositiveInt = Field(500, description="Records of one poll.")
+    max_undelivered_messages: PositiveInt = Field(
+        10_000, description="Outcomes that wait for the broker before reading pauses."
+    )
+    max_undelivered_bytes: PositiveBytes = Field(
+        ByteSize(64 * MIB), description="Bytes of outcomes that wait for the broker before reading pauses."
+    )
 
 
 class EngineSettings(WorkerSettings):

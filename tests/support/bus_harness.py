@@ -17,6 +17,7 @@ from workers.bus.follower import KafkaFollower
 from workers.bus.memory import MemoryBroker, MemoryFollower, MemoryInbox, MemoryOutbox, MemoryTransactionalOutbox
 from workers.bus.producer import KafkaOutbox
 from workers.bus.transactions import KafkaTransactionalOutbox
+from workers.partitions import first_offset
 from workers.ports import Outgoing, Record
 
 LIMIT_S = 30.0
@@ -33,13 +34,20 @@ def eventually(condition: Callable[[], object], limit_s: float = LIMIT_S) -> flo
     return time.monotonic() - started
 
 
+def open_all(inbox) -> None:
+    """Give back at once what is revoked, and open what is assigned, as the loop does."""
+    for revocation in inbox.revocations():
+        revocation.release()
+    for assignment in inbox.assignments():
+        inbox.open(assignment, first_offset(assignment))
+
+
 def take(inbox, number: int, limit_s: float = LIMIT_S) -> list[Record]:
     """The next records, as many as asked for; gives back at once what is revoked meanwhile."""
     records: list[Record] = []
 
     def has_all() -> bool:
-        for revocation in inbox.revocations():
-            revocation.release()
+        open_all(inbox)
         while len(records) < number and (record := inbox.take()) is not None:
             records.append(record)
         return len(records) == number
@@ -141,6 +149,7 @@ class KafkaBus:
                 self.connection,
                 transactional_id=self.prefix + name,
                 membership=membership or inbox.membership,
+                committed=inbox.committed,
                 max_message_bytes=MAX_MESSAGE_BYTES,
                 **settings,
             )

@@ -16,7 +16,7 @@ from protocols.encoding import CONTENT_TYPE_HEADER, MSGPACK, encode
 from protocols.events import ErrorInfo, ImageIndexed, ImageNew, Query, RerankRequest, RerankResponse
 from protocols.topics import Topics
 from services import create_topics
-from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
+from workers.bus.memory import MemoryBroker, MemoryFollower, MemoryOutbox
 from workers.bus.producer import KafkaOutbox
 from workers.bus.reader import KafkaReader
 from workers.client import Client, NoAnswer, answer_topics, connect
@@ -33,16 +33,16 @@ class MemoryReader:
 
     def __init__(self, broker, topics):
         self.broker = broker
-        self.inboxes = [MemoryInbox(broker, topic=topic, group_id="reader") for topic in topics]
+        self.followers = [MemoryFollower(broker, topic) for topic in topics]
 
     def poll(self, timeout_s):
-        return [record for inbox in self.inboxes for record in iter(inbox.take, None)]
+        return [record for follower in self.followers for record in iter(follower.take, None)]
 
     def unknown_topics(self):
         return []
 
     def close(self):
-        self.inboxes.clear()
+        self.followers.clear()
 
 
 @pytest.fixture

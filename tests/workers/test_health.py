@@ -1,5 +1,6 @@
 """What the probes and the scraper get to see of a worker."""
 
+import contextlib
 import http.client
 import socket
 import urllib.error
@@ -8,6 +9,7 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import workers.health
 from workers.errors import Misconfigured
 from workers.health import Health, HealthServer
 from workers.metrics import Metrics
@@ -100,8 +102,51 @@ def test_a_taken_port_ends_the_worker_with_a_sentence(health, clock):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
 
-        with pytest.raises(Misconfigured, match=f"127.0.0.1:{port}"):
-            HealthServer(health, Metrics().registry, clock=clock, host="127.0.0.1", port=port)
+        with pytest.raises(Misconfigured, match=f"127.0.0.1:{port}.*set RERANK_HTTP_PORT to a free port"):
+            HealthServer(
+                health,
+                Metrics().registry,
+                clock=clock,
+                host="127.0.0.1",
+                port=port,
+                settings=("RERANK_HTTP_HOST", "RERANK_HTTP_PORT"),
+            )
+
+
+def test_a_part_that_fails_after_the_start_makes_the_worker_unready_until_it_is_restored(health, page):
+    health.met("engine warm")
+    health.met("group joined")
+
+    health.fail("store_read", "connection refused")
+    assert page("/readyz") == (503, "store_read: connection refused\n")
+    health.restore("store_read")
+    health.restore("store_write")
+
+    assert page("/readyz") == (200, "ready\n")
+
+
+def test_slow_connections_hold_up_no_probe_and_are_closed(health, page, clock, monkeypatch):
+    monkeypatch.setattr(workers.health, "REQUEST_LIMIT_S", 0.2)
+    server = HealthServer(health, Metrics().registry, clock=clock, host="127.0.0.1", port=0)
+    with server, contextlib.ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            for _ in range(workers.health.MAX_CONNECTIONS + 8)
+        ]
+        for connection in slow:
+            with contextlib.suppress(OSError):  # the oldest may be closed already
+                connection.sendall(b"G")
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/livez", timeout=5) as answer:
+            assert answer.read() == b"alive\n"
+
+        assert [is_closed_by_the_server(connection) for connection in slow] == [True] * len(slow)
+
+
+def is_closed_by_the_server(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1000) == b""
+    except ConnectionResetError:
+        return True
 
 
 def test_a_request_that_is_none_does_no_harm(health, clock):

@@ -7,11 +7,14 @@ from unittest.mock import Mock
 
 import pytest
 
+from delivery_harness import committed_in
+from workers.at_least_once import AtLeastOnce
 from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
-from workers.delivery import AtLeastOnce
+from workers.delivery import UndeliveredLimits
 from workers.errors import Poison
-from workers.loop import MAX_RECORDS_PER_TURN, MAX_WAIT_S, Loop, Wake
-from workers.ports import Finished, Outgoing, Partition, Record
+from workers.loop import LEAVE_S, MAX_RECORDS_PER_TURN, MAX_WAIT_S, Loop, Wake
+from workers.partitions import MAX_FAILED_STARTS, Marker, Partitions
+from workers.ports import Commit, Finished, Outgoing, Partition, Record
 from workers.telemetry.bus_spans import BusSpans
 
 P0, P1 = Partition("in", 0), Partition("in", 1)
@@ -60,17 +63,28 @@ class EchoJob:
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, broker: MemoryBroker | None = None) -> None:
         self.now = 100.0
-        self.broker = MemoryBroker(num_partitions=2)
+        self.broker = broker or MemoryBroker(num_partitions=2)
         self.wake = Wake()
         self.inbox = MemoryInbox(self.broker, topic="in", group_id="g", wake=self.wake)
         self.job = EchoJob()
         self.turns: list[float] = []
+        self.partitions = Partitions(self.inbox, self.wake)
         self.loop = Loop(
             inbox=self.inbox,
             job=self.job,
-            delivery=AtLeastOnce(self.inbox, MemoryOutbox(self.broker), self.wake, 1.0, Mock(), BusSpans.off()),
+            delivery=AtLeastOnce(
+                self.inbox,
+                MemoryOutbox(self.broker),
+                self.partitions,
+                self.wake,
+                1.0,
+                Mock(),
+                BusSpans.off(),
+                UndeliveredLimits(),
+            ),
+            partitions=self.partitions,
             dead_letter=self.dead_letter,
             wake=self.wake,
             clock=lambda: self.now,
@@ -85,7 +99,7 @@ class Bench:
     def publish(self, number: int, partition: Partition = P0) -> None:
         log = self.broker.partition_log(*partition)
         for _ in range(number):
-            log.append(Record(partition, len(log), b"k", b"%d" % len(log), (), 0))
+            log.append(Record(partition, len(log), None, b"%d" % len(log), (), 0))
 
     @property
     def answered(self) -> int:
@@ -93,7 +107,11 @@ class Bench:
 
     @property
     def committed(self) -> dict[Partition, int]:
-        return {partition: offset for (_, partition), offset in self.broker.committed.items()}
+        return committed_in(self.broker)
+
+    def turn(self, number: int = 1) -> None:
+        for _ in range(number):
+            self.loop.turn()
 
 
 @pytest.fixture
@@ -292,6 +310,158 @@ def test_a_running_loop_ends_by_itself_once_stopped(bench):
     assert bench.answered == 0
 
 
+def test_too_many_undelivered_outcomes_pause_reading(bench):
+    bench.loop._delivery._undelivered._limits = UndeliveredLimits(max_messages=2)
+    bench.broker.away = True
+    bench.publish(1)
+    bench.turn()
+    assert bench.answered == 0  # not before the start of work is committed
+    bench.broker.away = False
+    bench.now += 10.0
+    bench.turn()
+    bench.broker.away = True
+
+    for _ in range(5):
+        bench.publish(1)
+        bench.turn()
+
+    assert bench.inbox.lag()[P0] == 3
+    bench.broker.away = False
+    for _ in range(5):
+        bench.now += 10.0
+        bench.turn()
+    assert bench.answered == 6
+
+
+def test_an_orderly_end_leaves_no_mark_of_a_start(bench):
+    bench.publish(2)
+    bench.turn(2)
+    assert Marker.parse(bench.broker.committed["g", P0].metadata).starts == 1
+
+    bench.loop.stop()
+    bench.turn(3)
+
+    assert {Marker.parse(commit.metadata).starts for commit in bench.broker.committed.values()} == {0}
+
+
+def test_a_revoked_partition_is_left_without_a_mark_before_it_is_released(bench):
+    bench.publish(1)
+    bench.turn(2)
+    released = lose(bench, 0)
+
+    bench.turn()
+
+    assert released == [True]
+    assert bench.broker.committed["g", P0] == Commit(1, str(Marker(0, 0, "in")))
+
+
+def test_a_drain_whose_grace_is_over_is_not_counted_as_a_death(bench):
+    bench.publish(1)
+    bench.job.held = True
+    bench.turn()
+    bench.loop.stop()
+    bench.turn()
+    bench.now += 10.0
+    bench.turn()
+
+    assert bench.broker.committed["g", P0] == Commit(0, str(Marker(0, 0, "in")))
+
+
+def test_a_worker_does_not_wait_for_ever_to_report_its_orderly_end(bench):
+    bench.publish(1)
+    bench.job.held = True
+    bench.turn()
+    bench.loop.stop()
+    bench.turn()
+    bench.broker.away = True
+    bench.now += 10.0
+    bench.turn()
+
+    bench.now += LEAVE_S
+
+    assert not bench.loop.turn()
+
+
+class Crash(BaseException):
+    """Stands for the end of the process."""
+
+
+def lives_until_served(broker: MemoryBroker, killers: set[bytes], kills_at: str = "accept") -> int:
+    """Run workers one after the other, each until it crashes or has served everything; returns how many it took."""
+    for life in range(1, 30):
+        bench = Bench(broker)
+        accept, refuse, turn = bench.job.accept, bench.job.refuse, bench.job.turn
+
+        def dying_accept(record, now, accept=accept):
+            if record.value in killers:
+                raise Crash
+            accept(record, now)
+
+        def dying_refuse(record, error, now, refuse=refuse, bench=bench):
+            if kills_at == "refuse":
+                raise Crash
+            bench.job.active.append(record)
+            refuse(record, error, now)
+
+        bench.job.accept, bench.job.refuse = dying_accept, dying_refuse
+        bench.job.turn = turn
+        try:
+            for _ in range(400):
+                bench.now += 0.5
+                bench.turn()
+                if sum(bench.inbox.lag().values()) == 0 and bench.loop._delivery.settled() and not bench.loop._alone:
+                    return life
+        except Crash:
+            continue
+        raise AssertionError("nothing goes on")
+    raise AssertionError("the workers die for ever")
+
+
+def test_the_message_under_which_the_process_dies_is_found_and_the_others_are_served():
+    broker = MemoryBroker(num_partitions=2)
+    Bench(broker).publish(20)
+
+    lives = lives_until_served(broker, {b"13"})
+
+    assert lives == MAX_FAILED_STARTS + 2  # one that dies with the message alone, and one that knows it
+    answers = [record.value for record in broker.log("out")]
+    assert set(answers) == {b"%d" % number for number in range(20) if number != 13} | {b"worker_died"}
+    assert answers.count(b"worker_died") == 1
+
+
+def test_a_first_message_that_kills_is_found_too():
+    broker = MemoryBroker(num_partitions=2)
+    Bench(broker).publish(1)
+
+    assert lives_until_served(broker, {b"0"}) == MAX_FAILED_STARTS + 2
+    assert [record.value for record in broker.log("out")] == [b"worker_died"]
+
+
+def test_several_messages_that_kill_are_found_one_after_the_other():
+    broker = MemoryBroker(num_partitions=2)
+    bench = Bench(broker)
+    bench.publish(10)
+    bench.publish(10, P1)
+
+    lives = lives_until_served(broker, {b"2", b"3", b"9"})
+
+    assert lives <= 2 * MAX_FAILED_STARTS + 10
+    answers = [record.value for record in broker.log("out")]
+    assert answers.count(b"worker_died") == 6
+    assert set(answers) == {b"%d" % number for number in range(10)} - {b"2", b"3", b"9"} | {b"worker_died"}
+
+
+def test_a_message_that_kills_even_when_it_is_refused_goes_to_the_dead_letters_without_the_job():
+    broker = MemoryBroker(num_partitions=2)
+    Bench(broker).publish(3)
+
+    lives_until_served(broker, {b"1"}, kills_at="refuse")
+
+    (letter,) = broker.log("in.dlq")
+    assert (letter.value, letter.headers) == (b"1", (("code", b"worker_died"),))
+    assert {record.value for record in broker.log("out")} == {b"0", b"2"}
+
+
 def test_the_loop_turns_often_enough_to_be_seen_alive(bench):
     assert bench.loop._wait_s(bench.now) == MAX_WAIT_S
 
@@ -308,6 +478,6 @@ def lose(bench: Bench, number: int, *, lost: bool = False) -> list[bool]:
     released: list[bool] = []
     bench.inbox.lose([number], lost=lost)
     (revocation,) = bench.inbox.revocations()
-    told = type(revocation)(revocation.partitions, revocation.lost, lambda: released.append(True))
-    bench.inbox._revocations.append(told)
+    watched = type(revocation)(revocation.partitions, revocation.lost, lambda: released.append(True))
+    bench.inbox._revocations.append(watched)
     return released

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from tenacity import stop_after_attempt
+from hypothesis import given
+from hypothesis import strategies as st
+from tenacity import stop_after_attempt, wait_none
 
 import workers.retrying
 from workers.errors import Misconfigured, Transient
-from workers.retrying import Retry, Stopped
+from workers.retrying import LOOP_MAX_PAUSE_S, Retry, Stopped, is_worth_a_line, pause_s
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr(workers.retrying, "MAX_PAUSE_S", 0.0)
+    monkeypatch.setattr(workers.retrying, "_WAIT", wait_none())
 
 
 def failing(*errors: Exception):
@@ -62,3 +64,21 @@ def test_a_stop_ends_a_call_that_is_being_tried():
 
     with pytest.raises(Stopped):
         retry("fetch", failing(Transient("away"), Transient("still away")))
+
+
+def test_errors_and_successes_are_reported():
+    reported = []
+    retry = Retry(on_error=lambda error: reported.append(str(error)), on_success=lambda: reported.append("restored"))
+
+    retry("fetch", failing(Transient("away")))
+
+    assert reported == ["away", "restored"]
+
+
+@given(st.integers(1, 1000))
+def test_the_pause_before_a_retry_has_a_ceiling(attempt):
+    assert 0 <= pause_s(attempt) <= LOOP_MAX_PAUSE_S
+
+
+def test_an_outage_is_logged_ever_more_rarely():
+    assert [attempt for attempt in range(1, 40) if is_worth_a_line(attempt)] == [1, 2, 4, 8, 16, 32]

@@ -1,85 +1,36 @@
-"""Starts Kafka's clients, ends producers, and turns records and offsets into its types and ours."""
+"""Starts Kafka's clients, and turns records and offsets into its types and ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import kafka.errors as kafka_errors
 from kafka import KafkaProducer, TopicPartition
-from kafka.net.compat import KafkaNetClient
 from kafka.structs import OffsetAndMetadata
 
 from workers.bus.errors import MISCONFIGURED, translated
+from workers.bus.kafka_internals import make_client
 from workers.errors import TopicRefused, Transient
-from workers.ports import Outgoing, Partition, Poll, Record
+from workers.ports import Commit, Outgoing, Partition, Poll, Record
 
 #: How soon clients notice new partitions and topics that were created again; the client's own default is five minutes.
 METADATA_MAX_AGE_MS = 3_000
-#: The broker hung up this often before a first connection was ready: it does so at once, in about two seconds in all.
-MAX_CUT_OFF = 5
-CUT_OFF = "the broker ends every connection before it is ready; is it the credentials, or the security protocol?"
+#: How long one attempt to start a client waits for a broker; the caller tries again.
+BOOTSTRAP_MS = 10_000
 
 
-def connecting(make: Callable[[], Any]) -> Any:
-    """Make a client, or raise what starting without a broker means."""
+def started(kind: Any, **settings: Any) -> Any:
+    """Start a client of this kind. Raises `Transient` while no broker answers, `Misconfigured` for refusals."""
     try:
-        return make()
+        return make_client(
+            kind,
+            MISCONFIGURED,
+            **{"bootstrap_timeout_ms": BOOTSTRAP_MS, "metadata_max_age_ms": METADATA_MAX_AGE_MS, **settings},
+        )
     except kafka_errors.KafkaError as error:
         known = translated(error)
         raise known if known is not error else Transient(f"no Kafka broker answers: {error}") from error
-
-
-def started(kind: Callable[..., Any], **settings: Any) -> Any:
-    """A client of this kind.
-
-    kafka-python 3.0.12 tries refused credentials again until its time is up, and a client that fails to start leaves
-    its thread and its sockets behind; both are made good here.
-    """
-    nets: list[KafkaNetClient] = []
-
-    def watched(**net_settings: Any) -> KafkaNetClient:
-        net = KafkaNetClient(**net_settings)
-        nets.append(net)
-        manager, connect = net._manager, net._manager.get_connection
-        refusals: list[BaseException] = []
-        cut_off: list[BaseException] = []
-
-        def note_refusal(error: BaseException) -> None:
-            if isinstance(error, MISCONFIGURED):
-                refusals.append(error)
-            elif "socket disconnected" in str(error):
-                # Of a refused password kafka-python often sees only that the broker hangs up.
-                cut_off.append(error)
-                if len(cut_off) == MAX_CUT_OFF:
-                    refusals.append(kafka_errors.KafkaConfigurationError(CUT_OFF))
-
-        def connect_and_watch(*place: Any, **options: Any) -> Any:
-            if refusals:
-                raise refusals[0]
-            connection = connect(*place, **options)
-            connection.init_future.add_errback(note_refusal)
-            return connection
-
-        manager.get_connection = connect_and_watch
-        return net
-
-    try:
-        client = connecting(lambda: kind(**settings, kafka_client=watched, metrics_enabled=False))
-    except BaseException:
-        for net in nets:
-            net.close()
-        raise
-    for net in nets:
-        del net._manager.get_connection  # later on, a broker that refuses may be one that is still starting
-    return client
-
-
-def close_producer(producer: Any, timeout_s: float) -> None:
-    try:
-        producer.close(timeout=timeout_s)
-    except kafka_errors.KafkaTimeoutError:
-        producer._sender.force_close()  # `close` gives up when it cannot flush in time, and leaves its thread behind
 
 
 def send_to(producer: KafkaProducer, message: Outgoing) -> Any:
@@ -95,11 +46,14 @@ def send_to(producer: KafkaProducer, message: Outgoing) -> Any:
         raise TopicRefused(f"the topic {message.topic} does not take the message: {error}") from error
 
 
-def kafka_offsets(offsets: Mapping[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
-    return {TopicPartition(*partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
+def kafka_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
+    return {
+        TopicPartition(*partition): OffsetAndMetadata(commit.offset, commit.metadata, -1)
+        for partition, commit in commits.items()
+    }
 
 
-def to_record(partition: Partition, record: Any, poll: Poll | None = None) -> Record:
+def to_record(partition: Partition, record: Any, epoch: int = 0, poll: Poll | None = None) -> Record:
     """Return our form of a consumed record; a null header becomes empty."""
     return Record(
         partition=partition,
@@ -108,5 +62,6 @@ def to_record(partition: Partition, record: Any, poll: Poll | None = None) -> Re
         value=record.value,
         headers=tuple((name, value if value is not None else b"") for name, value in record.headers),
         timestamp_ms=record.timestamp,
+        epoch=epoch,
         poll=poll,
     )

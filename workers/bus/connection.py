@@ -1,22 +1,25 @@
-"""What every Kafka client of ours needs to connect, from the settings. Imports no Kafka."""
+"""The settings that every Kafka client needs to connect, from the worker's settings. Imports no Kafka."""
 
 from __future__ import annotations
 
+import socket
 import ssl
 from pathlib import Path
 from typing import Any
 
-from workers.errors import Misconfigured
+from workers.errors import Misconfigured, Transient
 from workers.settings import KafkaSettings
 
-#: A broker that was away for long is found again this soon; the client's own 30 s would be added to every outage.
+#: How soon a broker that was away for long is found again; the client's own 30 s would be added to every outage.
 RECONNECT_MAX_MS = 2_000
+#: How long one attempt to reach one broker takes.
+REACH_S = 2.0
 
 
 def kafka_connection(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
     """Keyword arguments of kafka-python's clients: brokers, TLS, SASL. Holds the password: not for logs.
 
-    Raises `Misconfigured` for TLS files that cannot be used: the client would try them again for ever.
+    Raises `Misconfigured` for TLS files that cannot be used: the client would try them again and again.
     """
     _check_tls_files(settings)
     secret = {"sasl_plain_password": settings.kafka_sasl_password, "ssl_password": settings.kafka_ssl_password}
@@ -37,6 +40,24 @@ def kafka_connection(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
     }
 
 
+def check_reachable(settings: KafkaSettings) -> None:
+    """Raise `Transient` with one sentence unless one of the brokers accepts a connection.
+
+    kafka-python itself logs dozens of lines, the first after half a minute.
+    """
+    errors = []
+    for broker in settings.kafka_brokers:
+        host, _, port = broker.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S):
+                return
+        except (OSError, ValueError, OverflowError) as error:
+            errors.append(f"{broker}: {error}")
+    is_default = "kafka_brokers" not in settings.model_fields_set
+    hint = "KAFKA_BROKERS is not set" if is_default else "check KAFKA_BROKERS"
+    raise Transient(f"no Kafka broker accepts a connection ({'; '.join(errors)}); {hint}")
+
+
 def _check_tls_files(settings: KafkaSettings) -> None:
     password = settings.kafka_ssl_password and settings.kafka_ssl_password.get_secret_value()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -47,7 +68,7 @@ def _check_tls_files(settings: KafkaSettings) -> None:
             raise _unusable("KAFKA_SSL_CAFILE", settings.kafka_ssl_cafile, error) from error
     if settings.kafka_ssl_certfile is not None:
         try:
-            # Without a password of ours the library would ask for one on the terminal.
+            # Without a password here the library would ask for one on the terminal.
             context.load_cert_chain(settings.kafka_ssl_certfile, settings.kafka_ssl_keyfile, lambda: password or "")
         except OSError as error:
             key = settings.kafka_ssl_keyfile or settings.kafka_ssl_certfile

@@ -1,7 +1,7 @@
-"""The consuming side of the bus: a member of a group, on a thread of its own.
+"""The consuming side of the bus: a member of a group, on its own thread.
 
-On a thread, because its poll blocks (on the broker, and on a rebalance that waits for messages in work); what it polls
-waits in a short queue until the loop takes it. While the queue is full the partitions are paused and polling goes on,
+On a thread, because a poll blocks: on the broker, and on a rebalance that waits for records in work. Polled records
+wait in a short queue until the loop takes them. While the queue is full the partitions are paused and polling goes on,
 so that the group keeps this member.
 """
 
@@ -10,33 +10,39 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import kafka.errors as kafka_errors
 import structlog
-from kafka import KafkaConsumer, TopicPartition
-from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
+from kafka import AsyncConsumerRebalanceListener, KafkaConsumer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.future import Future as KafkaFuture
 
-from workers.bus.clients import METADATA_MAX_AGE_MS, kafka_offsets, started, to_record
+from workers.bus.arrivals import Arrivals
+from workers.bus.assigned import AssignedPartitions
+from workers.bus.clients import kafka_offsets, started, to_record
 from workers.bus.errors import translating
-from workers.bus.lag import LagLook
-from workers.bus.membership import ask_for_partitions, go_on_joining, has_to_join, is_joining, is_stable
-from workers.bus.records import let_go_of_drained, read_forgivingly
+from workers.bus.kafka_internals import (
+    PollBudget,
+    PollIsFull,
+    clear_exhausted_partition,
+    committed_offsets,
+    continue_join,
+    has_to_join,
+    install_tolerant_records,
+    is_joining,
+    is_stable,
+    request_unknown_partitions,
+)
 from workers.errors import Transient
-from workers.ports import Interval, Partition, Poll, Record, Revocation
+from workers.ports import Assignment, Commit, Interval, Partition, Poll, Record, Revocation
+from workers.retrying import is_worth_a_line
 
 log = structlog.get_logger(__name__)
 
-#: Records that wait for the loop before polling pauses; two polls' worth keeps the loop fed between polls.
-MAX_WAITING_RECORDS = 256
-#: The same bound for large records: an image event may carry the whole image.
-MAX_WAITING_BYTES = 64 << 20
-#: How long a poll waits for records; also how soon the thread notices that it is to stop.
+#: How long a poll waits for records; also how soon the thread notices that it has to stop.
 POLL_S = 0.1
 #: While the queue is full, a poll this often keeps the membership and serves rebalances.
 FULL_POLL_S = 0.5
@@ -44,13 +50,19 @@ COMMIT_TIMEOUT_S = 10.0
 #: A member learns of a rebalance from the answer to its heartbeat. At the client's default of 3 s a partition that
 #: changes hands waits for up to two of them; this costs two small requests a second.
 HEARTBEAT_MS = 500
-#: A killed member's partitions stand still for so long, and readers of its open transaction wait. The client's own
+#: How long a killed member's partitions wait for a new owner, and readers for its open transaction. The client's own
 #: defaults (45 s and 60 s) are for consumers that may pause; this one answers from its IO thread, twice a second.
 SESSION_TIMEOUT_MS = 10_000
+#: Bytes of records of one poll, and of one batch once unpacked: the broker limits batches as they are written, and a
+#: compressed one may be a thousand times larger.
+MAX_POLL_BYTES = 16 << 20
+MAX_BATCH_BYTES = 64 << 20
+#: Bytes of one answer to a fetch, still packed.
+MAX_FETCH_BYTES = 32 << 20
 
 
 class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
-    """Holds a rebalance until the loop has given the partitions back; awaits, so that heartbeats go on."""
+    """Makes a rebalance wait until the loop has given the partitions back; awaits, so that heartbeats go on."""
 
     def __init__(self, inbox: KafkaInbox) -> None:
         self._inbox = inbox
@@ -62,7 +74,7 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-
         await self._inbox.note_revocation(lost, lost=True)
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        log.info("partitions assigned", partitions=sorted(f"{p.topic}-{p.partition}" for p in assigned))
+        self._inbox.note_assignment(assigned)
 
 
 class KafkaInbox:
@@ -80,35 +92,36 @@ class KafkaInbox:
         max_message_bytes: int,
         session_timeout_ms: int = SESSION_TIMEOUT_MS,
     ) -> None:
-        """`connection` is what every client of this broker needs (`workers.bus.connection`)."""
+        """`connection` holds the settings that every client of this broker needs (`workers.bus.connection`)."""
         self._topic = topic
         self._wake = wake
+        self._arrivals = Arrivals()
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
-        self._waiting: deque[Record] = deque()
-        self._waiting_bytes = 0
         self._revocations: list[Revocation] = []
         self._unreleased: list[KafkaFuture] = []
         self._error: BaseException | None = None
         self._joined = False
         self._held = False
         self._closing = False
+        self._num_failures = 0
         self._consumer = started(
             KafkaConsumer,
             **connection,
             group_id=group_id,
             enable_auto_commit=False,
             auto_offset_reset="earliest",  # a request published before the first worker is still answered
+            allow_auto_create_topics=False,
             isolation_level="read_committed" if read_committed else "read_uncommitted",
             partition_assignment_strategy=(CooperativeStickyAssignor,),
             max_poll_records=max_poll_records,
-            metadata_max_age_ms=METADATA_MAX_AGE_MS,
             heartbeat_interval_ms=HEARTBEAT_MS,
             session_timeout_ms=session_timeout_ms,
+            fetch_max_bytes=max(MAX_FETCH_BYTES, max_message_bytes + (64 << 10)),
             max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
         )
-        read_forgivingly(self._consumer)
-        self._lag = LagLook(self._consumer)
+        self._budget = PollBudget(MAX_POLL_BYTES, max(MAX_BATCH_BYTES, max_message_bytes))
+        install_tolerant_records(self._consumer, self._budget)
+        self._assigned = AssignedPartitions(self._consumer)
         self._consumer.subscribe([topic], listener=_Listener(self))
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="kafka-commit")
         self._thread = threading.Thread(target=self._poll_until_closed, name="kafka-poll", daemon=True)
@@ -117,31 +130,26 @@ class KafkaInbox:
     def take(self) -> Record | None:
         if self._error is not None:
             raise self._error
-        with self._lock:
-            if not self._waiting:
-                return None
-            was_low = self._is_low()
-            record = self._waiting.popleft()
-            self._waiting_bytes -= record.num_bytes()
-            if self._is_low() and not was_low:
-                self._room.notify()
-            return record
+        return self._arrivals.take()
 
-    def _is_low(self) -> bool:
-        return len(self._waiting) <= MAX_WAITING_RECORDS // 2 and self._waiting_bytes <= MAX_WAITING_BYTES // 2
+    def assignments(self) -> list[Assignment]:
+        return self._assigned.offers()
 
-    def _is_full(self) -> bool:
-        return len(self._waiting) >= MAX_WAITING_RECORDS or self._waiting_bytes >= MAX_WAITING_BYTES
+    def open(self, assignment: Assignment, offset: int) -> None:
+        self._assigned.open(assignment, offset)
+        self._arrivals.notify()
 
     def revocations(self) -> list[Revocation]:
         with self._lock:
             revocations, self._revocations = self._revocations, []
             return revocations
 
-    def commit(self, offsets: Mapping[Partition, int]) -> Future[None]:
+    def commit(self, offsets: Mapping[Partition, Commit]) -> Future[None]:
         return self._committer.submit(self._commit, dict(offsets))
 
-    def _commit(self, offsets: dict[Partition, int]) -> None:
+    def _commit(self, offsets: dict[Partition, Commit]) -> None:
+        if not offsets:
+            return
         with translating():
             self._consumer.commit(kafka_offsets(offsets), timeout_ms=int(COMMIT_TIMEOUT_S * 1000))
 
@@ -152,28 +160,31 @@ class KafkaInbox:
         return frozenset(Partition(*partition) for partition in self._consumer.assignment())
 
     def lag(self) -> Mapping[Partition, int]:
-        with self._lock:
-            waiting = Counter(record.partition for record in self._waiting)
-        beyond = self._lag.beyond
-        return {p: beyond[p] + waiting[p] for p in self.assigned() if p in beyond}
+        waiting, unread = self._arrivals.count(), self._assigned.unread
+        return {p: unread[p] + waiting[p] for p in self.assigned() if p in unread}
 
     def membership(self) -> Any:
-        """What a transaction needs so that the broker can fence it (KIP-447); opaque."""
+        """The group membership by which the broker fences a transaction (KIP-447); opaque."""
         return self._consumer.group_metadata()
 
+    def committed(self, partitions: Collection[Partition]) -> Mapping[Partition, Commit]:
+        """Return the group's committed offsets, once no open transaction can change them. Raises `Transient`."""
+        wanted = [TopicPartition(*partition) for partition in partitions]
+        with translating():
+            found = committed_offsets(self._consumer, wanted, COMMIT_TIMEOUT_S)
+        return {Partition(*partition): Commit(at.offset, at.metadata or "") for partition, at in found.items()}
+
     def hold(self) -> None:
-        with self._lock:
-            self._held = True
-            self._waiting.clear()
-            self._waiting_bytes = 0
-            self._room.notify()
+        self._held = True
+        self._arrivals.hold()
+        self._arrivals.notify()
 
     def close(self, timeout_s: float) -> None:
         give_up_at = time.monotonic() + timeout_s
         with self._lock:
             self._closing = True
             unreleased, self._unreleased = self._unreleased, []
-            self._room.notify()
+        self._arrivals.notify()
         for released in unreleased:
             self._release(released)
         self._committer.shutdown(wait=False, cancel_futures=True)
@@ -184,19 +195,15 @@ class KafkaInbox:
     def _poll_until_closed(self) -> None:
         try:
             while not self._closing:
-                self._wait_for_room()
+                if not self._must_join():
+                    self._arrivals.wait_for_room(FULL_POLL_S, or_else=lambda: self._closing)
                 self._poll()
         except BaseException as error:
             self._error = error
             self._wake()
 
-    def _wait_for_room(self) -> None:
-        with self._lock:
-            if (self._held or self._is_full()) and not self._closing and not self._must_join():
-                self._room.wait(FULL_POLL_S)
-
     def _must_join(self) -> bool:
-        """Whether polls are to follow each other and to wait; while it holds, a member begins no join."""
+        """Whether polls have to follow each other and to wait; while the inbox is held, the member begins no join."""
         return is_joining(self._consumer) or (not self._held and has_to_join(self._consumer))
 
     def _poll(self) -> None:
@@ -205,60 +212,84 @@ class KafkaInbox:
         if self._held and not must_join:
             # Heartbeats go on without. A join, which only a poll begins, would keep this member from committing until
             # the last of the others has joined as well.
+            self._arrivals.pause(POLL_S, until=lambda: self._closing)
             return
-        full = self._held or self._is_full()
-        assigned = self._consumer.assignment()
-        if full:
-            self._consumer.pause(*assigned)
-        elif self._consumer.paused():
-            self._consumer.resume(*self._consumer.paused())
-        timeout_s = FULL_POLL_S if must_join else 0.0 if full else POLL_S
-        began_at = time.monotonic()
+        is_full = self._arrivals.is_full()
         try:
             with translating():
-                let_go_of_drained(self._consumer)
-                polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
-            # Before anything else may fail: the consumer does not bring them a second time.
-            if polled:
-                self._put(polled, Interval(began_at, time.monotonic()))
+                self._assigned.turn(self._wake)
+                self._assigned.pause(all_of_them=is_full)
+            self._fetch(FULL_POLL_S if must_join else 0.0 if is_full or not self._assigned.are_all_open() else POLL_S)
             with translating():
                 self._look_after_membership()
+            self._num_failures = 0
         except Transient as error:
-            log.warning("kafka poll failed, trying again", error=str(error))
-            with self._lock:
-                self._room.wait(POLL_S)
+            self._num_failures += 1
+            if is_worth_a_line(self._num_failures):
+                log.warning("reading failed, trying again", attempt=self._num_failures, error=str(error))
+            self._arrivals.pause(POLL_S, until=lambda: self._closing)
+        if not is_full and not must_join and not self._assigned.are_all_open():
+            # A poll in which every partition is paused sleeps without noticing that one is opened.
+            self._arrivals.pause(POLL_S, until=lambda: self._closing or self._assigned.is_opening())
+
+    def _fetch(self, timeout_s: float) -> None:
+        began_at = time.monotonic()
+        self._budget.left = self._budget.max_bytes
+        clear_exhausted_partition(self._consumer)
+        try:
+            with translating():
+                polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
+        except PollIsFull:  # of the poll before
+            return
+        if polled:  # at once, before anything may fail: the consumer does not return them a second time
+            self._put(polled, Interval(began_at, time.monotonic()))
 
     def _put(self, polled: Mapping[TopicPartition, list[Any]], interval: Interval) -> None:
         poll = Poll(interval, sum(map(len, polled.values())))
-        with self._lock:
-            if self._held:  # meanwhile: they are not committed, and the next owner reads them
-                return
-            for partition, records in polled.items():
-                arrived = [to_record(Partition(*partition), record, poll) for record in records]
-                self._waiting.extend(arrived)
-                self._waiting_bytes += sum(record.num_bytes() for record in arrived)
+        for partition, records in polled.items():
+            epoch = self._assigned.epoch_of(partition)
+            if epoch is not None:  # else revoked meanwhile
+                self._arrivals.put(to_record(Partition(*partition), record, epoch, poll) for record in records)
         self._wake()
 
     def _look_after_membership(self) -> None:
-        go_on_joining(self._consumer)
+        continue_join(self._consumer)
         if not self._joined and is_stable(self._consumer):
             self._joined = True
             self._wake()
-        if self._lag.is_due():
-            ask_for_partitions(self._consumer, self._topic)
-            self._lag.look()
+        if self._assigned.look_up_lag():
+            request_unknown_partitions(self._consumer, self._topic)
+            self._close_recreated()
+
+    def _close_recreated(self) -> None:
+        closed = self._assigned.close_recreated()
+        if closed:
+            partitions = frozenset(Partition(*partition) for partition in closed)
+            self._arrivals.drop(partitions)
+            with self._lock:
+                self._revocations.append(Revocation(partitions, True, lambda: self._reopen(closed)))
+            self._wake()
+
+    def _reopen(self, closed: Collection[TopicPartition]) -> None:
+        self._assigned.reopen(closed)
+        self._arrivals.notify()
+
+    def note_assignment(self, assigned: set[TopicPartition]) -> None:
+        """Runs on Kafka's IO thread, inside a poll."""
+        self._assigned.add(assigned)
+        log.info("partitions assigned", partitions=sorted(f"{p.topic}-{p.partition}" for p in assigned))
 
     async def note_revocation(self, revoked: set[TopicPartition], *, lost: bool) -> None:
         """Runs on Kafka's IO thread, inside a poll: returns when the loop has released the partitions.
 
-        Also where they are lost: were they assigned again before the loop has dropped its messages, it would take
-        the repeated ones for those.
+        Also for lost ones: were they assigned again before the loop has dropped their records, it would take the
+        repeated records for those.
         """
         partitions = frozenset(Partition(*partition) for partition in revoked)
         released = KafkaFuture()
+        self._assigned.remove(revoked)
+        self._arrivals.drop(partitions)
         with self._lock:
-            self._waiting = deque(record for record in self._waiting if record.partition not in partitions)
-            self._waiting_bytes = sum(record.num_bytes() for record in self._waiting)
             if self._closing:
                 return
             self._unreleased.append(released)
@@ -273,5 +304,5 @@ class KafkaInbox:
         if not released.is_done:
             released.success(None)
             # A future set from another thread does not wake Kafka's IO loop; a commit of nothing does.
-            with contextlib.suppress(RuntimeError, kafka_errors.KafkaError):  # closed meanwhile: nobody waits any more
+            with contextlib.suppress(RuntimeError, kafka_errors.KafkaError):  # closed meanwhile: nothing waits
                 self._consumer.commit({}, timeout_ms=0)

@@ -1,4 +1,4 @@
-"""Kafka's errors by remedy: what a worker can do about each, and what each says."""
+"""Kafka's errors by remedy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 from collections.abc import Iterator
 
 import kafka.errors as kafka_errors
+import structlog
 
-from workers.errors import Misconfigured, Refused, TooLarge, TopicRefused, Transient
+from workers.errors import Misconfigured, Refused, TooLarge, TopicRefused, Transient, as_internal_error
 from workers.ports import Outgoing
+
+log = structlog.get_logger(__name__)
 
 MISCONFIGURED = (
     kafka_errors.AuthorizationError,
@@ -28,13 +31,13 @@ REBALANCING = (
     kafka_errors.FencedInstanceIdError,
     kafka_errors.TransactionAbortedError,
     kafka_errors.TransactionAbortableError,
-    kafka_errors.ProducerFencedError,  # also what a transaction over its time limit and a restarted broker end in
+    kafka_errors.ProducerFencedError,  # also the end of a transaction over its time limit, and of a restarted broker
     kafka_errors.InvalidProducerEpochError,
     kafka_errors.OutOfOrderSequenceNumberError,
     kafka_errors.UnknownProducerIdError,
 )
 TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
-#: What the broker says of a message that its topic will never take, while it may take the next one of another topic.
+#: A topic never takes the message, while it or another topic may take the next one.
 TOPIC_REFUSED = (
     kafka_errors.TopicAuthorizationFailedError,
     kafka_errors.InvalidTopicError,
@@ -45,7 +48,7 @@ TOPIC_REFUSED = (
 
 
 def translated(error: BaseException) -> BaseException:
-    """The worker's error for a Kafka error; an error with no remedy comes back as it is."""
+    """Return the worker's error for a Kafka error; an error without a remedy is returned as it is."""
     if isinstance(error, MISCONFIGURED):
         return Misconfigured(f"Kafka refuses this worker: {error}")  # Kafka's errors begin with their names
     if isinstance(error, (kafka_errors.RetriableError, *REBALANCING)):
@@ -54,14 +57,30 @@ def translated(error: BaseException) -> BaseException:
 
 
 def refusal(error: BaseException | None, message: Outgoing, message_number: int = 0) -> Refused | None:
-    """The refusal of one message, if that is what publishing it ended in."""
+    """Return the refusal of one message, None if publishing it failed otherwise."""
     if isinstance(error, TOO_LARGE):
         size = message.num_bytes()
         return TooLarge(f"a message of {size} bytes is too large for the topic {message.topic}", message_number)
     if isinstance(error, TOPIC_REFUSED):
-        reason = type(error).message  # the error itself may quote what is not for the sender of a request
+        reason = type(error).message  # the error itself may quote what the sender of a request must not see
         return TopicRefused(f"the topic {message.topic} does not take the message: {reason}", message_number)
     return None
+
+
+def failure(error: BaseException, message: Outgoing) -> Exception:
+    """Return why publishing one message failed: `Refused`, `Transient` or `Misconfigured`.
+
+    An unknown error of Kafka is worth another attempt; any other error is a fault that refuses this message only.
+    """
+    if isinstance(error, Refused):
+        return error
+    known = refusal(error, message) or translated(error)
+    if isinstance(known, (Refused, Transient, Misconfigured)):
+        return known
+    if isinstance(error, kafka_errors.KafkaError):
+        return Transient(f"{type(error).__name__}: {error}")
+    internal = as_internal_error(error, topic=message.topic)
+    return Refused(internal.code, str(internal))
 
 
 @contextlib.contextmanager

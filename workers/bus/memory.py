@@ -10,9 +10,10 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from workers.errors import Refused, TooLarge, TopicRefused, Transient
-from workers.ports import Gap, Outgoing, Partition, Record, Revocation
+from workers.ports import Assignment, Commit, Gap, Outgoing, Partition, Record, Revocation
 
 
 class MemoryBroker:
@@ -27,7 +28,7 @@ class MemoryBroker:
         self.refused_topics = frozenset(refused_topics)
         #: While True every send, publish and commit fails with `Transient`.
         self.away = False
-        self.committed: dict[tuple[str, Partition], int] = {}
+        self.committed: dict[tuple[str, Partition], Commit] = {}
         self._logs: dict[Partition, list[Record]] = {}
         self._wakes: list[Callable[[], None]] = []
 
@@ -72,7 +73,7 @@ class MemoryBroker:
 
 
 class MemoryInbox:
-    """Reads the partitions it is given from their committed offsets on; implements `workers.ports.Inbox`."""
+    """Reads the partitions it is given once they are opened; implements `workers.ports.Inbox`."""
 
     def __init__(
         self,
@@ -87,6 +88,9 @@ class MemoryInbox:
         self._group_id = group_id
         self._topic = topic
         self._positions: dict[Partition, int] = {}
+        self._assigned: dict[Partition, Assignment] = {}
+        self._assignments: list[Assignment] = []
+        self._epoch = 0
         self._revocations: list[Revocation] = []
         self._held = False
         broker.on_append(wake)
@@ -96,13 +100,20 @@ class MemoryInbox:
         """Be assigned these partitions, as after a rebalance."""
         for number in numbers:
             partition = Partition(self._topic, number)
-            self._positions[partition] = self._broker.committed.get((self._group_id, partition), 0)
+            committed = self._broker.committed.get((self._group_id, partition))
+            end = len(self._broker.partition_log(*partition))
+            self._epoch += 1
+            self._assigned[partition] = Assignment(partition, committed, 0, end, self._topic, self._epoch)
+            self._assignments.append(self._assigned[partition])
 
     def lose(self, numbers: Collection[int], *, lost: bool = False) -> None:
-        """Have these partitions revoked; with `lost`, somebody else owns them already."""
+        """Have these partitions revoked; with `lost`, another member owns them already."""
         partitions = frozenset(Partition(self._topic, number) for number in numbers)
-        positions = {partition: self._positions.pop(partition) for partition in partitions}
-        self._revocations.append(Revocation(partitions, lost, positions.clear))
+        for partition in partitions:
+            del self._assigned[partition]
+            self._positions.pop(partition, None)
+        self._assignments = [assignment for assignment in self._assignments if assignment.partition not in partitions]
+        self._revocations.append(Revocation(partitions, lost, lambda: None))
 
     def hold(self) -> None:
         self._held = True
@@ -114,19 +125,27 @@ class MemoryInbox:
             log = self._broker.partition_log(*partition)
             if position < len(log):
                 self._positions[partition] = position + 1
-                return log[position]
+                return replace(log[position], epoch=self._assigned[partition].epoch)
         return None
+
+    def assignments(self) -> list[Assignment]:
+        assignments, self._assignments = self._assignments, []
+        return assignments
+
+    def open(self, assignment: Assignment, offset: int) -> None:
+        if self._assigned.get(assignment.partition) is assignment:
+            self._positions[assignment.partition] = offset
 
     def revocations(self) -> list[Revocation]:
         revocations, self._revocations = self._revocations, []
         return revocations
 
-    def commit(self, offsets: Mapping[Partition, int]) -> Future[None]:
+    def commit(self, offsets: Mapping[Partition, Commit]) -> Future[None]:
         committed: Future[None] = Future()
         if self._broker.away:
             committed.set_exception(Transient("the broker is away"))
         else:
-            self._broker.committed.update({(self._group_id, p): offset for p, offset in offsets.items()})
+            self._broker.committed.update({(self._group_id, p): commit for p, commit in offsets.items()})
             committed.set_result(None)
         return committed
 
@@ -134,12 +153,18 @@ class MemoryInbox:
         return True
 
     def assigned(self) -> frozenset[Partition]:
-        return frozenset(self._positions)
+        return frozenset(self._assigned)
 
     def lag(self) -> Mapping[Partition, int]:
-        return {p: len(self._broker.partition_log(*p)) - position for p, position in self._positions.items()}
+        lag = {}
+        for partition, assignment in self._assigned.items():
+            unopened = 0 if assignment.committed is None else assignment.committed.offset
+            position = self._positions.get(partition, unopened)
+            lag[partition] = len(self._broker.partition_log(*partition)) - position
+        return lag
 
     def close(self, timeout_s: float) -> None:
+        self._assigned.clear()
         self._positions.clear()
 
 
@@ -213,7 +238,10 @@ class MemoryTransactionalOutbox:
         self._broker = broker
         self._group_id = group_id
 
-    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
+    def is_decided(self, topic: str) -> bool:
+        return True
+
+    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, Commit]) -> None:
         for number, message in enumerate(messages):
             try:
                 self._broker.check(message)
@@ -224,7 +252,7 @@ class MemoryTransactionalOutbox:
             raise Transient("the broker is away")
         for message in messages:
             self._broker.append(message)
-        self._broker.committed.update({(self._group_id, p): offset for p, offset in offsets.items()})
+        self._broker.committed.update({(self._group_id, p): commit for p, commit in offsets.items()})
 
     def close(self, timeout_s: float) -> None:
         """Nothing is held open."""

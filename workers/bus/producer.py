@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 from kafka import KafkaProducer
 
-from workers.bus.clients import close_producer, send_to, started
-from workers.bus.errors import refusal, translated
-from workers.bus.topics import TopicLookup, is_known
+from workers.bus.clients import send_to, started
+from workers.bus.errors import failure
+from workers.bus.kafka_internals import close_producer, is_topic_known
+from workers.bus.topics import Decision, TopicResolver
 from workers.errors import TopicRefused, Transient
 from workers.ports import Outgoing
 
-#: How long a send may wait for room in the producer's buffer.
+#: How long a send may wait inside the producer. It should not wait at all: topics are looked up before.
 MAX_BLOCK_MS = 10_000
-
-
-@dataclass(slots=True)
-class _Stranger:
-    """A topic that the producer has not met."""
-
-    since: float = field(default_factory=time.monotonic)
-    waiting: list[tuple[Outgoing, Future[None]]] = field(default_factory=list)
 
 
 class KafkaOutbox:
@@ -40,74 +31,59 @@ class KafkaOutbox:
             # An idempotent producer of kafka-python 3.0 is beyond repair once the broker has refused one message
             # for its size, and fails every other message with it. A repeated message is allowed here.
             enable_idempotence=False,
+            allow_auto_create_topics=False,  # whoever names a reply topic must not create it
             max_request_size=max_message_bytes,
             max_block_ms=MAX_BLOCK_MS,
             linger_ms=linger_ms,
         )
-        self._lookup = TopicLookup()
-        self._changed = threading.Condition()
-        self._strangers: dict[str, _Stranger] = {}  # until it is known whether there is such a topic
-        self._closing = False
-        self._introducer = threading.Thread(target=self._introduce, name="kafka-new-topic", daemon=True)
-        self._introducer.start()
+        self._lock = threading.Lock()
+        self._held: dict[str, list[tuple[Outgoing, Future[None]]]] = {}  # by topic, until it has been looked up
+        self._resolver = TopicResolver(lambda: self._producer, self._decided)
 
     def send(self, message: Outgoing) -> Future[None]:
         sent: Future[None] = Future()
-        refused = self._lookup.refusal(message.topic)
-        with self._changed:
-            if refused is not None:
-                sent.set_exception(refused)
-            elif message.topic in self._strangers or not is_known(self._producer, message.topic):
-                # Handing a message over blocks until its topic is known: not on the loop's thread.
-                self._strangers.setdefault(message.topic, _Stranger()).waiting.append((message, sent))
-                self._changed.notify()
+        refused = self._resolver.refusal(message.topic)
+        if refused is not None:
+            sent.set_exception(refused)
+            return sent
+        with self._lock:
+            is_held = message.topic in self._held or not is_topic_known(self._producer, message.topic)
+            if is_held:
+                self._held.setdefault(message.topic, []).append((message, sent))
             else:
                 self._send(message, sent)
+        if is_held:
+            self._resolver.request(message.topic)
         return sent
 
     def _send(self, message: Outgoing, sent: Future[None]) -> None:
         try:
             pending = send_to(self._producer, message)
-        except Exception as error:  # into the future, whatever it is: the introducing thread has nobody to tell
+        except Exception as error:  # whatever it is, it belongs to this message
             self._fail(message, sent, error)
         else:
             pending.add_callback(lambda _: sent.set_result(None))
             pending.add_errback(lambda error: self._fail(message, sent, error))
 
     def _fail(self, message: Outgoing, sent: Future[None], error: BaseException) -> None:
-        refused = refusal(error, message)
-        if isinstance(refused, TopicRefused):
-            self._lookup.note(message.topic, refused)
-        sent.set_exception(refused or translated(error))
+        failed = failure(error, message)
+        if isinstance(failed, TopicRefused) and message.partition is None:
+            self._resolver.refuse(message.topic, failed)
+        sent.set_exception(failed)
 
-    def _introduce(self) -> None:
-        """Ask about topics as long as there are any to ask about, and send or fail what waits for the answer."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._strangers or self._closing)
-                if self._closing:
-                    return
-                asked_since = {topic: stranger.since for topic, stranger in self._strangers.items()}
-            decided: Mapping[str, BaseException | None]
-            try:
-                decided = self._lookup.ask(self._producer, asked_since)
-            except Exception as error:
-                decided = dict.fromkeys(asked_since, error)
-            with self._changed:  # until all are sent, so that no later message overtakes them
-                for topic, decision in decided.items():
-                    for message, sent in self._strangers.pop(topic).waiting:
-                        if decision is None:
-                            self._send(message, sent)
-                        else:
-                            sent.set_exception(decision)
+    def _decided(self, topic: str, decision: Decision) -> None:
+        with self._lock:  # until all are sent, so that no later message overtakes them
+            for message, sent in self._held.pop(topic, ()):
+                if decision is None:
+                    self._send(message, sent)
+                else:
+                    sent.set_exception(decision)
 
     def close(self, timeout_s: float) -> None:
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self._resolver.close(timeout_s)
         close_producer(self._producer, timeout_s)
-        self._introducer.join(timeout_s)
-        for stranger in self._strangers.values():
-            for _, sent in stranger.waiting:
-                sent.set_exception(Transient("closed before it was known whether the topic exists"))
-        self._strangers.clear()
+        with self._lock:
+            held, self._held = self._held, {}
+        for topic, waiting in held.items():
+            for _, sent in waiting:
+                sent.set_exception(Transient(f"closed before the topic {topic} was looked up"))

@@ -14,10 +14,16 @@ from typing import Any, Literal
 import kafka.errors as kafka_errors
 from kafka import KafkaConsumer, TopicPartition
 
-from workers.bus.clients import METADATA_MAX_AGE_MS, started, to_record
+from workers.bus.clients import started, to_record
+from workers.bus.consumer import MAX_BATCH_BYTES, MAX_POLL_BYTES
 from workers.bus.errors import translating
-from workers.bus.kafka_internals import seconds_since_contact, topic_id
-from workers.bus.records import read_forgivingly
+from workers.bus.kafka_internals import (
+    PollBudget,
+    PollIsFull,
+    install_tolerant_records,
+    seconds_since_contact,
+    topic_id,
+)
 from workers.ports import Gap, Partition, Record
 
 Start = Literal["end", "beginning"] | datetime
@@ -63,10 +69,10 @@ class KafkaReader:
             auto_offset_reset="none",  # a position that is no longer valid is an error, which becomes a gap
             isolation_level="read_committed" if read_committed else "read_uncommitted",
             allow_auto_create_topics=False,
-            metadata_max_age_ms=METADATA_MAX_AGE_MS,
             max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
         )
-        read_forgivingly(self._consumer)
+        self._budget = PollBudget(MAX_POLL_BYTES, max(MAX_BATCH_BYTES, max_message_bytes))
+        install_tolerant_records(self._consumer, self._budget)
         self._gaps: list[Gap] = []
         try:
             with translating():
@@ -111,9 +117,12 @@ class KafkaReader:
         self._consumer.close(autocommit=False)
 
     def _poll_once(self, timeout_s: float) -> list[Record]:
+        self._budget.left = self._budget.max_bytes
         with translating():
             try:
                 polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
+            except PollIsFull:  # of the poll before
+                return []
             except kafka_errors.OffsetOutOfRangeError as error:
                 self._restart(error.args[0], REMOVED)
                 return []

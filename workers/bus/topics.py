@@ -1,94 +1,124 @@
-"""Finds out whether a producer can send to topics that it has not met; remembers for a while which it cannot.
+"""Finds out which topics exist for a producer, and remembers for a while which ones refuse its messages.
 
-A producer of kafka-python that is handed a message to an unknown topic blocks, and gives the same answer for a topic
-that does not exist as for a broker that is away. Here many topics are asked about at once, in short rounds, and the two
-are told apart: a broker that answers and still does not name the topic has none.
+A producer of kafka-python blocks on a message to an unknown topic, and fails alike for a topic that does not exist and
+for a broker that is away. Here many topics are looked up at once, on a thread and in short rounds, and the two are told
+apart: if a broker answers and does not name the topic, the topic does not exist.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
+from workers.bus.kafka_internals import forget_topics, is_topic_known, is_topic_unauthorized, request_topics
 from workers.errors import TopicRefused, Transient
 
-#: How long a topic may take to appear: where the broker creates topics that are asked for, it needs a moment.
-APPEARANCE_S = 5.0
-#: How long a refused topic counts as such before the broker is asked, or tried, again.
+#: How long a topic may take to appear: one that has just been created is not known to every broker.
+APPEARANCE_S = 2.0
+#: How long a broker may be away before a lookup fails.
+AWAY_S = 5.0
+#: How long a refusal is remembered.
 REFUSED_S = 30.0
-#: Refused topics to remember; anybody who may send requests can make up names.
+#: Refusals to remember: whoever may send requests can make up topic names.
 MAX_REFUSED = 10_000
-#: Longest wait for the broker in one round. kafka-python sees to it that rounds are not too frequent.
+#: Longest wait for the broker in one round. kafka-python limits how often rounds are made.
 ANSWER_S = 0.5
 
-#: What became of a topic that was asked about; None: messages can be sent to it.
+#: The result of a lookup; None: messages can be sent to the topic.
 Decision = TopicRefused | Transient | None
 
 
-def is_known(producer: Any, topic: str) -> bool:
-    """Whether messages to this topic can be handed over without waiting. Internal topics are not for us to know."""
-    return topic in producer._metadata.topics()
+class TopicResolver:
+    """Looks up topics for one producer, or for one that is replaced at times."""
 
-
-class TopicLookup:
-    """What is known of topics apart from any producer, because a transactional one is replaced now and then."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._refused: dict[str, tuple[float, str]] = {}  # when that ends, and why
+    def __init__(self, producer: Callable[[], Any], decided: Callable[[str, Decision], None]) -> None:
+        """`producer` returns the current producer or None; `decided` is called on the resolver's thread."""
+        self._producer = producer
+        self._decided = decided
+        self._changed = threading.Condition()
+        self._refused: dict[str, tuple[float, str]] = {}  # by topic: until when, and the reason
+        self._asked_since: dict[str, float] = {}
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="kafka-topics", daemon=True)
+        self._thread.start()
 
     def refusal(self, topic: str, message_number: int = 0) -> TopicRefused | None:
-        """The refusal of a message to this topic, if it was refused lately."""
-        ends, reason = self._refused.get(topic, (0.0, ""))
-        return TopicRefused(reason, message_number) if time.monotonic() < ends else None
+        """Return the refusal of a message to this topic, if the topic was refused lately."""
+        until, reason = self._refused.get(topic, (0.0, ""))
+        return TopicRefused(reason, message_number) if time.monotonic() < until else None
 
-    def note(self, topic: str, refused: TopicRefused) -> None:
-        """Remember that this topic takes nothing from us."""
-        with self._lock:
+    def refuse(self, topic: str, refused: TopicRefused) -> None:
+        """Remember that this topic takes no messages."""
+        with self._changed:
             self._refused.pop(topic, None)
             while len(self._refused) >= MAX_REFUSED:
                 del self._refused[next(iter(self._refused))]  # the oldest
             self._refused[topic] = (time.monotonic() + REFUSED_S, str(refused))
 
-    def ask(self, producer: Any, asked_since: Mapping[str, float]) -> dict[str, Decision]:
-        """Ask about all of these topics once more; returns those that are decided. Waits, but not for long.
+    def is_decided(self, topic: str) -> bool:
+        """Whether messages to this topic can be sent or refused now; starts a lookup if not."""
+        producer = self._producer()
+        if self.refusal(topic) is not None or (producer is not None and is_topic_known(producer, topic)):
+            return True
+        self.request(topic)
+        return False
 
-        `asked_since` says when each was first asked about, in the time of the monotonic clock.
-        """
-        cluster = producer._metadata
-        answered = _refresh(producer, asked_since.keys())
+    def request(self, topic: str) -> None:
+        """Look this topic up."""
+        with self._changed:
+            self._asked_since.setdefault(topic, time.monotonic())
+            self._changed.notify_all()
+
+    def wait_for(self, topics: Collection[str]) -> None:
+        """Wait until the lookups of these topics have ended, which `AWAY_S` limits."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or not any(topic in self._asked_since for topic in topics))
+
+    def close(self, timeout_s: float) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked_since or self._closing)
+                if self._closing:
+                    return
+                asked_since = dict(self._asked_since)
+            for topic, decision in self._ask(asked_since).items():
+                if isinstance(decision, TopicRefused):
+                    self.refuse(topic, decision)
+                self._decided(topic, decision)
+                with self._changed:
+                    self._asked_since.pop(topic, None)
+                    self._changed.notify_all()
+
+    def _ask(self, asked_since: dict[str, float]) -> dict[str, Decision]:
+        """Ask once more about all of these topics; returns those that are decided."""
+        producer, is_answered = self._producer(), False
+        try:
+            if producer is not None:
+                is_answered = request_topics(producer, asked_since, ANSWER_S)
+        except Exception:  # the producer was closed meanwhile
+            producer = None
+        if producer is None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, ANSWER_S)
         decided: dict[str, Decision] = {}
-        now = time.monotonic()
         for topic, since in asked_since.items():
-            if is_known(producer, topic):
+            waited_s = time.monotonic() - since
+            if producer is not None and is_topic_known(producer, topic):
                 decided[topic] = None
-            elif answered and topic in cluster.unauthorized_topics:
-                decided[topic] = TopicRefused(f"the topic {topic} is not open to this worker")
-            elif now - since >= APPEARANCE_S:
-                decided[topic] = (
-                    TopicRefused(f"the topic {topic} does not exist")
-                    if answered
-                    else Transient(f"no broker answers to say whether the topic {topic} exists")
-                )
-        for topic, decision in decided.items():
-            if isinstance(decision, TopicRefused):
-                self.note(topic, decision)
-        # The producer would go on asking about them, ten times a second.
-        cluster._topics = cluster._topics - {topic for topic, decision in decided.items() if decision is not None}
+            elif producer is not None and is_answered and is_topic_unauthorized(producer, topic):
+                decided[topic] = TopicRefused(f"this worker may not describe the topic {topic}")
+            elif is_answered and waited_s >= APPEARANCE_S:
+                decided[topic] = TopicRefused(f"the topic {topic} does not exist")
+            elif waited_s >= AWAY_S:
+                decided[topic] = Transient(f"no broker answers whether the topic {topic} exists")
+        if producer is not None:
+            forget_topics(producer, [topic for topic, decision in decided.items() if decision is not None])
         return decided
-
-
-def _refresh(producer: Any, topics: Collection[str]) -> bool:
-    """Have the producer ask for these topics; returns whether a broker has answered."""
-    cluster = producer._metadata
-    # A new set, because Kafka's thread may be reading the old one.
-    cluster._topics = cluster._topics | set(topics)
-    last_answer_ms = cluster._last_successful_refresh_ms
-    ended = threading.Event()
-    cluster.request_update().add_both(lambda _: ended.set())
-    producer._sender.wakeup()
-    ended.wait(ANSWER_S)
-    # Not by how the update has ended: that is the topic's own error where there is one topic.
-    return bool(cluster._last_successful_refresh_ms > last_answer_ms)

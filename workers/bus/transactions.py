@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
@@ -13,19 +13,27 @@ import kafka.errors as kafka_errors
 import structlog
 from kafka import KafkaProducer
 
-from workers.bus.clients import close_producer, kafka_offsets, send_to, started
+from workers.bus.clients import kafka_offsets, send_to, started
 from workers.bus.consumer import SESSION_TIMEOUT_MS
 from workers.bus.errors import REBALANCING, refusal, translating
-from workers.bus.topics import TopicLookup, is_known
+from workers.bus.kafka_internals import (
+    abort_transaction,
+    close_producer,
+    commit_transaction,
+    is_topic_known,
+    send_offsets,
+)
+from workers.bus.topics import TopicResolver
 from workers.errors import Refused, TopicRefused, Transient
-from workers.ports import Outgoing, Partition
+from workers.ports import Commit, Outgoing, Partition
 
 log = structlog.get_logger(__name__)
 
-#: How long a commit may go without an answer. A broker that comes back by then says what became of it.
-COMMIT_LIMIT_S = 60.0
-#: The same of an abort, which the start of the next producer makes good.
-ABORT_LIMIT_S = 5.0
+#: How long one request to the transaction's coordinator may go unanswered. A coordinator that has moved answers a new
+#: producer, which finds it, at once.
+COORDINATOR_LIMIT_S = 5.0
+#: How long the start of a producer may take, which waits for the end of its predecessor's transaction.
+START_LIMIT_MS = 10_000
 
 
 class KafkaTransactionalOutbox:
@@ -37,24 +45,31 @@ class KafkaTransactionalOutbox:
         *,
         transactional_id: str,
         membership: Callable[[], Any],
+        committed: Callable[[Collection[Partition]], Mapping[Partition, Commit]],
         max_message_bytes: int,
         transaction_timeout_ms: int = SESSION_TIMEOUT_MS,
     ) -> None:
-        """`membership` gives the consumer's group membership at the moment of each transaction."""
+        """`membership` returns the consumer's group membership at the moment of each transaction.
+
+        `committed` returns the group's committed offsets, once no transaction that could change them is open.
+        """
         self._membership = membership
+        self._committed = committed
         self._settings = {
             **connection,
             "transactional_id": transactional_id,
+            "allow_auto_create_topics": False,
+            "max_block_ms": START_LIMIT_MS,
             "max_request_size": max_message_bytes,
             "transaction_timeout_ms": transaction_timeout_ms,
-            # By then the broker has aborted the transaction: what is still being sent, after an outage, is for nothing.
+            # After that the broker has aborted the transaction: what is still being sent has no effect.
             "delivery_timeout_ms": transaction_timeout_ms,
             "request_timeout_ms": transaction_timeout_ms,
         }
-        # By then each message has failed, and the broker would refuse the offsets.
-        self._limit_s = 2 * transaction_timeout_ms / 1000
+        self._flush_limit_s = 2 * transaction_timeout_ms / 1000  # each message has failed by then
+        self._unknown: Mapping[Partition, Commit] = {}  # offsets of a transaction whose end is not known
         self._producer: Any = self._opened()
-        self._lookup = TopicLookup()
+        self._resolver = TopicResolver(lambda: self._producer, lambda topic, decision: None)
         self._outcome: Future[None] = Future()
 
     def _opened(self) -> Any:
@@ -67,15 +82,18 @@ class KafkaTransactionalOutbox:
             raise
         return producer
 
-    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
-        # However long the broker stays away: on a thread that `close` can leave behind.
+    def is_decided(self, topic: str) -> bool:
+        return self._resolver.is_decided(topic)
+
+    def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, Commit]) -> None:
+        # On a thread that `close` can leave behind, however long the broker stays away.
         outcome = self._outcome = Future[None]()
         threading.Thread(
             target=self._settle, args=(outcome, messages, offsets), name="kafka-transaction", daemon=True
         ).start()
         outcome.result()
 
-    def _settle(self, outcome: Future[None], messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
+    def _settle(self, outcome: Future[None], messages: Sequence[Outgoing], offsets: Mapping[Partition, Commit]) -> None:
         with contextlib.suppress(InvalidStateError):  # closed meanwhile
             try:
                 self._publish(messages, offsets)
@@ -84,53 +102,76 @@ class KafkaTransactionalOutbox:
             else:
                 outcome.set_result(None)
 
-    def _publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, int]) -> None:
+    def _publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, Commit]) -> None:
+        if self._unknown and self._was_committed():
+            return  # what is published again after an unknown end is the same, or a part of it
         # Before the first message: with a later membership, offsets of partitions that have moved meanwhile would pass.
         membership = self._membership()
         if membership.generation_id < 0:
-            # The broker takes the offsets of a transaction that names no generation from anybody.
+            # The broker takes the offsets of a transaction that names no generation from any client.
             raise Transient("this worker is not a member of its group now")
         with translating():
-            self._meet({message.topic: number for number, message in enumerate(messages)})
-            with self._transaction() as producer:
-                refusals = _flush(producer, messages, self._limit_s)
-                if not refusals:
-                    _send_offsets(producer, offsets, membership, self._limit_s)
-                    _commit(producer)
+            self._know_topics({message.topic: number for number, message in enumerate(messages)})
+            try:
+                with self._transaction() as producer:
+                    refusals = _flush(producer, messages, self._flush_limit_s)
+                    if not refusals:
+                        send_offsets(producer, kafka_offsets(offsets), membership, COORDINATOR_LIMIT_S)
+                        _commit(producer)
+                        return
+                    self._give_up()
+            except _UnknownEnd as error:
+                log.warning("a transaction may or may not be committed; asking the broker", error=str(error))
+                self._unknown = offsets
+                if self._was_committed():
                     return
-                self._give_up()
+                raise Transient(f"the transaction was not committed: {error}") from error
             refused = self._culprit(messages, refusals)
-        if isinstance(refused, TopicRefused):
-            self._lookup.note(messages[refused.message_number].topic, refused)
+        if isinstance(refused, TopicRefused) and messages[refused.message_number].partition is None:
+            self._resolver.refuse(messages[refused.message_number].topic, refused)
         raise refused
 
-    def _meet(self, topics: Mapping[str, int]) -> None:
-        """Have the producer know these topics, each with the number of a message to it.
+    def _was_committed(self) -> bool:
+        """Whether the transaction with the unknown end was committed. Raises `Transient` while that is not known.
+
+        The start of a new producer ends the transaction: it is completed if the coordinator has received the commit,
+        else aborted. Then the offsets of all its partitions have moved, or none.
+        """
+        if self._producer is None:
+            self._producer = self._opened()
+        committed = self._committed(self._unknown.keys())
+        was_committed = all(
+            partition in committed and committed[partition].offset >= commit.offset
+            for partition, commit in self._unknown.items()
+        )
+        log.info("the end of the transaction is known", committed=was_committed)
+        self._unknown = {}
+        return was_committed
+
+    def _know_topics(self, topics: Mapping[str, int]) -> None:
+        """Make the producer know these topics, each with the index of a message to it.
 
         Outside of a transaction, whose time would run meanwhile. Raises `TopicRefused`, or `Transient` if no broker
-        says whether there are such topics.
+        answers.
         """
-        since = time.monotonic()
-        while True:
-            for topic, number in topics.items():
-                refused = self._lookup.refusal(topic, number)
-                if refused is not None:
-                    raise refused
-            producer = self._producer = self._producer or self._opened()
-            strangers = [topic for topic in topics if not is_known(producer, topic)]
-            if not strangers:
-                return
-            for decision in self._lookup.ask(producer, dict.fromkeys(strangers, since)).values():
-                if isinstance(decision, Transient):
-                    raise decision
+        if self._producer is None:
+            self._producer = self._opened()
+        self._resolver.wait_for([topic for topic in topics if not self._resolver.is_decided(topic)])
+        for topic, number in topics.items():
+            refused = self._resolver.refusal(topic, number)
+            if refused is not None:
+                raise refused
+        unknown = [topic for topic in topics if not is_topic_known(self._producer, topic)]
+        if unknown:
+            raise Transient(f"no broker answers whether the topic {unknown[0]} exists")
 
     def _culprit(self, messages: Sequence[Outgoing], refusals: Sequence[Refused]) -> Refused:
-        """Find which of them it was: one refused message fails all that are sent with it with its own error."""
+        """Find the refused message: one fails all that are sent with it with its own error."""
         for suspect in _suspects(messages, refusals):
             number = suspect.message_number
-            self._meet({messages[number].topic: number})
+            self._know_topics({messages[number].topic: number})
             with self._transaction() as producer:
-                alone = _flush(producer, [messages[number]], self._limit_s)
+                alone = _flush(producer, [messages[number]], self._flush_limit_s)
                 self._give_up()
             if alone:
                 refused = alone[0]
@@ -146,27 +187,34 @@ class KafkaTransactionalOutbox:
         try:
             self._producer.begin_transaction()
             yield self._producer
+        except _UnknownEnd:
+            producer, self._producer = self._producer, None
+            close_producer(producer, 0)  # without an abort: the next producer ends the transaction either way
+            raise
         except BaseException as error:
             self._give_up()
             if type(error) is kafka_errors.KafkaError:
-                # All that kafka-python says of a producer in a state it cannot leave; the next one starts anew.
+                # All that kafka-python reports of a producer in a state it cannot leave; the next one starts afresh.
                 raise Transient(str(error)) from error
             raise
 
     def _give_up(self) -> None:
         """Abort, and start a new producer at the next attempt.
 
-        kafka-python goes on counting from the numbers of refused messages, which the broker has not seen; and where
+        kafka-python continues to count from the numbers of refused messages, which the broker has not seen; and where
         the abort fails, the start of the new producer aborts for it.
         """
         producer, self._producer = self._producer, None
+        if producer is None:  # given up inside the block
+            return
         try:
-            _await_answer(producer, producer._transaction_manager.begin_abort(), ABORT_LIMIT_S)
+            abort_transaction(producer, COORDINATOR_LIMIT_S)
         except kafka_errors.KafkaError as error:
             log.warning("transaction could not be aborted by its producer", error=str(error))
         close_producer(producer, 0)
 
     def close(self, timeout_s: float) -> None:
+        self._resolver.close(timeout_s)
         producer = self._producer
         if producer is not None:
             close_producer(producer, timeout_s)
@@ -175,33 +223,21 @@ class KafkaTransactionalOutbox:
                 self._outcome.set_exception(Transient("the worker ends while a transaction is open"))
 
 
-def _await_answer(producer: Any, asked: Any, limit_s: float) -> None:
-    """Wait for what was asked of a transaction's coordinator.
-
-    kafka-python 3.0.12 itself waits without limit. After an outage it may have lost the request: then for ever.
-    """
-    producer._sender.wakeup()
-    if not asked.wait(limit_s * 1000):
-        raise kafka_errors.KafkaTimeoutError(f"no answer of the transaction's coordinator in {limit_s:g} s")
-
-
-def _send_offsets(producer: Any, offsets: Mapping[Partition, int], membership: Any, limit_s: float) -> None:
-    asked = producer._transaction_manager.send_offsets_to_transaction(kafka_offsets(offsets), membership)
-    _await_answer(producer, asked, limit_s)
+class _UnknownEnd(Exception):
+    """A commit was sent and not answered."""
 
 
 def _commit(producer: Any) -> None:
     try:
-        _await_answer(producer, producer._transaction_manager.begin_commit(), COMMIT_LIMIT_S)
+        commit_transaction(producer, COORDINATOR_LIMIT_S)
     except kafka_errors.KafkaError as error:
         if isinstance(error, REBALANCING):
             raise
-        # Trying again could publish twice. A restart reads from the offsets whether it was committed.
-        raise RuntimeError(f"whether a transaction was committed is not known: {error}") from error
+        raise _UnknownEnd(str(error)) from error
 
 
 def _flush(producer: Any, messages: Sequence[Outgoing], limit_s: float) -> list[Refused]:
-    """Send and wait; returns the refusals of those that failed with one. Raises for any other failure."""
+    """Send and wait; returns the refusals of the messages that failed with one. Raises for any other failure."""
     give_up_at = time.monotonic() + limit_s
     futures: list[Any] = []
     stopped: BaseException | None = None
@@ -215,7 +251,7 @@ def _flush(producer: Any, messages: Sequence[Outgoing], limit_s: float) -> list[
             refused = refusal(error, message, number)
             if refused is not None:
                 raise refused from error
-            stopped = error  # by the failure of one that was sent before, as a rule; its future tells more
+            stopped = error  # as a rule by the failure of an earlier message, whose future has the better reason
             break
     for future in futures:
         # Not `flush`, which takes it for a bug that a batch too large for its topic has been split and goes on in two.
@@ -225,14 +261,14 @@ def _flush(producer: Any, messages: Sequence[Outgoing], limit_s: float) -> list[
     refusals = [refused for error, number in ended if (refused := refusal(error, messages[number], number))]
     cause = ended[0][0] if ended else stopped
     if cause is not None and not refusals:
-        raise cause  # not every lost message fails the transaction that it is lost from
+        raise cause  # a lost message does not always fail its transaction
     if not all(future.is_done for future in futures):
         raise kafka_errors.KafkaTimeoutError(f"no answer of the broker to a message in {limit_s:g} s")
     return refusals
 
 
 def _suspects(messages: Sequence[Outgoing], refusals: Sequence[Refused]) -> list[Refused]:
-    """Whom to try alone: of each topic the largest refused message, because there size and topic tell all."""
+    """The messages to try alone: of each topic the largest refused one, because size and topic decide."""
     largest: dict[str, Refused] = {}
     for refused in sorted(refusals, key=lambda refused: messages[refused.message_number].num_bytes(), reverse=True):
         largest.setdefault(messages[refused.message_number].topic, refused)

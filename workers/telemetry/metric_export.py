@@ -1,7 +1,7 @@
-"""Sends the metrics of a worker to an OTLP collector now and then, for those who do not scrape.
+"""Sends the metrics of a worker to an OTLP collector at an interval, for installations that do not scrape.
 
-The Prometheus registry is the one account; here it is read and told in OTLP's words. A collector that is away costs the
-worker nothing: metrics are running totals, and the next export tells them all.
+Reads the Prometheus registry and converts it to OTLP. An export that fails is lost without harm: metrics are running
+totals, and the next export has all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
+import structlog
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
     Gauge,
@@ -32,11 +33,13 @@ from prometheus_client.core import Metric, Sample
 
 from workers.telemetry.finished_span import SCOPE
 
+log = structlog.get_logger(__name__)
+
 _CUMULATIVE = AggregationTemporality.CUMULATIVE
 
 
 def metrics_data(families: Iterable[Metric], resource: Resource, *, start_ns: int, now_ns: int) -> MetricsData:
-    """The families of a registry as OTLP; totals count from `start_ns` on."""
+    """Return the families of a registry as OTLP; totals count from `start_ns` on."""
     metrics = []
     for family in families:
         data = _data(family, start_ns, now_ns)
@@ -63,7 +66,7 @@ def _number_points(samples: Iterable[Sample], start_ns: int, now_ns: int) -> lis
 
 
 def _histogram_points(samples: Iterable[Sample], start_ns: int, now_ns: int) -> Iterator[HistogramDataPoint]:
-    """Prometheus tells a histogram as many samples, its buckets adding up; here each is one point."""
+    """Yield one point per histogram; Prometheus has many samples per histogram, with cumulative buckets."""
     series: dict[tuple[tuple[str, str], ...], dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         labels = tuple(sorted((name, value) for name, value in sample.labels.items() if name != "le"))
@@ -79,7 +82,7 @@ def _histogram_points(samples: Iterable[Sample], start_ns: int, now_ns: int) -> 
             sum=parts["sum"][0].value,
             bucket_counts=[after - before for before, after in pairwise(totals)],
             explicit_bounds=[bound for bound, _ in buckets[:-1]],
-            min=None,  # type: ignore[arg-type]  # optional in OTLP, and nobody keeps them
+            min=None,  # type: ignore[arg-type]  # optional in OTLP, and not recorded
             max=None,  # type: ignore[arg-type]
         )
 
@@ -107,7 +110,7 @@ class MetricExport:
         self._thread.start()
 
     def is_running(self) -> bool:
-        """False once its thread has died, which is for the loop to notice and to end the worker."""
+        """False once its thread has died; the loop then ends the worker."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -116,9 +119,12 @@ class MetricExport:
         self._export()
 
     def _export(self) -> None:
-        # What fails is logged by the exporter; the next one tells all of it.
         families = self._registry.collect()
-        self._exporter.export(metrics_data(families, self._resource, start_ns=self._start_ns, now_ns=self._wall_ns()))
+        data = metrics_data(families, self._resource, start_ns=self._start_ns, now_ns=self._wall_ns())
+        try:
+            self._exporter.export(data)  # logs the answers of a collector itself
+        except Exception as error:  # an address without a scheme, a certificate that is missing
+            log.warning("metrics not exported; the next export repeats all of them", error=str(error))
 
     def close(self, timeout_s: float) -> None:
         self._stop.set()

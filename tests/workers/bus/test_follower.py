@@ -148,9 +148,9 @@ def test_a_topic_that_is_deleted_and_created_again_is_a_gap_and_read_from_its_be
     again = kafka.outbox()
     send_all(again, messages(topic, 5, start=2))
 
-    # Until the gap is found, the old position may point at records of the new topic.
-    while (found := taken(follower, 1)[0]) != Gap(Partition(topic, 0), RECREATED):
-        assert not isinstance(found, Gap)
+    # Until that is found out, the old position may point at records of the new topic, or behind them.
+    while taken(follower, 1)[0] != Gap(Partition(topic, 0), RECREATED):
+        pass
     assert [record.value for record in taken(follower, 5)] == [b"2", b"3", b"4", b"5", b"6"]
 
 

@@ -17,7 +17,7 @@ from services import KafkaServer
 from workers.bus.consumer import KafkaInbox
 from workers.bus.producer import KafkaOutbox
 from workers.errors import Misconfigured, Transient
-from workers.ports import Partition
+from workers.ports import Commit, Partition
 
 pytestmark = [
     pytest.mark.services,
@@ -125,7 +125,7 @@ def test_a_frozen_broker_delays_everything_and_loses_nothing(server, kafka, monk
     freeze(server)
     try:
         sent = [outbox.send(message) for message in messages(topic, 2, start=3)]
-        commit = inbox.commit({Partition(topic, 0): 3})
+        commit = inbox.commit({Partition(topic, 0): Commit(3)})
         assert isinstance(commit.exception(LIMIT_S), Transient)
         assert inbox.take() is None
         assert [future.exception() for future in sent if future.done()] == []
@@ -134,7 +134,7 @@ def test_a_frozen_broker_delays_everything_and_loses_nothing(server, kafka, monk
 
     assert [future.exception(LIMIT_S) for future in sent] == [None, None]
     take_until(inbox, {b"3", b"4"})
-    eventually(lambda: inbox.commit({Partition(topic, 0): 5}).exception(LIMIT_S) is None)
+    eventually(lambda: inbox.commit({Partition(topic, 0): Commit(5)}).exception(LIMIT_S) is None)
 
 
 def test_a_member_of_a_frozen_broker_closes_within_its_time(server, kafka):
@@ -146,7 +146,7 @@ def test_a_member_of_a_frozen_broker_closes_within_its_time(server, kafka):
     freeze(server)
     try:
         outbox.send(messages(topic, 1)[0])
-        commit = inbox.commit({Partition(topic, 0): 1})
+        commit = inbox.commit({Partition(topic, 0): Commit(1)})
         started = time.monotonic()
         inbox.close(1.0)
         outbox.close(1.0)
@@ -167,7 +167,7 @@ def test_a_transaction_that_waits_for_the_broker_ends_with_the_worker(server, ka
     freeze(server)
     try:
         with ThreadPoolExecutor(1) as executor:
-            publishing = executor.submit(transactions.publish, messages(replies, 1), {Partition(topic, 0): 0})
+            publishing = executor.submit(transactions.publish, messages(replies, 1), {Partition(topic, 0): Commit(0)})
             transactions.close(0.5)
 
             assert isinstance(publishing.exception(LIMIT_S), Transient)
@@ -181,7 +181,7 @@ def test_a_killed_broker_comes_back_to_workers_that_go_on(server, kafka):
     transactions = kafka.transactional_outbox(inbox)
     send_all(outbox, messages(topic, 3))
     take(inbox, 3)
-    transactions.publish(messages(replies, 1), {Partition(topic, 0): 1})
+    transactions.publish(messages(replies, 1), {Partition(topic, 0): Commit(1)})
 
     server.kill()
     sent = [outbox.send(message) for message in messages(topic, 2, start=3)]
@@ -193,7 +193,7 @@ def test_a_killed_broker_comes_back_to_workers_that_go_on(server, kafka):
 
     def published():
         try:
-            transactions.publish(messages(replies, 1, start=1), {Partition(topic, 0): 5})
+            transactions.publish(messages(replies, 1, start=1), {Partition(topic, 0): Commit(5)})
         except Transient as error:
             attempts.append(error)
             return False

@@ -13,11 +13,14 @@ from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, R
 
 import workers.bus.topics
 from bus_harness import LIMIT_S, KafkaBus, eventually, messages, send_all, take, values
+from delivery_harness import Counted
 from services import KafkaServer
 from workers.bus.reader import KafkaReader
-from workers.delivery import ExactlyOnce
+from workers.delivery import UndeliveredLimits
 from workers.errors import TopicRefused, Transient
-from workers.ports import Finished, Outgoing, Partition
+from workers.exactly_once import ExactlyOnce
+from workers.partitions import Partitions
+from workers.ports import Commit, Finished, Outgoing, Partition
 from workers.telemetry.bus_spans import BusSpans
 
 pytestmark = pytest.mark.services
@@ -58,7 +61,7 @@ def transactions_of(kafka: KafkaBus):
     topic = kafka.topic("in")
     inbox = kafka.inbox(topic)
     eventually(inbox.assigned)
-    return kafka.transactional_outbox(inbox), {Partition(topic, 0): 0}
+    return kafka.transactional_outbox(inbox), {Partition(topic, 0): Commit(0)}
 
 
 def write(kafka: KafkaBus, topic: str, headers) -> None:
@@ -198,14 +201,18 @@ def test_the_other_requests_of_a_transaction_are_answered(kafka):
     records = take(inbox, 6)
     wanted = {1: kafka.prefix + "nowhere", 2: closed, 4: kafka.prefix + "nowhere", 5: kafka.prefix + "no-such"}
 
-    class Uncounted:
-        def count_commit(self) -> None: ...
-        def count_retry(self, kind: str) -> None: ...
-        def observe_publish(self, seconds: float, span: object) -> None: ...
-
     with ThreadPoolExecutor(1) as executor:
         outbox = kafka.transactional_outbox(inbox)
-        delivery = ExactlyOnce(outbox, executor, lambda: None, 0.0, Uncounted(), BusSpans.off())
+        delivery = ExactlyOnce(
+            outbox,
+            executor,
+            Partitions(inbox, lambda: None),
+            lambda: None,
+            0.0,
+            Counted(),
+            BusSpans.off(),
+            UndeliveredLimits(),
+        )
         for number, record in enumerate(records):
             delivery.begin(record)
             reply = Outgoing(

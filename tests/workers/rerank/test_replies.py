@@ -29,10 +29,12 @@ from rerank_harness import (
 )
 from strategies import rerank_requests
 from tracing_harness import Recorded
+from workers.at_least_once import AtLeastOnce
 from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
-from workers.delivery import AtLeastOnce
-from workers.errors import Misconfigured, TooLarge, TopicRefused
+from workers.delivery import UndeliveredLimits
+from workers.errors import TooLarge, TopicRefused
 from workers.loop import Loop, Wake
+from workers.partitions import Partitions
 from workers.ports import Outgoing
 from workers.telemetry.bus_spans import BusSpans
 from workers.telemetry.trace_context import TRACEPARENT, TRACESTATE, trace_id_of
@@ -308,8 +310,7 @@ def test_a_reply_whose_topic_is_refused_becomes_an_error_reply_to_the_default_to
     assert (header(instead, CONTENT_TYPE_HEADER), trace_id_of(instead.headers)) == (JSON, "a" * 32)
     assert (reply.request_id, reply.status, reply.error.code) == ("r1", "error", "reply_topic_refused")
     assert reply.error.message == "the topic mine.a does not exist"
-    with pytest.raises(Misconfigured, match=TOPICS.rerank_responses):
-        instead.instead(TopicRefused("nor does this one"))
+    assert instead.instead(TopicRefused("nor does this one")) is None
 
 
 @pytest.mark.parametrize("refused", [TooLarge("even this"), TopicRefused("gone")])
@@ -328,26 +329,24 @@ def test_a_reply_that_is_refused_repeatedly_ends_in_the_default_topic_and_counts
     assert rig.metric("edje_replies_replaced_total") == 1
 
 
-def test_a_reply_that_the_default_topic_refuses_ends_the_worker():
+def test_a_reply_refused_where_replies_go_by_default_has_no_replacement():
     rig = Rig()
     rig.put({"i1": 1})
     rig.send(FIELDS)
     rig.run()
 
     (message,) = rig.messages(TOPICS.rerank_responses)
-    with pytest.raises(Misconfigured, match="create the topic"):
-        message.instead(TopicRefused("gone"))
+    assert message.instead(TopicRefused("gone")) is None
     assert rig.metric("edje_replies_replaced_total") == 0
 
 
-def test_a_dead_letter_whose_topic_is_refused_ends_the_worker():
+def test_a_dead_letter_whose_topic_is_refused_has_no_replacement():
     rig = Rig()
     rig.send(b"x")
     rig.turn()
 
     (message,) = rig.dead_letters()
-    with pytest.raises(Misconfigured, match=message.topic):
-        message.instead(TopicRefused("gone"))
+    assert message.instead(TopicRefused("gone")) is None
 
 
 def test_a_dead_letter_too_large_for_the_broker_loses_its_end():
@@ -376,10 +375,21 @@ def test_from_the_broker_and_back_everything_is_answered_and_committed():
     rig.put({f"i{number}": number for number in range(40)})
     wake = Wake()
     inbox = MemoryInbox(broker, topic=PARTITION.topic, group_id="g", wake=wake)
+    partitions = Partitions(inbox, wake)
     loop = Loop(
         inbox=inbox,
         job=rig.job,
-        delivery=AtLeastOnce(inbox, MemoryOutbox(broker), wake, 0.0, rig.metrics, BusSpans.off()),
+        delivery=AtLeastOnce(
+            inbox,
+            MemoryOutbox(broker),
+            partitions,
+            wake,
+            0.0,
+            rig.metrics,
+            BusSpans.off(),
+            UndeliveredLimits(),
+        ),
+        partitions=partitions,
         dead_letter=lambda record, error: pytest.fail(f"no outcome can be written: {error}"),
         wake=wake,
         clock=lambda: rig.now,
@@ -408,7 +418,7 @@ def test_from_the_broker_and_back_everything_is_answered_and_committed():
         "bad": "invalid_event",
     }
     assert len(broker.log(TOPICS.dead_letter(PARTITION.topic))) == 1
-    assert broker.committed == {("g", PARTITION): 4}
+    assert broker.committed["g", PARTITION].offset == 4
 
 
 def test_a_line_of_the_log_about_a_request_names_it_and_its_trace():

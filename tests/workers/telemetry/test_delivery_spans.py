@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from opentelemetry.trace import StatusCode
 
-from tests.workers.test_delivery import AtLeastOnceBench, ExactlyOnceBench, record
+from delivery_harness import AtLeastOnceBench, ExactlyOnceBench, record
 from tracing_harness import Recorded, links, seconds
 from workers.errors import TooLarge, Transient
 from workers.ports import Finished, Outgoing
@@ -29,7 +29,7 @@ def spans(recorded) -> BusSpans:
 def finished(offset: int = 0) -> Finished:
     """A record with one reply, both recorded."""
     span = root()
-    return Finished(record(offset), (Outgoing("out", b"r-1", b"reply", span=child_of(span)),), span)
+    return Finished(record(offset), (Outgoing("out", b"r-%d" % (offset + 1), b"reply", span=child_of(span)),), span)
 
 
 def test_a_send_lasts_until_the_broker_has_the_message_and_its_span_is_the_one_that_the_message_names(recorded, spans):

@@ -29,7 +29,6 @@ from opentelemetry.sdk.trace.sampling import (
     TraceIdRatioBased,
 )
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
-from pydantic import ValidationError
 from structlog.testing import capture_logs
 
 from tracing_harness import Recorded, as_sdk_span
@@ -168,12 +167,6 @@ def test_a_worker_that_ends_does_not_wait_for_a_destination_that_is_away():
     assert dropped.number == 6  # each once, although the destination then refuses those that it was asked to take
 
 
-def test_batches_larger_than_the_queue_are_refused_with_the_names_of_the_settings(monkeypatch):
-    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
-    with pytest.raises(ValidationError, match="OTEL_BSP_MAX_EXPORT_BATCH_SIZE is larger than OTEL_BSP_MAX_QUEUE_SIZE"):
-        RerankSettings()
-
-
 def every_kind_of_span() -> list[FinishedSpan]:
     """Spans with and without a parent, state, links, attributes of every type, and an error."""
     recorded = Recorded()
@@ -292,8 +285,8 @@ def test_with_nothing_set_nothing_is_sampled_and_no_thread_runs(monkeypatch):
     before = threading.active_count()
 
     with ExitStack() as stack:
-        tracer = start_tracing("rerank", settings, metrics, lambda: 0.0, stack)
-        assert start_metric_export("rerank", settings, metrics, stack) is None
+        tracer = start_tracing("rerank", settings.telemetry(), metrics, lambda: 0.0, stack)
+        assert start_metric_export("rerank", settings.telemetry(), metrics.registry, stack) is None
         assert threading.active_count() == before
 
     assert tracer.begin((("traceparent", b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01"),)).span is None
@@ -303,9 +296,9 @@ def test_a_span_file_alone_turns_tracing_on_and_the_sdks_switch_turns_it_off(tmp
     path = tmp_path / "spans.jsonl"
 
     for is_disabled in (False, True):
-        settings = RerankSettings(span_file=path, otel_sdk_disabled=is_disabled)
+        settings = RerankSettings(span_file=path, otel_sdk_disabled=str(is_disabled))
         with ExitStack() as stack:
-            tracer = start_tracing("rerank", settings, Metrics(), lambda: 0.0, stack)
+            tracer = start_tracing("rerank", settings.telemetry(), Metrics(), lambda: 0.0, stack)
             assert (tracer.begin(()).span is None) == is_disabled
 
 
@@ -394,10 +387,33 @@ def test_metrics_are_told_once_more_at_the_end():
     assert exporter.is_shut
 
 
+def test_an_exporter_that_fails_ends_no_thread():
+    class Failing:
+        def __init__(self):
+            self.num_left = 2
+            self.called_twice = threading.Event()
+
+        def export(self, data):
+            self.num_left -= 1
+            if self.num_left == 0:
+                self.called_twice.set()
+            raise ValueError("the address has no scheme")
+
+        def shutdown(self):
+            """Nothing is held open."""
+
+    exporter = Failing()
+    export = MetricExport(Metrics().registry, exporter, NOBODY, interval_s=0.05)
+
+    assert exporter.called_twice.wait(GIVE_UP_S)
+    assert export.is_running()
+    export.close(GIVE_UP_S)
+
+
 def test_a_span_file_in_the_settings_is_filled_by_the_tracer(tmp_path: Path):
     path = tmp_path / "spans.jsonl"
     with ExitStack() as stack:
-        tracer = start_tracing("rerank", RerankSettings(span_file=path), Metrics(), lambda: 0.0, stack)
+        tracer = start_tracing("rerank", RerankSettings(span_file=path).telemetry(), Metrics(), lambda: 0.0, stack)
         tracer.record(names.MICRO_BATCH, root(), Interval(0.0, 1.0), {})
 
     assert b"micro-batch" in path.read_bytes()

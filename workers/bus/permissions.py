@@ -1,0 +1,75 @@
+"""Tries, before a worker is ready, what it will need of Kafka: its topics, and the right to read and to write them.
+
+A broker that reports no permissions (none are set, or it is not Apache Kafka) is taken to allow everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import kafka.errors as kafka_errors
+from kafka import KafkaAdminClient, KafkaProducer
+
+from workers.bus.clients import started
+from workers.bus.errors import translating
+from workers.bus.kafka_internals import close_producer, is_topic_known, request_topics
+from workers.errors import Misconfigured
+
+#: How long a broker that creates topics on request may take.
+CREATION_S = 2.0
+_ALL = "ALL"
+
+
+def check_access(
+    connection: Mapping[str, Any], *, reads: Collection[str], writes: Collection[str], group_id: str
+) -> None:
+    """Raise `Misconfigured` with a sentence unless the topics exist and this client may use them; or `Transient`.
+
+    A topic that does not exist is created where the broker creates topics on request.
+    """
+    topics = list(dict.fromkeys([*reads, *writes]))
+    _request_creation(connection, topics)
+    with contextlib.closing(started(KafkaAdminClient, **connection)) as admin:
+        with translating():
+            described = {topic["name"]: topic for topic in admin.describe_topics(topics)}
+        for topic in topics:
+            operations = (["READ"] if topic in reads else []) + (["WRITE"] if topic in writes else [])
+            _check_topic(topic, described.get(topic, {}), operations)
+        _check_group(admin, group_id)
+
+
+def _request_creation(connection: Mapping[str, Any], topics: Collection[str]) -> None:
+    """Ask for the topics as a client that wants them created; the broker decides."""
+    producer = started(KafkaProducer, **connection, enable_idempotence=False)
+    try:
+        give_up_at = time.monotonic() + CREATION_S
+        while time.monotonic() < give_up_at and not all(is_topic_known(producer, topic) for topic in topics):
+            request_topics(producer, topics, 0.5)
+    finally:
+        close_producer(producer, 0)
+
+
+def _check_topic(topic: str, described: Mapping[str, Any], operations: Collection[str]) -> None:
+    code = described.get("error_code", kafka_errors.UnknownTopicOrPartitionError.errno)
+    if code == kafka_errors.TopicAuthorizationFailedError.errno:
+        raise Misconfigured(f"Kafka refuses this worker: it may not describe the topic {topic}")
+    if code == kafka_errors.UnknownTopicOrPartitionError.errno:
+        raise Misconfigured(f"the topic {topic} does not exist: create it")
+    if code == kafka_errors.InvalidTopicError.errno:
+        raise Misconfigured(f"{topic} is not a valid name of a topic")
+    allowed = described.get("authorized_operations") or []
+    missing = [operation for operation in operations if allowed and operation not in allowed and _ALL not in allowed]
+    if missing:
+        raise Misconfigured(f"Kafka refuses this worker: it may not {' and '.join(missing)} the topic {topic}")
+
+
+def _check_group(admin: KafkaAdminClient, group_id: str) -> None:
+    with translating():
+        described = admin.describe_groups([group_id], include_authorized_operations=True).get(group_id) or {}
+    allowed = described.get("authorized_operations") or []
+    is_refused = kafka_errors.GroupAuthorizationFailedError.__name__ in (described.get("error") or "")
+    if is_refused or (allowed and "READ" not in allowed and _ALL not in allowed):
+        raise Misconfigured(f"Kafka refuses this worker: it may not READ the group {group_id}")

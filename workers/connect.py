@@ -1,0 +1,116 @@
+"""Connects a worker to Kafka: its inbox, and the delivery of its promise with its outbox.
+
+The only module besides `workers.runtime` that names adapters of the bus for a worker.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from workers.at_least_once import AtLeastOnce
+from workers.bus.connection import check_reachable, kafka_connection
+from workers.bus.consumer import KafkaInbox
+from workers.bus.permissions import check_access
+from workers.bus.producer import KafkaOutbox
+from workers.bus.transactions import KafkaTransactionalOutbox
+from workers.delivery import Delivery, DeliveryMetrics, UndeliveredLimits
+from workers.exactly_once import ExactlyOnce
+from workers.partitions import Partitions
+from workers.ports import Inbox
+from workers.settings import WorkerSettings
+from workers.telemetry.bus_spans import BusSpans
+
+#: Timeout for closing each Kafka client after the drain.
+CLOSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """What a worker reads and writes."""
+
+    name: str  # of the worker
+    group_id: str
+    input_topic: str
+    output_topics: tuple[str, ...]
+    transactional_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A member of the group, with the delivery of its outcomes."""
+
+    inbox: Inbox
+    partitions: Partitions
+    delivery: Delivery
+
+
+def connect(
+    settings: WorkerSettings,
+    subscription: Subscription,
+    *,
+    wake: Callable[[], None],
+    metrics: DeliveryMetrics,
+    spans: BusSpans,
+    stack: ExitStack,
+) -> Connected:
+    """Connect to Kafka and join the group; `stack` closes what was opened.
+
+    Raises `Transient` while no broker answers, `Misconfigured` while a topic or a permission is missing; nothing is
+    then left open.
+    """
+    check_reachable(settings)
+    connection = kafka_connection(settings, client_id=f"edje-{subscription.name}")
+    check_access(
+        connection,
+        reads=[subscription.input_topic],
+        writes=subscription.output_topics,
+        group_id=subscription.group_id,
+    )
+    with ExitStack() as opened:
+        inbox = KafkaInbox(
+            connection,
+            topic=subscription.input_topic,
+            group_id=subscription.group_id,
+            wake=wake,
+            read_committed=settings.delivery == "exactly_once",
+            max_poll_records=settings.max_poll_records,
+            max_message_bytes=settings.max_message_bytes,
+            session_timeout_ms=settings.session_timeout_ms,
+        )
+        opened.callback(inbox.close, CLOSE_S)
+        partitions = Partitions(inbox, wake)
+        limits = UndeliveredLimits(settings.max_undelivered_messages, settings.max_undelivered_bytes)
+        delivery: Delivery
+        if settings.delivery == "exactly_once":
+            transactional = KafkaTransactionalOutbox(
+                connection,
+                transactional_id=subscription.transactional_id,
+                membership=inbox.membership,
+                committed=inbox.committed,
+                max_message_bytes=settings.max_message_bytes,
+                transaction_timeout_ms=settings.session_timeout_ms,
+            )
+            executor = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="transaction"))
+            opened.callback(transactional.close, CLOSE_S)  # first, because it ends a transaction that waits
+            interval_s = settings.transaction_interval_ms / 1000
+            delivery = ExactlyOnce(transactional, executor, partitions, wake, interval_s, metrics, spans, limits)
+        else:
+            outbox = KafkaOutbox(connection, max_message_bytes=settings.max_message_bytes)
+            opened.callback(outbox.close, CLOSE_S)
+            interval_s = settings.commit_interval_ms / 1000
+            delivery = AtLeastOnce(inbox, outbox, partitions, wake, interval_s, metrics, spans, limits)
+        stack.push(opened.pop_all())
+    return Connected(inbox, partitions, delivery)
+
+
+def transactional_id(group_id: str, http_port: int) -> str:
+    """Return an id that no other running worker has, and that the successor of this one has too.
+
+    A container that restarts in its pod then ends the open transaction of its predecessor at once. The port of the
+    health pages is unique on a host: two pods on a host's network share its name and their process numbers.
+    """
+    return f"{group_id}-{socket.gethostname()}-{http_port}"
