@@ -55,11 +55,6 @@ WORKERS = ("ingest", "rerank", "index", "gateway")
 #: The gateway searches the index that the index worker writes.
 USERS = {"index": ("workers/index/", "workers/gateway/")}
 HEAVY = ["kafka", "redis", "tensorrt", "pycuda", "torch"]
-#: Imports that close a circle and are still to be removed; the list only shrinks.
-CIRCULAR_IMPORTS = {
-    ("workers.telemetry.setup", "workers.metrics"),
-    ("workers.telemetry.setup", "workers.settings"),
-}
 MAX_MODULES_PER_FOLDER = 25
 
 
@@ -142,18 +137,13 @@ def test_a_folder_imports_only_what_stands_below_it(folder):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    assert circles(module_edges() - CIRCULAR_IMPORTS) == []
+    assert circles(module_edges()) == []
 
 
 def test_no_folders_import_each_other_in_a_circle():
-    rooms = {(room_of(importer), room_of(imported)) for importer, imported in module_edges() - CIRCULAR_IMPORTS}
+    rooms = {(room_of(importer), room_of(imported)) for importer, imported in module_edges()}
 
     assert circles(rooms) == []
-
-
-@pytest.mark.parametrize(("importer", "imported"), sorted(CIRCULAR_IMPORTS))
-def test_an_import_that_is_allowed_to_close_a_circle_still_exists(importer, imported):
-    assert (importer, imported) in module_edges(), "remove it from CIRCULAR_IMPORTS"
 
 
 def test_a_circle_of_imports_is_found_through_other_modules():

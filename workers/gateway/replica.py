@@ -77,8 +77,8 @@ class Gateway:
                 port=settings.http_port,
             )
         )
-        self._tracer = start_tracing("gateway", settings, self._metrics, self._clock, stack)
-        self._metric_export = start_metric_export("gateway", settings, self._metrics, stack)
+        self._tracer = start_tracing("gateway", settings.telemetry(), self._metrics, self._clock, stack)
+        self._metric_export = start_metric_export("gateway", settings.telemetry(), self._metrics.registry, stack)
         self._spans = BusSpans(self._tracer, topic=self._topics.gateway_replies, group_id="")
 
     async def run(self) -> None:
