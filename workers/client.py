@@ -1,7 +1,17 @@
-"""A client of the service for other Python programs: publishes images and requests, and waits for what becomes of them.
+"""A client of the service for Python programs: publishes images and requests, and waits for their outcomes.
 
-Synchronous and for one thread; any number of images and requests may be outstanding. Anything that can write to Kafka
-does the same without it: the contract is `protocols`.
+    from protocols.events import Query, RerankRequest
+    from workers.client import connect
+
+    with connect("localhost:9092") as client:
+        candidates = [{"image_id": "img-7"}, {"image_id": "img-2", "score": 0.3}]
+        request = RerankRequest(request_id="r-1", query=Query(text="a dog on a beach"), candidates=candidates)
+        reply = client.rerank(request, timeout_s=10.0)
+        for result in reply.response.results:
+            print(result.id, result.relevance_score)
+
+Synchronous and for one thread; any number of images and up to `MAX_OUTSTANDING` requests may be outstanding. Every
+program that can write to Kafka can do the same without it: the contract is `protocols`.
 """
 
 from __future__ import annotations
@@ -35,23 +45,25 @@ EventT = TypeVar("EventT", bound=Event)
 MAX_MESSAGE_BYTES = 1 << 20
 CLOSE_TIMEOUT_S = 10.0
 PUBLISH_TIMEOUT_S = 60.0
-#: How long one wait for messages lasts at most: an interrupt is noticed in between.
+#: Requests that a client keeps waiting for, and replies that it keeps; beyond it the oldest one is forgotten.
+MAX_OUTSTANDING = 10_000
+#: The longest single wait for messages: between two of them an interrupt is noticed.
 POLL_S = 0.5
 
 
 class NoAnswer(WorkerError):
-    """The service has not answered in time; the message says what was waited for."""
+    """The service has not answered in time; the message names the request and the time."""
 
 
 class Reader(Protocol):
-    """Reads some topics from where they ended when it was made."""
+    """Reads some topics from their ends at the time the reader was made."""
 
     def poll(self, timeout_s: float) -> list[Record]:
-        """Return what has arrived, waiting at most this long for the first record."""
+        """Return the records that have arrived, waiting at most this long for the first one."""
         ...
 
     def unknown_topics(self) -> list[str]:
-        """The topics that have not been seen to exist."""
+        """Return the topics that have not been found."""
         ...
 
     def close(self) -> None: ...
@@ -59,24 +71,34 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A response and the trace in which it was made."""
+    """A response and the id of its trace."""
 
     response: RerankResponse
     trace_id: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The outcome of a removal: the image is no longer in the store."""
+
+    image_id: str
+
+
+ImageOutcome = ImageIndexed | Removed | DeadLetter
+
+
 class Client:
-    """Publishes events and matches what comes back with them, by id."""
+    """Publishes events and matches the answers with them, by id."""
 
     def __init__(self, outbox: Outbox, reader: Reader, topics: Topics) -> None:
         """`reader` reads `answer_topics`, and any other topic to which replies are directed."""
         self._outbox = outbox
         self._reader = reader
         self._topics = topics
-        self._requests: set[str] = set()
+        self._requests: dict[str, None] = {}  # the oldest first
         self._images: set[str] = set()
         self._replies: dict[str, Reply] = {}
-        self._outcomes: list[ImageIndexed | DeadLetter] = []
+        self._outcomes: list[ImageOutcome] = []
 
     def __enter__(self) -> Self:
         return self
@@ -88,51 +110,69 @@ class Client:
         self._reader.close()
 
     def publish_image(self, image: ImageNew, *, watch: bool = True) -> Future[None]:
-        """Publish an image; with `watch`, `image_outcomes` will tell what became of it."""
+        """Publish an image; with `watch`, `image_outcomes` will return its outcome."""
         if watch:
             self._images.add(image.image_id)
-        # JSON would make a third more of the bytes.
+        # JSON would add a third to the bytes.
         content_type = JSON if image.data is None else MSGPACK
-        return self._publish(self._topics.images_new, image.image_id, image, content_type)
+        value = encode(image, content_type)
+        return self._publish(self._topics.images_new, image.image_id, value, content_type)
 
-    def image_outcomes(self, timeout_s: float) -> list[ImageIndexed | DeadLetter]:
-        """What became of watched images since the last call, waiting at most this long for the first."""
+    def publish_removal(self, image_id: str, *, watch: bool = True) -> Future[None]:
+        """Publish the removal of an image; with `watch`, `image_outcomes` will return its outcome."""
+        if watch:
+            self._images.add(image_id)
+        return self._publish(self._topics.images_new, image_id, None, None)
+
+    def image_outcomes(self, timeout_s: float) -> list[ImageOutcome]:
+        """Return the outcomes of watched images since the last call, waiting at most this long for the first one."""
         self._receive_until(lambda: bool(self._outcomes), timeout_s)
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
     def forget_image(self, image_id: str) -> None:
-        """Watch an image no longer, because it was never published."""
+        """Stop watching an image, because it was never published."""
         self._images.discard(image_id)
 
     @property
     def outstanding_images(self) -> frozenset[str]:
-        """The watched images of which nothing has been heard yet."""
+        """The watched images without an outcome."""
         return frozenset(self._images)
 
     def publish_request(self, request: RerankRequest) -> Future[None]:
-        """Publish a request whose reply `reply_to` will return."""
-        self._requests.add(request.request_id)
-        return self._publish(self._topics.rerank_requests, request.request_id, request, JSON)
+        """Publish a request, for whose reply `reply_to` waits."""
+        _bound(self._requests)
+        self._requests[request.request_id] = None
+        value = encode(request, JSON)
+        return self._publish(self._topics.rerank_requests, request.request_id, value, JSON)
 
     def reply_to(self, request_id: str, timeout_s: float) -> Reply:
-        """Return the reply to a published request. Raises `NoAnswer`; the reply can still be waited for then."""
+        """Return the reply to a published request. Raises `NoAnswer`; another call may still return the reply."""
         if not self._receive_until(lambda: request_id in self._replies, timeout_s):
             raise NoAnswer(f"no reply to request {request_id} within {timeout_s:g} s; {self._why_silent()}")
         return self._replies.pop(request_id)
 
+    def forget_request(self, request_id: str) -> None:
+        """Stop waiting for the reply to a request."""
+        self._requests.pop(request_id, None)
+        self._replies.pop(request_id, None)
+
     def rerank(self, request: RerankRequest, timeout_s: float) -> Reply:
-        """Publish a request and return its reply. Raises `NoAnswer`, or what publishing raises."""
+        """Publish a request and return its reply. Raises `NoAnswer`, or the error of publishing."""
         published = self.publish_request(request)
         try:
             published.result(PUBLISH_TIMEOUT_S)
+            return self.reply_to(request.request_id, timeout_s)
         except TimeoutError:
-            raise NoAnswer(f"Kafka has not taken request {request.request_id} within {PUBLISH_TIMEOUT_S:g} s") from None
-        return self.reply_to(request.request_id, timeout_s)
+            raise NoAnswer(
+                f"Kafka has not accepted request {request.request_id} within {PUBLISH_TIMEOUT_S:g} s"
+            ) from None
+        finally:
+            self.forget_request(request.request_id)
 
-    def _publish(self, topic: str, event_id: str, event: Event, content_type: str) -> Future[None]:
-        # A span of the program's own tracing, where it has set any up; else nothing is recorded, no header is written
-        # and the worker begins the trace.
+    def _publish(self, topic: str, event_id: str, value: bytes | None, content_type: str | None) -> Future[None]:
+        # A span of the program's own tracing, if it has any; else nothing is recorded, no header is written and the
+        # worker starts the trace.
         attributes = {
             names.SYSTEM.name: "kafka",
             names.OPERATION.name: "send",
@@ -142,8 +182,8 @@ class Client:
         }
         tracer = trace.get_tracer("edje.client")
         with tracer.start_as_current_span(f"send {topic}", kind=trace.SpanKind.PRODUCER, attributes=attributes):
-            headers = ((CONTENT_TYPE_HEADER, content_type.encode()), *_trace_headers())
-            return self._outbox.send(Outgoing(topic, event_id.encode(), encode(event, content_type), headers))
+            content = () if content_type is None else ((CONTENT_TYPE_HEADER, content_type.encode()),)
+            return self._outbox.send(Outgoing(topic, event_id.encode(), value, (*content, *_trace_headers())))
 
     def _receive_until(self, has_come: Callable[[], bool], timeout_s: float) -> bool:
         give_up_at = time.monotonic() + timeout_s
@@ -159,32 +199,38 @@ class Client:
     def _receive(self, record: Record) -> None:
         try:
             if record.partition.topic == self._topics.images_indexed:
-                self._note_outcome(_decoded(ImageIndexed, record))
+                self._note_image(record)
             elif record.partition.topic == self._topics.dead_letter(self._topics.images_new):
                 self._note_dead_image(record)
             else:
                 self._note_reply(_decoded(RerankResponse, record), record.headers)
-        except ValueError as error:  # another producer's mistake; it answers nothing of ours
+        except ValueError as error:  # of another producer; it answers no request of this client
             log.warning(
-                "an answer cannot be read", topic=record.partition.topic, offset=record.offset, error=str(error)
+                "an answer cannot be decoded", topic=record.partition.topic, offset=record.offset, error=str(error)
             )
 
-    def _note_outcome(self, indexed: ImageIndexed) -> None:
-        if indexed.image_id in self._images:
-            self._images.discard(indexed.image_id)
-            self._outcomes.append(indexed)
+    def _note_image(self, record: Record) -> None:
+        outcome: ImageOutcome
+        if record.value is None:
+            outcome = Removed((record.key or b"").decode("utf-8", "replace"))
+        else:
+            outcome = _decoded(ImageIndexed, record)
+        self._note_outcome(outcome.image_id, outcome)
 
     def _note_dead_image(self, record: Record) -> None:
         letter = DeadLetter.from_message(record.key, record.value, record.headers)
-        image_id = (record.key or b"").decode("utf-8", "replace")
+        self._note_outcome((record.key or b"").decode("utf-8", "replace"), letter)
+
+    def _note_outcome(self, image_id: str, outcome: ImageOutcome) -> None:
         if image_id in self._images:
             self._images.discard(image_id)
-            self._outcomes.append(letter)
+            self._outcomes.append(outcome)
 
     def _note_reply(self, response: RerankResponse, headers: Headers) -> None:
-        # Delivered at least once: the second reply to a request finds it gone from the set.
+        # Delivered at least once: the second reply to a request no longer finds the request.
         if response.request_id in self._requests:
-            self._requests.discard(response.request_id)
+            del self._requests[response.request_id]
+            _bound(self._replies)
             self._replies[response.request_id] = Reply(response, trace_id_of(headers))
 
     def _why_silent(self) -> str:
@@ -195,35 +241,44 @@ class Client:
 
 
 def answer_topics(topics: Topics) -> list[str]:
-    """Where the service answers."""
+    """Return the topics on which the service answers."""
     return [topics.images_indexed, topics.dead_letter(topics.images_new), topics.rerank_responses]
 
 
 def connect(
-    connection: Mapping[str, Any],
-    topics: Topics,
+    connection: str | Mapping[str, Any],
+    topics: Topics = Topics(),  # noqa: B008  # immutable
     *,
     read: Sequence[str] | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> Client:
-    """A client on Kafka; `connection` is what every client of this broker needs. Raises `WorkerError`.
+    """Return a client on Kafka. Raises `WorkerError`.
 
-    It reads all `answer_topics`, unless told which of them, or which other reply topic, it needs.
+    `connection` is the addresses of brokers with commas between them, or the keyword arguments that every client of
+    kafka-python needs for these brokers (`bootstrap_servers`, `security_protocol`…). The client reads all
+    `answer_topics`, or the topics of `read`: some of them, and other reply topics.
     """
-    reader = KafkaReader(connection, read or answer_topics(topics), max_message_bytes=max_message_bytes)
+    options = {"bootstrap_servers": connection.split(",")} if isinstance(connection, str) else connection
+    reader = KafkaReader(options, read or answer_topics(topics), max_message_bytes=max_message_bytes)
     try:
-        return Client(KafkaOutbox(connection, max_message_bytes=max_message_bytes), reader, topics)
+        return Client(KafkaOutbox(options, max_message_bytes=max_message_bytes), reader, topics)
     except BaseException:
         reader.close()
         raise
 
 
+def _bound(oldest_first: dict[str, Any]) -> None:
+    """Make room for one more entry."""
+    while len(oldest_first) >= MAX_OUTSTANDING:
+        del oldest_first[next(iter(oldest_first))]
+
+
 def _decoded(kind: type[EventT], record: Record) -> EventT:
-    return decode(kind, record.value or b"", content_type_of(record.headers))
+    return decode(kind, record.value, content_type_of(record.headers))
 
 
 def _trace_headers() -> Headers:
-    """The caller's trace where it is in one."""
+    """The headers of the caller's trace, if it has one."""
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
     return tuple((name, value.encode()) for name, value in carrier.items())

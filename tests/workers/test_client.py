@@ -11,15 +11,16 @@ from kafka import KafkaProducer
 from opentelemetry import context, trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
+import workers.client
 from protocols.dead_letters import DeadLetter
 from protocols.encoding import CONTENT_TYPE_HEADER, MSGPACK, encode
-from protocols.events import ErrorInfo, ImageIndexed, ImageNew, Query, RerankRequest, RerankResponse
+from protocols.events import ErrorInfo, ImageIndexed, ImageNew, Query, RerankRequest, RerankResponse, Result
 from protocols.topics import Topics
 from services import create_topics
 from workers.bus.memory import MemoryBroker, MemoryFollower, MemoryOutbox
 from workers.bus.producer import KafkaOutbox
 from workers.bus.reader import KafkaReader
-from workers.client import Client, NoAnswer, answer_topics, connect
+from workers.client import Client, NoAnswer, Removed, answer_topics, connect
 from workers.errors import Transient
 from workers.ports import Outgoing
 from workers.telemetry.trace_context import trace_id_of
@@ -155,6 +156,41 @@ def test_images_end_indexed_or_as_dead_letters_and_nothing_is_outstanding(broker
 
     assert [type(outcome) for outcome in outcomes] == [ImageIndexed, DeadLetter]
     assert client.outstanding_images == frozenset()
+
+
+def test_a_removal_is_a_null_value_and_ends_with_a_tombstone(broker, client):
+    client.publish_removal("a")
+    (record,) = broker.log(TOPICS.images_new)
+    assert (record.key, record.value) == (b"a", None)
+    broker.append(Outgoing(TOPICS.images_indexed, b"another", None))
+    broker.append(Outgoing(TOPICS.images_indexed, b"a", None))
+
+    assert client.image_outcomes(0) == [Removed("a")]
+
+
+def test_requests_that_are_never_answered_are_forgotten_one_day(broker, client, monkeypatch):
+    monkeypatch.setattr("workers.client.MAX_OUTSTANDING", 3)
+    for number in range(5):
+        client.publish_request(request(f"r-{number}"))
+    for number in range(5):
+        answer(broker, TOPICS.rerank_responses, response(f"r-{number}"))
+
+    assert client.reply_to("r-4", 0).response.request_id == "r-4"
+    with pytest.raises(NoAnswer):
+        client.reply_to("r-0", 0)
+    assert len(client._requests) + len(client._replies) <= 3
+
+
+def test_a_request_that_timed_out_is_not_kept(broker, client):
+    for number in range(100):
+        with pytest.raises(NoAnswer):
+            client.rerank(request(f"r-{number}"), 0)
+    for number in range(100):
+        answer(broker, TOPICS.rerank_responses, response(f"r-{number}"))
+    client.image_outcomes(0)
+
+    assert not client._requests
+    assert not client._replies
 
 
 def test_a_caller_without_a_trace_leaves_it_to_the_worker_to_begin_and_sample_one(broker, client):
@@ -302,3 +338,25 @@ def test_a_request_goes_to_kafka_and_its_reply_comes_back(kafka_brokers, unique_
         send(kafka_brokers, topics.rerank_responses, encode(response("r-1")))
 
         assert client.reply_to("r-1", 20).response == response("r-1")
+
+
+@pytest.mark.services
+def test_the_example_of_the_module_prints_the_ranking(kafka_brokers, unique_prefix, monkeypatch, capsys):
+    topics = Topics(unique_prefix)
+    create_topics(kafka_brokers, dict.fromkeys([topics.rerank_requests, *answer_topics(topics)], 1))
+    results = [Result(index=1, id="img-2", relevance_score=0.93, logit=2.6)]
+    publish = Client.publish_request
+
+    def publish_and_answer(client, request):
+        sent = publish(client, request)
+        reply = RerankResponse(request_id=request.request_id, status="ok", results=results, **DIGESTS)
+        send(kafka_brokers, topics.rerank_responses, encode(reply))
+        return sent
+
+    monkeypatch.setattr(Client, "publish_request", publish_and_answer)
+    lines = [line[4:] for line in workers.client.__doc__.splitlines() if line.startswith("    ")]
+    example = "\n".join(lines).replace('connect("localhost:9092")', "connect(brokers, topics)")
+
+    exec(example, {"brokers": kafka_brokers, "topics": topics})
+
+    assert capsys.readouterr().out == "img-2 0.93\n"

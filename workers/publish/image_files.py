@@ -1,6 +1,6 @@
-"""Finds image files and makes the events that announce them.
+"""Finds image files and builds their events.
 
-Looks at names and sizes only: whether a file is an image is for the ingest worker to say. Knows nothing of Kafka.
+Reads names and sizes only; the ingest worker finds out whether a file is an image. Knows nothing of Kafka.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AmbiguousName(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """A file and the id its image will have."""
+    """A file and the id of its image."""
 
     path: Path
     image_id: str
@@ -33,14 +33,14 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A file that cannot be announced, and why."""
+    """A file that cannot be published, and why."""
 
     path: Path
     reason: str
 
 
 def image_files(paths: Iterable[Path], *, id_prefix: str = "", keep_extension: bool = False) -> list[ImageFile]:
-    """Every image file in the folders, and every named file, in order of their ids.
+    """Return every image file in the folders, and every named file, ordered by id.
 
     The id is the path below the given folder, without the extension. Raises `AmbiguousName`.
     """
@@ -59,7 +59,7 @@ def image_files(paths: Iterable[Path], *, id_prefix: str = "", keep_extension: b
 def image_events(
     files: Sequence[ImageFile], source: SourceKind, *, max_data_bytes: int
 ) -> Iterator[ImageNew | Refused]:
-    """The event of each file, read only when it is asked for, or why there is none."""
+    """Yield the event of each file, read only when it is needed, or why there is none."""
     for file in files:
         try:
             if source == "uri":
@@ -75,7 +75,7 @@ def image_events(
 
 
 def printable(name: object) -> str:
-    """A file name for people: control characters and what is not text are escaped."""
+    """Return a name as printable text: control characters and undecodable bytes are escaped."""
     text = str(name).encode("utf-8", "backslashreplace").decode()
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 

@@ -1,6 +1,7 @@
-"""Publishes many images and follows what becomes of them.
+"""Publishes many images or removals and follows their outcomes.
 
-Bounded in what is sent and not yet acknowledged, however many images there are. Knows nothing of files and terminals.
+Bounded in the events that are sent and not yet acknowledged, however many there are. Knows nothing of files and
+terminals.
 """
 
 from __future__ import annotations
@@ -12,49 +13,59 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from protocols.dead_letters import DeadLetter
-from protocols.events import ImageNew
+from protocols.events import ImageIndexed, ImageNew
 from workers.client import PUBLISH_TIMEOUT_S, Client
 from workers.errors import TooLarge
 
-#: Sent and not yet acknowledged: enough to keep the broker busy; the bytes bound what images inside events can hold.
+#: Events sent and not yet acknowledged: enough to keep the broker busy. The bytes bound images inside events.
 MAX_UNCONFIRMED = 256
 MAX_UNCONFIRMED_BYTES = 64 << 20
-#: How long one wait for outcomes lasts at most.
+#: The longest single wait for outcomes.
 POLL_S = 0.5
 
 
 @dataclass(slots=True)
 class Upload:
-    """How far the images have come."""
+    """The progress of an upload."""
 
     published: int = 0
     indexed: int = 0
-    #: Of those indexed, the ones that were stored already.
+    #: Of the indexed images, those that were stored already.
     already_stored: int = 0
-    #: Dead letters by error code, and the sentence of the first of each.
+    removed: int = 0
+    #: Indexed images by the digest of the model that encoded them.
+    models: Counter[str] = field(default_factory=Counter)
+    #: Dead letters by error code, and the message of the first of each.
     dead: Counter[str] = field(default_factory=Counter)
     causes: dict[str, str] = field(default_factory=dict)
-    #: Refused by the broker for their size: id and reason.
+    #: Images that the broker refused for their size: id and reason.
     too_large: list[tuple[str, str]] = field(default_factory=list)
-    #: Published, and nothing heard of them within the time.
-    unheard: frozenset[str] = frozenset()
+    #: Images published without an outcome within the time.
+    unanswered: frozenset[str] = frozenset()
 
 
 def upload(
     client: Client,
-    images: Iterable[ImageNew],
+    images: Iterable[ImageNew | str],
     *,
     wait: bool,
     patience_s: float,
     on_progress: Callable[[Upload], None],
 ) -> Upload:
-    """Publish all, and with `wait` stay until each is indexed or dead, or nothing has been heard for `patience_s`."""
+    """Publish all images, and the removals of all image ids.
+
+    With `wait`, stay until each has its outcome, or until no outcome has arrived for `patience_s`.
+    """
     upload = Upload()
     unconfirmed: deque[tuple[str, int, Future[None]]] = deque()
     unconfirmed_bytes = 0
     for image in images:
-        num_bytes = len(image.data or b"")
-        unconfirmed.append((image.image_id, num_bytes, client.publish_image(image, watch=wait)))
+        if isinstance(image, str):
+            image_id, num_bytes, sent = image, 0, client.publish_removal(image, watch=wait)
+        else:
+            image_id, num_bytes = image.image_id, len(image.data or b"")
+            sent = client.publish_image(image, watch=wait)
+        unconfirmed.append((image_id, num_bytes, sent))
         unconfirmed_bytes += num_bytes
         while len(unconfirmed) > MAX_UNCONFIRMED or unconfirmed_bytes > MAX_UNCONFIRMED_BYTES:
             unconfirmed_bytes -= _confirm(client, upload, *unconfirmed.popleft())
@@ -68,12 +79,12 @@ def upload(
         if _note_outcomes(client, upload, POLL_S):
             on_progress(upload)
             give_up_at = time.monotonic() + patience_s
-    upload.unheard = client.outstanding_images
+    upload.unanswered = client.outstanding_images
     return upload
 
 
 def _confirm(client: Client, upload: Upload, image_id: str, num_bytes: int, published: Future[None]) -> int:
-    """Wait for the broker's word; returns the bytes that are in flight no more."""
+    """Wait for the acknowledgement; returns the bytes that are no longer in flight."""
     try:
         published.result(PUBLISH_TIMEOUT_S)
         upload.published += 1
@@ -89,7 +100,10 @@ def _note_outcomes(client: Client, upload: Upload, timeout_s: float) -> bool:
         if isinstance(outcome, DeadLetter):
             upload.dead[outcome.error_code] += 1
             upload.causes.setdefault(outcome.error_code, outcome.message)
-        else:
+        elif isinstance(outcome, ImageIndexed):
             upload.indexed += 1
             upload.already_stored += outcome.skipped
+            upload.models[outcome.model] += 1
+        else:
+            upload.removed += 1
     return bool(outcomes)

@@ -1,36 +1,49 @@
-"""What `python -m workers.publish` prints: results to standard output, remarks to standard error.
+"""The output of `python -m workers.publish`: results on standard output, remarks on standard error.
 
-Each function returns whether all went well. Ids and texts come from outside and are printed as text, never as markup.
+The functions return whether everything succeeded. Ids and texts come from outside and are printed as text, never as
+markup.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from protocols.dead_letters import DeadLetter
 from protocols.encoding import encode
 from protocols.events import RerankRequest
 from workers.client import Reply
+from workers.ports import Record
 from workers.publish.image_files import Refused, printable
 from workers.publish.image_upload import Upload
 from workers.publish.replay import Replay
 
-#: What is named one by one when something is wrong; the rest is a number.
+#: Names in one remark; the others are counted.
 MAX_NAMED = 5
+#: Characters of a dead letter's value in a line.
+MAX_VALUE_CHARS = 160
 
 remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_upload(done: Upload, refused: Sequence[Refused], *, wait: bool, patience_s: float) -> bool:
-    """Say how many images were published and, if that was waited for, what became of them."""
+def print_upload(
+    done: Upload, refused: Sequence[Refused], *, wait: bool, patience_s: float, removal: bool = False
+) -> bool:
+    """Print how many images or removals were published and, after waiting, their outcomes."""
     sentence = f"{done.published} published"
-    if wait:
+    if wait and removal:
+        sentence += f", {done.removed} removed"
+    elif wait:
         sentence += f", {done.indexed} indexed ({done.already_stored} of them were stored already)"
+        if done.models:
+            sentence += f", under model {', '.join(sorted(map(printable, done.models)))}"
     remarks.print(sentence)
     for code, number in sorted(done.dead.items()):
         remarks.print(f"{number} dead letters, {code}: {printable(done.causes[code])}")
@@ -38,17 +51,50 @@ def print_upload(done: Upload, refused: Sequence[Refused], *, wait: bool, patien
     problems += [f"{printable(image_id)}: {reason}" for image_id, reason in done.too_large]
     if problems:
         remarks.print(f"{len(problems)} not published: {_some(problems)}")
-    if done.unheard:
-        names = _some([printable(name) for name in sorted(done.unheard)])
+    if done.unanswered:
+        names = _some([printable(name) for name in sorted(done.unanswered)])
         remarks.print(
-            f"{len(done.unheard)} images without an answer after {patience_s:g} s without news: {names}; "
-            "is the ingest worker running and ready, with this topic prefix?"
+            f"{len(done.unanswered)} images without an answer after {patience_s:g} s without news: {names}; "
+            "is the ingest worker running and ready, with this topic prefix? It retries unreachable images for minutes."
         )
-    return not (done.dead or problems or done.unheard)
+    return not (done.dead or problems or done.unanswered)
+
+
+def print_letter(record: Record, letter: DeadLetter, *, as_json: bool) -> None:
+    """Print one dead letter: a line of text, or a JSON object with the whole value."""
+    at = datetime.fromtimestamp(record.timestamp_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    value = letter.value
+    if as_json:
+        text = None if value is None else value.decode("utf-8", "surrogateescape")
+        is_text = text is not None and text.isprintable()
+        fields = {
+            "at": at,
+            "topic": letter.topic,
+            "partition": letter.partition,
+            "offset": letter.offset,
+            "key": None if letter.key is None else letter.key.decode("utf-8", "replace"),
+            "error_code": letter.error_code,
+            "error_class": letter.error_class,
+            "message": letter.message,
+            "attempts": letter.attempts,
+            "truncated": letter.truncated,
+            "value": text if is_text else None,
+            "value_base64": None if value is None or is_text else base64.b64encode(value).decode(),
+        }
+        print(json.dumps(fields, ensure_ascii=False))
+        return
+    key = "no key" if letter.key is None else printable(letter.key.decode("utf-8", "replace"))
+    shown = "null" if value is None else printable(value[:MAX_VALUE_CHARS].decode("utf-8", "replace"))
+    cut = "…" if value is not None and len(value) > MAX_VALUE_CHARS else ""
+    origin = f"{letter.topic}-{letter.partition} offset {letter.offset}"
+    Console(highlight=False, markup=False, soft_wrap=True).print(
+        f"{at}  {letter.error_code}  {key}  ({origin}, {letter.attempts} attempts)\n"
+        f"    {printable(letter.message)}\n    {shown}{cut}"
+    )
 
 
 def print_reply(reply: Reply, request: RerankRequest, *, as_json: bool) -> bool:
-    """Print the ranking; a request that was not ranked is a failure."""
+    """Print the ranking; False for a request that was not ranked."""
     response = reply.response
     if as_json:
         print(encode(response).decode())
@@ -73,12 +119,31 @@ def print_reply(reply: Reply, request: RerankRequest, *, as_json: bool) -> bool:
     remarks.print(f"model {response.model}, engine {response.engine}, trace {reply.trace_id or 'none'}; ms: {timings}")
     if response.missing:
         missing = _some([printable(name) for name in response.missing])
-        remarks.print(f"{len(response.missing)} candidates have no usable tokens in the store: {missing}")
+        remarks.print(f"{len(response.missing)} candidates have no usable tokens under this model: {missing}")
     return True
 
 
+def print_search(answer: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the images of a search, best first; warnings go to standard error."""
+    if as_json:
+        print(json.dumps(answer, ensure_ascii=False))
+        return
+    if answer.get("degraded"):
+        remarks.print(f"not reranked: {answer.get('degraded_message') or answer['degraded']}")
+    for warning in answer.get("warnings", ()):
+        remarks.print(warning["message"])
+    table = Table("rank", "before", "score", "image", box=None, pad_edge=False)
+    for result in answer["results"]:
+        score = result.get("relevance_score")
+        shown = "" if score is None else "no tokens" if result.get("is_missing") else f"{score:.4f}"
+        table.add_row(str(result["rank"]), str(result["rank_before"]), shown, Text(result["image_id"]))
+    Console(highlight=False, markup=False).print(table)
+    if not answer["results"]:
+        remarks.print("no image found: none is indexed, or none has this metadata")
+
+
 def first_stage_ranks(request: RerankRequest) -> list[int]:
-    """Each candidate's rank before: by first-stage score where all have one, else by its place in the request."""
+    """Return each candidate's first-stage rank: by score if all have one, else by position in the request."""
     scores = [candidate.get("score") for candidate in request.candidates]
     order = sorted(range(len(scores)), key=lambda index: -(scores[index] or 0.0)) if None not in scores else None
     ranks = [0] * len(scores)
@@ -88,7 +153,7 @@ def first_stage_ranks(request: RerankRequest) -> list[int]:
 
 
 def print_replay(done: Replay, *, dry_run: bool) -> bool:
-    """Say what was published again, by error code, and where to go on."""
+    """Print the counts of a replay by error code, and the start of the next one."""
     columns = {
         "would be replayed" if dry_run else "replayed": done.replayed,
         "truncated": done.truncated,
@@ -104,31 +169,12 @@ def print_replay(done: Replay, *, dry_run: bool) -> bool:
     else:
         remarks.print("no dead letters")
     if done.foreign:
-        remarks.print(f"{done.foreign} messages are not dead letters of this topic and were left alone")
+        remarks.print(f"{done.foreign} messages are not dead letters of this topic and were ignored")
     if done.next_since is not None and not dry_run:
-        remarks.print(f"to go on from here: --since {done.next_since.isoformat(timespec='milliseconds')}")
+        remarks.print(f"to continue from here: --since {done.next_since.isoformat(timespec='milliseconds')}")
     return True
 
 
 def _some(names: Sequence[str]) -> str:
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def print_search(answer: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the pictures of a search, best first; warnings go to standard error."""
-    if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
-        return
-    if answer.get("degraded"):
-        remarks.print(f"not reranked: {answer.get('degraded_message') or answer['degraded']}")
-    for warning in answer.get("warnings", ()):
-        remarks.print(warning["message"])
-    table = Table("rank", "before", "score", "image", box=None, pad_edge=False)
-    for result in answer["results"]:
-        score = result.get("relevance_score")
-        shown = "" if score is None else "no tokens" if result.get("is_missing") else f"{score:.4f}"
-        table.add_row(str(result["rank"]), str(result["rank_before"]), shown, Text(result["image_id"]))
-    Console(highlight=False, markup=False).print(table)
-    if not answer["results"]:
-        remarks.print("nothing found: no picture is indexed, or none has this metadata")

@@ -1,6 +1,6 @@
-"""Makes a rerank request of what somebody typed: words, options, lines of a file.
+"""Parses the input of the commands: a rerank request, image ids.
 
-Raises `ValueError` with a sentence for what makes no request. Knows nothing of Kafka.
+Raises `ValueError` with a sentence about invalid input. Knows nothing of Kafka.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ import uuid
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from protocols.events import Candidate, Query, RerankRequest
+from protocols.fields import Id
 from protocols.validation import first_problem
+
+_ID: TypeAdapter[str] = TypeAdapter(Id)
 
 
 def candidates_of(
     ids: str | None, texts: Sequence[str], lines: Iterable[str] | None, *, for_image: bool
 ) -> list[Candidate]:
-    """The candidates from exactly one of: ids with commas between them, texts, or lines with one candidate each.
+    """Return the candidates from exactly one of: ids separated by commas, texts, or lines with one candidate each.
 
     A line may end in a tab and the first-stage score.
     """
@@ -46,7 +49,7 @@ def request_of(
     reply_topic: str | None = None,
     now: datetime | None = None,
 ) -> RerankRequest:
-    """The request, under an id of its own; the deadline counts from `now`."""
+    """Return the request under a new id; the deadline counts from `now`."""
     if (text is None) == (image_id is None):
         raise ValueError("give a text to rank images for, or --image to rank texts for")
     start = now or datetime.now(UTC)
@@ -64,6 +67,17 @@ def request_of(
         raise ValueError(first_problem(error)) from None
 
 
+def image_ids_of(lines: Iterable[str]) -> list[str]:
+    """Return the image ids of lines with one id each, every id once. Raises `ValueError` for an invalid id."""
+    ids = dict.fromkeys(line.strip() for line in lines if line.strip())
+    for image_id in ids:
+        try:
+            _ID.validate_python(image_id)
+        except ValidationError as error:
+            raise ValueError(f"{image_id[:40]!r} is not an image id: {first_problem(error)}") from None
+    return list(ids)
+
+
 def _candidate(line: str, for_image: bool) -> Candidate:
     name, tab, number = line.rpartition("\t")
     if not tab:
@@ -71,5 +85,5 @@ def _candidate(line: str, for_image: bool) -> Candidate:
     try:
         score = float(number)
     except ValueError:
-        raise ValueError(f"{number[:40]!r} behind the tab is no first-stage score") from None
+        raise ValueError(f"{number[:40]!r} behind the tab is not a first-stage score") from None
     return Candidate(text=name, score=score) if for_image else Candidate(image_id=name.strip(), score=score)

@@ -1,12 +1,12 @@
-"""Publishes dead letters again, to the topic they came from, exactly as they first arrived.
+"""Reads dead letters, and publishes them again to the topic they came from, exactly as they first arrived.
 
-Looks only at what was there when it began: a letter that dies again is not met twice. Knows nothing of Kafka.
+Reads only the letters that were there at the start: one that is dead-lettered again is not read twice.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,35 +17,35 @@ from protocols.topics import Topics
 from workers.ports import Outbox, Outgoing, Record
 
 POLL_S = 0.5
-#: Sent and not yet acknowledged; enough to keep the broker busy, and little to hold.
+#: Messages sent and not yet acknowledged: enough to keep the broker busy.
 MAX_UNCONFIRMED = 100
 PUBLISH_TIMEOUT_S = 60.0
 
 
 class History(Protocol):
-    """Reads a topic from some point on."""
+    """Reads a topic from some time on."""
 
     def poll(self, timeout_s: float) -> list[Record]: ...
 
     def caught_up(self) -> bool:
-        """Whether everything that was there at the beginning has been read."""
+        """Whether every record that was there at the start has been read."""
         ...
 
 
 @dataclass(slots=True)
 class Replay:
-    """What was done with the letters of a dead-letter topic, by error code."""
+    """The counts of a replay, by error code."""
 
     replayed: Counter[str] = field(default_factory=Counter)
-    #: Not whole any more, so what would be published is not what failed.
+    #: Letters that were cut: the original message is lost.
     truncated: Counter[str] = field(default_factory=Counter)
-    #: Of an error code that was not asked for.
+    #: Letters of other error codes than the chosen ones.
     passed_over: Counter[str] = field(default_factory=Counter)
     beyond_limit: Counter[str] = field(default_factory=Counter)
-    #: Not dead letters, or of another topic than this one's.
+    #: Messages that are not dead letters of this topic.
     foreign: int = 0
-    #: Where the next replay begins: behind the youngest letter seen, or at the oldest beyond the limit. Partitions are
-    #: not in order with each other, so then some letters may be replayed twice, and none is left out.
+    #: The start of the next replay: behind the youngest letter read, or at the oldest beyond the limit. Partitions are
+    #: not ordered among each other, so some letters may then be replayed twice, and none is left out.
     next_since: datetime | None = None
 
 
@@ -58,9 +58,9 @@ def replay(
     max_letters: int,
     dry_run: bool = False,
 ) -> Replay:
-    """Publish the letters of `topic` again: at most so many, and where error codes are given only those.
+    """Publish at most `max_letters` letters of `topic` again, only those of `codes` if there are any.
 
-    With `dry_run` nothing is published and the result says what would be. Raises what publishing raises.
+    With `dry_run` nothing is published and the result counts what would be. Raises the errors of publishing.
     """
     done = Replay()
     unconfirmed: deque[Future[None]] = deque()
@@ -93,10 +93,19 @@ def replay(
     return done
 
 
+def letters_in(reader: History, topic: str, *, codes: Collection[str] = ()) -> Iterator[tuple[Record, DeadLetter]]:
+    """Return the letters of `topic` with their records, only those of `codes` if there are any."""
+    while not reader.caught_up():
+        for record in reader.poll(POLL_S):
+            letter = _letter_of(record, topic)
+            if letter is not None and (not codes or letter.error_code in codes):
+                yield record, letter
+
+
 def _letter_of(record: Record, topic: str) -> DeadLetter | None:
     try:
         letter = DeadLetter.from_message(record.key, record.value, record.headers)
     except ValueError:
         return None
-    # The header is only what some producer wrote: it must not send messages to any topic it likes.
+    # Any producer can write the header; it must not direct messages to an arbitrary topic.
     return letter if Topics().dead_letter(letter.topic) == topic else None

@@ -23,9 +23,9 @@ from workers.bus.producer import KafkaOutbox
 from workers.bus.reader import KafkaReader
 from workers.ports import Outgoing, Partition, Record
 from workers.publish.image_files import AmbiguousName, Refused, image_events, image_files, printable
-from workers.publish.output import first_stage_ranks
-from workers.publish.query_input import candidates_of, request_of
-from workers.publish.replay import replay
+from workers.publish.output import first_stage_ranks, print_letter
+from workers.publish.query_input import candidates_of, image_ids_of, request_of
+from workers.publish.replay import letters_in, replay
 
 ROOT = Path(__file__).parents[3]
 DIGESTS = {"model": "m-1", "engine": "e-1"}
@@ -95,7 +95,7 @@ def test_a_text_with_commas_stays_one_candidate():
 
 
 def test_a_score_that_is_no_number_is_named():
-    with pytest.raises(ValueError, match="'high' behind the tab is no first-stage score"):
+    with pytest.raises(ValueError, match="'high' behind the tab is not a first-stage score"):
         candidates_of(None, (), ["img-7\thigh"], for_image=False)
 
 
@@ -141,8 +141,55 @@ class Letters:
         return not self.records
 
 
-def dead(code="broken", *, topic="t", truncated=False, value=b"v"):
+def dead(code="broken", *, topic="t", truncated=False, value: bytes | None = b"v"):
     return DeadLetter(topic, 0, 7, value, b"k", (("h", b"1"),), "Poison", code, "why", truncated=truncated)
+
+
+def test_a_replayed_tombstone_stays_a_null_value():
+    broker = MemoryBroker()
+
+    replay(Letters(dead(value=None), dead(value=b"")), MemoryOutbox(broker), "t.dlq", max_letters=9)
+
+    assert [record.value for record in broker.log("t")] == [None, b""]
+
+
+def test_letters_are_listed_with_their_records_and_by_code():
+    letters = Letters(dead("a"), dead("b"), dead("a", topic="elsewhere"))
+
+    found = list(letters_in(letters, "t.dlq", codes=["a"]))
+
+    assert [(record.offset, letter.error_code) for record, letter in found] == [(0, "a")]
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "as_base64"),
+    [(None, None, None), (b"{}", "{}", None), (b"\xff\x00", None, "/wA="), (b"", "", None)],
+)
+def test_a_letter_as_json_holds_the_whole_value(capsys, value, text, as_base64):
+    ((record, letter),) = letters_in(Letters(dead(value=value)), "t.dlq")
+
+    print_letter(record, letter, as_json=True)
+
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["value"], shown["value_base64"]) == (text, as_base64)
+    assert (shown["key"], shown["error_code"], shown["message"]) == ("k", "broken", "why")
+
+
+def test_a_letter_as_text_shows_no_control_characters(capsys):
+    ((record, letter),) = letters_in(Letters(dead(value=b"\x1b[2J" + b"x" * 500)), "t.dlq")
+
+    print_letter(record, letter, as_json=False)
+
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\\x1b[2Jxxx" in shown
+    assert "1970-01-01T00:00:01.000+00:00  broken  k  (t-0 offset 7, 1 attempts)" in shown
+
+
+def test_image_ids_are_lines_each_id_once():
+    assert image_ids_of([" a\n", "b\n", "\n", "a\n"]) == ["a", "b"]
+    with pytest.raises(ValueError, match="is not an image id"):
+        image_ids_of(["x" * 300])
 
 
 def test_a_replayed_letter_is_the_message_that_died():
@@ -354,7 +401,8 @@ def test_images_are_published_and_waited_for(service, tmp_path, source):
         done = service.images(tmp_path, "--as", source, "--prefix", "p/", "--wait")
 
     assert done.returncode == 0, done.stderr
-    assert "2 published, 2 indexed" in done.stderr
+    assert "2 published, 2 indexed (0 of them were stored already), under model m" in done.stderr
+    assert ("INGEST_ALLOWED_SCHEMES=https,http,file and INGEST_FILE_ROOTS=" in done.stderr) == (source == "uri")
     assert {event.image_id for event in seen} == {"p/a", "p/b"}
     wanted = {tmp_path.joinpath("a.png").as_uri()} if source == "uri" else {b"picture a.png"}
     assert {event.uri if source == "uri" else event.data for event in seen if event.image_id == "p/a"} == wanted
@@ -380,6 +428,20 @@ def test_dead_letters_are_reported_by_cause_and_the_silent_are_named(service, tm
 
 
 @pytest.mark.services
+def test_images_are_deleted_and_their_removal_is_waited_for(service):
+    def answer(record):
+        assert record.value is None
+        yield Outgoing(service.topics.images_indexed, record.key, None)
+
+    with service.answering(service.topics.images_new, answer):
+        done = service.run("delete", "a", "b", "a", "--wait", "--topic-prefix", service.topics.prefix)
+
+    assert done.returncode == 0, done.stderr
+    assert "2 published, 2 removed" in done.stderr
+    assert [record.key for record in service.everything_in(service.topics.images_new)] == [b"a", b"b"]
+
+
+@pytest.mark.services
 def test_dead_letters_go_back_to_their_topic(service):
     images = service.topics.images_new
     letters = [dead("a", topic=images, value=b"whole"), dead("a", topic=images, truncated=True)]
@@ -389,6 +451,9 @@ def test_dead_letters_go_back_to_their_topic(service):
         outbox.send(message).result(20)
     outbox.close(10)
 
+    shown = service.run("dead-letters", service.topics.dead_letter(images), "--limit", "1")
+    assert "  a  k  (" in shown.stdout
+    assert "1 more" in shown.stderr
     tried = service.run("replay-dead-letters", service.topics.dead_letter(images), "--dry-run")
     assert service.everything_in(images) == []
     done = service.run("replay-dead-letters", service.topics.dead_letter(images), "--code", "a")
