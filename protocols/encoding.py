@@ -19,6 +19,9 @@ from protocols.fields import MAX_CANDIDATES, MAX_INLINE_BYTES
 from protocols.validation import problems_in
 
 CONTENT_TYPE_HEADER = "content-type"
+#: A record of `rerank.requests` with this header and no value withdraws the request whose id is its key: a worker that
+#: has not started it does not score it, and answers `expired`.
+CANCEL_HEADER = "edje-cancel"
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 

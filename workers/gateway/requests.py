@@ -17,7 +17,7 @@ from typing import Protocol
 
 import structlog
 
-from protocols.encoding import CONTENT_TYPE_HEADER, JSON, EventError, content_type_of, decode, encode
+from protocols.encoding import CANCEL_HEADER, CONTENT_TYPE_HEADER, JSON, EventError, content_type_of, decode, encode
 from protocols.events import RerankRequest, RerankResponse
 from workers.errors import Refused, WorkerError
 from workers.gateway.errors import ApiError, Unanswered
@@ -129,10 +129,11 @@ class RerankRequests:
         )
 
     def _cancel(self, request_id: str) -> None:
-        """Send the tombstone of a request: a worker that has not begun with it does not score it."""
+        """Withdraw a request: a worker that has not started it does not score it."""
         if self.outbox is None:
             return
-        self.outbox.send(Outgoing(self._topic, request_id.encode(), None)).add_done_callback(
+        message = Outgoing(self._topic, request_id.encode(), None, ((CANCEL_HEADER, b"1"),))
+        self.outbox.send(message).add_done_callback(
             lambda sent: sent.exception()  # a request that is scored in vain is no harm
         )
 

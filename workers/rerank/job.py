@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from edje.text import EncodedText
+from protocols.encoding import CANCEL_HEADER
 from protocols.events import WarningInfo
 from workers.errors import Poison, as_internal_error
 from workers.landing import Landing
@@ -104,6 +105,9 @@ class RerankJob:
         return self._backlog.seconds(num_tokens=self._num_inflight_tokens, lag_events=lag_events)
 
     def accept(self, record: Record, now: float) -> None:
+        if record.value is None and any(name == CANCEL_HEADER for name, _ in record.headers):
+            self._withdraw(record, now)
+            return
         request = self._begin(record, now)
         try:
             read_request(request, self._limits, now=now, wall_now=self._wall_clock())
@@ -118,6 +122,19 @@ class RerankJob:
             self._queue_encoded(now)
         except Exception as error:
             self._fail(request, error, now)
+
+    def _withdraw(self, record: Record, now: float) -> None:
+        """Expire the request that the record's key names, unless its pieces have started; its caller has left."""
+        request_id = (record.key or b"").decode("utf-8", "replace")
+        withdrawn = [
+            request
+            for request in self._open.values()
+            if request.request_id == request_id and request.started_at is None
+        ]
+        for request in withdrawn:
+            self._expire(request, now)
+        self._metrics.count_event("skipped")
+        self._finished.append(Finished(record, ()))
 
     def refuse(self, record: Record, error: Poison, now: float) -> None:
         request = self._open.get((record.partition, record.offset)) or self._begin(record, now)

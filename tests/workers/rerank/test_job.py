@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from edje.calibration import Calibration, DirectionCalibration
 from edje.first_stage_scores import standardise
+from protocols.encoding import CANCEL_HEADER
 from rerank_harness import (
     BAD_TEXT,
     NAN_IMAGE,
@@ -859,3 +860,34 @@ def test_answers_go_to_the_response_topic_by_default():
 
     (message,) = rig.messages(TOPICS.rerank_responses)
     assert message.key == b"r1"
+
+
+WITHDRAWN = ((CANCEL_HEADER, b"1"),)
+
+
+def test_a_withdrawn_request_that_has_not_started_is_not_scored():
+    rig = Rig()
+    rig.put({"a": 1})
+    rig.send(request(["a"], "r1"), key=b"r1")
+    rig.send(None, WITHDRAWN, key=b"r1")
+
+    rig.run()
+
+    assert rig.reply().status == "expired"
+    assert rig.dead_letters() == []
+    assert rig.is_idle()
+
+
+def test_a_withdrawal_of_an_unknown_or_answered_request_changes_nothing():
+    rig = Rig()
+    rig.put({"a": 1})
+    rig.send(request(["a"], "r1"), key=b"r1")
+    rig.run()
+
+    rig.send(None, WITHDRAWN, key=b"r1")
+    rig.send(None, WITHDRAWN, key=b"other")
+    rig.send(None, WITHDRAWN, key=None)
+    rig.run()
+
+    assert rig.reply().status == "ok"
+    assert rig.is_idle()
