@@ -1,21 +1,21 @@
-"""A checkpoint folder as files: where things are, what they hash to, and what is wrong with them.
+"""Reads and verifies the files of a checkpoint folder.
 
-Knows neither torch nor the model, so that reading a digest or a configuration is cheap to import; `edje.model.weights`
-saves and loads the model itself.
+Knows neither torch nor the model, so that reading a digest or a configuration imports little; `edje.model.weights`
+saves and loads the model.
 
     config.json        format version, model digest, configuration
     model.safetensors  the weights
     tokenizer.json     the tokenizer, in the `tokenizers` library's format
-    vision.onnx        the vision tower's graph, where the tower is one
+    vision.onnx        the graph of a vision tower of kind onnx
 
 Errors:
 
     CheckpointError
-      CheckpointMissing     there is no such folder, or it holds no checkpoint
-      CheckpointIncomplete  a file is missing or cut off: copied half, or still being written
-      CheckpointTampered    the files are whole, but not the ones the digest was taken of
-      CheckpointMismatch    the parts do not fit together, or another version wrote them
-      CheckpointExists      saving would overwrite something
+      CheckpointMissing     the folder does not exist or holds no checkpoint
+      CheckpointIncomplete  a file is missing or cut off, such as by an unfinished copy
+      CheckpointTampered    the content does not match the recorded digest
+      CheckpointMismatch    the files do not belong together, or another version wrote them
+      CheckpointExists      saving would overwrite files
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from protocols.validation import first_problem
 FORMAT_VERSION = 3
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 GRAPH_FILE = "vision.onnx"
-#: Hexadecimal digits of a digest: 64 bits, as it stands in store keys and replies.
+#: Hexadecimal digits of a digest (64 bits) in store keys and replies.
 DIGEST_CHARS = 16
-#: The limit that the safetensors library itself sets for a header.
+#: The safetensors library's limit for a header.
 _MAX_HEADER_BYTES = 100_000_000
-#: Weights are hashed in pieces of this size: large enough to be read at full speed, small beside any model.
+#: Weights are hashed in pieces of this size: large enough for full speed, small compared with any model.
 _CHUNK_BYTES = 1 << 20
 
 
 class CheckpointError(Exception):
-    """Root of what can be wrong with a checkpoint; the message is a sentence for whoever deploys it."""
+    """Base class of all errors about checkpoints; the message says what is wrong and what to do."""
 
 
 class CheckpointMissing(CheckpointError):
-    """There is no such folder, or it holds no checkpoint."""
+    """The folder does not exist or holds no checkpoint."""
 
 
 class CheckpointIncomplete(CheckpointError):
@@ -56,19 +56,19 @@ class CheckpointIncomplete(CheckpointError):
 
 
 class CheckpointTampered(CheckpointError):
-    """The content is not the one the digest was taken of."""
+    """The content does not match the recorded digest."""
 
 
 class CheckpointMismatch(CheckpointError):
-    """The parts do not fit together, or another version wrote them."""
+    """The files do not belong together, or another version wrote them."""
 
 
 class CheckpointExists(CheckpointError):
-    """Saving would overwrite something."""
+    """Saving would overwrite files."""
 
 
 class Envelope(BaseModel):
-    """What `config.json` holds."""
+    """The content of `config.json`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -87,17 +87,17 @@ _HEADER = TypeAdapter(dict[str, _TensorEntry])
 
 
 def read_config(checkpoint: Path) -> EdjeConfig:
-    """The configuration of a checkpoint folder; nothing else of it is looked at."""
+    """The configuration of a checkpoint folder; reads no other file."""
     return _read_envelope(checkpoint)[1]
 
 
 def read_tokenizer_json(checkpoint: Path) -> str:
-    """The stored tokenizer, as text."""
+    """The tokenizer of a checkpoint folder as JSON."""
     return _read(checkpoint, TOKENIZER_FILE)
 
 
 def read_graph(checkpoint: Path, config: EdjeConfig) -> bytes | None:
-    """The content of the vision tower's ONNX graph; None where the tower is none."""
+    """The ONNX graph of a vision tower of kind onnx; None for every other kind."""
     if config.vision.kind != "onnx":
         return None
     path = checkpoint / GRAPH_FILE
@@ -108,27 +108,29 @@ def read_graph(checkpoint: Path, config: EdjeConfig) -> bytes | None:
 
 
 def read_digest(checkpoint: Path) -> str:
-    """The model digest, taken anew over the whole content and compared with the recorded one."""
+    """The model digest, computed over the content and compared with the recorded one."""
     recorded, config = _read_envelope(checkpoint)
     computed = digest_of(checkpoint, config)
     if computed != recorded:
         raise CheckpointTampered(
-            f"{checkpoint} was saved as model {recorded} but its content is {computed}: "
+            f"{checkpoint} was saved as model {recorded}, but its content has the digest {computed}: "
             "a file was changed or belongs to another model; copy the whole folder again"
         )
     return recorded
 
 
 def digest_of(checkpoint: Path, config: EdjeConfig) -> str:
-    """SHA-256 over what the model is: configuration, tokenizer, and each tensor's name, type, shape and bytes.
+    """SHA-256 over configuration, tokenizer, ONNX graph if any, and each tensor's name, type, shape and bytes.
 
-    A tower's ONNX graph counts byte by byte. Neither file names nor the order or metadata of the weights' file count.
+    File names and the order and metadata of the weights' file do not change it.
     """
     digest = hashlib.sha256(b"edje checkpoint\n")
     try:
         tokenizer = json.dumps(json.loads(read_tokenizer_json(checkpoint)), sort_keys=True)
     except ValueError as error:
-        raise CheckpointIncomplete(f"{checkpoint / TOKENIZER_FILE} is not whole: {error}") from error
+        raise CheckpointIncomplete(
+            f"{checkpoint / TOKENIZER_FILE} is cut off or damaged ({error}): copy the whole folder again"
+        ) from error
     for part in (canonical_json(config), tokenizer):
         digest.update(hashlib.sha256(part.encode()).digest())
     graph = read_graph(checkpoint, config)
@@ -155,11 +157,11 @@ def digest_of(checkpoint: Path, config: EdjeConfig) -> str:
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, _TensorEntry], int]:
-    """The table of contents of a safetensors file, and where the tensors begin."""
+    """The tensors' entries in the header of a safetensors file, and the offset of their data."""
     prefix = file.read(8)
     num_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 0 < num_bytes <= _MAX_HEADER_BYTES:
-        raise CheckpointIncomplete(f"{path} does not begin like a safetensors file: copy the whole folder again")
+        raise CheckpointIncomplete(f"{path} is no safetensors file: copy the whole folder again")
     try:
         header = json.loads(file.read(num_bytes))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -179,11 +181,13 @@ def _read_envelope(checkpoint: Path) -> tuple[str, EdjeConfig]:
     try:
         raw = json.loads(text)
     except ValueError as error:
-        raise CheckpointIncomplete(f"{checkpoint / CONFIG_FILE} is not whole: {error}") from error
+        raise CheckpointIncomplete(
+            f"{checkpoint / CONFIG_FILE} is cut off or damaged ({error}): copy the whole folder again"
+        ) from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointMismatch(
-            f"{checkpoint} has checkpoint format {version!r}, this program reads {FORMAT_VERSION}: "
+            f"{checkpoint} has checkpoint format {version!r}, and this version reads {FORMAT_VERSION}: "
             "use the version that wrote it, or another checkpoint"
         )
     try:
@@ -191,7 +195,7 @@ def _read_envelope(checkpoint: Path) -> tuple[str, EdjeConfig]:
         return envelope.model_digest, parse_config(json.dumps(envelope.config))
     except ValidationError as error:
         raise CheckpointMismatch(
-            f"{checkpoint / CONFIG_FILE} describes no model this program knows: {first_problem(error)}"
+            f"{checkpoint / CONFIG_FILE} describes no model that this version can load: {first_problem(error)}"
         ) from error
 
 

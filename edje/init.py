@@ -1,4 +1,4 @@
-"""`python -m edje.init VARIANT DIR`: a checkpoint with untrained weights, for tests and to try the service out."""
+"""`python -m edje.init VARIANT DIR`: writes a checkpoint with untrained weights, for tests and to try the service."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from edje.vocabulary import VocabularyError, character_tokenizer, wordpiece_toke
 
 
 def write_untrained(config: EdjeConfig, checkpoint: Path, *, seed: int, vocabulary: Path | None = None) -> str:
-    """Write an untrained checkpoint of this shape and return its digest: the same seed, the same digest.
+    """Write an untrained checkpoint and return its digest; the same seed gives the same digest.
 
-    Without a vocabulary file the tokenizer reads character by character.
+    Without a vocabulary file the tokenizer has single characters.
     """
     tokenizer = character_tokenizer() if vocabulary is None else wordpiece_tokenizer(vocabulary)
     numbers = tokenizer.get_vocab()
@@ -32,12 +32,14 @@ def write_untrained(config: EdjeConfig, checkpoint: Path, *, seed: int, vocabula
 
 
 def main(
-    variant: Annotated[str, typer.Argument(help=f"Shape of the model: {', '.join(VARIANTS)}.")],
+    variant: Annotated[str, typer.Argument(help=f"Configuration of the model: {', '.join(VARIANTS)}.")],
     checkpoint: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights and the same digest.")] = 0,
-    vocab: Annotated[Path | None, typer.Option(help="BERT's vocab.txt; without it, single characters.")] = None,
+    vocab: Annotated[
+        Path | None, typer.Option(help="BERT's vocab.txt; without it the tokens are single characters.")
+    ] = None,
 ) -> None:
-    """Write an UNTRAINED checkpoint: the right shape, random weights, meaningless scores."""
+    """Write an UNTRAINED checkpoint: random weights and meaningless scores."""
     if variant not in VARIANTS:
         raise typer.BadParameter(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
     try:

@@ -1,6 +1,6 @@
-"""Tokenizers made in code or from a vocabulary file: what a checkpoint stores as `tokenizer.json`.
+"""Creates tokenizers, in code or from a vocabulary file.
 
-Only `edje.init` and training need this; reading a stored tokenizer is `edje.text`.
+For new models only; `edje.text` reads the tokenizer of a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from tokenizers.processors import BertProcessing
 from edje.text import canonical_caption
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-#: Stands for a visual token where a sequence is written out; the last token, as in the published weights.
+#: The token of a visual token in the published models; the last one of the vocabulary.
 IMAGE_TOKEN = "<image>"
-#: Latin, Greek and Cyrillic lie below it. Anything else becomes [UNK], as in BERT's own vocabulary.
+#: Latin, Greek and Cyrillic characters are below it. Other characters become [UNK], as in BERT.
 _END_OF_ALPHABETS = 0x500
-#: A word that is rarer gets no vector of its own: nothing could be learned about it.
+#: A rarer word is split into characters, because training sees it too seldom.
 _MIN_WORD_COUNT = 5
 
 
 class VocabularyError(ValueError):
-    """The vocabulary file cannot serve a BERT tokenizer."""
+    """The vocabulary file is no BERT vocabulary."""
 
 
 def character_tokenizer() -> Tokenizer:
-    """Every printable character and its continuation: tokenises text without a learned vocabulary, at length."""
+    """A tokenizer of single characters, for models without a vocabulary."""
     normalizer = BertNormalizer(lowercase=True)
     characters = [
         character
@@ -44,8 +44,8 @@ def character_tokenizer() -> Tokenizer:
 
 
 def caption_tokenizer(captions: Iterable[str]) -> Tokenizer:
-    """Whole words as these captions use them, the frequent ones first, and ASCII letters and digits for all others."""
-    # Counted as the tokenizer will see them: without accents, and apart where it parts them.
+    """A tokenizer of the captions' frequent words, the most frequent first, and of single ASCII letters and digits."""
+    # Counted as the tokenizer splits them, without accents.
     normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
     counts: Counter[str] = Counter()
     for written, count in Counter(word for caption in captions for word in canonical_caption(caption).split()).items():
@@ -57,21 +57,24 @@ def caption_tokenizer(captions: Iterable[str]) -> Tokenizer:
 
 
 def wordpiece_tokenizer(vocabulary: Path) -> Tokenizer:
-    """BERT's `vocab.txt`, one token a line, with `<image>` appended where it is missing."""
+    """A tokenizer from BERT's `vocab.txt`, one token per line; `<image>` is appended if it is missing.
+
+    Raises `VocabularyError`.
+    """
     try:
         tokens = vocabulary.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise VocabularyError(f"{vocabulary} cannot be read as a vocabulary: {error}") from error
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
-        raise VocabularyError(f"{vocabulary} is no BERT vocabulary: it lacks {', '.join(missing)}")
+        raise VocabularyError(f"{vocabulary} is no BERT vocabulary: the tokens {', '.join(missing)} are missing")
     return _tokenizer(tokens if IMAGE_TOKEN in tokens else [*tokens, IMAGE_TOKEN])
 
 
 def _tokenizer(tokens: Sequence[str]) -> Tokenizer:
     numbers = {token: number for number, token in enumerate(tokens)}
     if len(numbers) != len(tokens):
-        raise VocabularyError("a token occurs twice in the vocabulary")
+        raise VocabularyError("a token is listed twice in the vocabulary: remove one of the lines")
     tokenizer = Tokenizer(WordPiece(numbers, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = BertPreTokenizer()

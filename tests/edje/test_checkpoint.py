@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or refused by name."""
+"""Checkpoint folders: complete, or refused with the cause."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def folder(original, tmp_path):
     return Path(shutil.copytree(original, tmp_path / "tiny"))
 
 
-def test_what_is_saved_is_what_is_loaded(original, tmp_path):
+def test_a_saved_checkpoint_is_loaded_unchanged(original, tmp_path):
     loaded = load_checkpoint(original)
 
     again = save_checkpoint(
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_digest_and_another_seed_another(original, 
     assert other != same
 
 
-def test_untrained_weights_say_so(original):
+def test_the_configuration_marks_untrained_weights(original):
     assert read_config(original).trained is False
 
 
@@ -73,7 +73,7 @@ def test_a_digest_is_sixteen_hexadecimal_digits(original):
     int(read_digest(original), 16)
 
 
-def test_the_digest_is_of_content_not_of_layout(folder):
+def test_the_digest_depends_on_content_and_not_on_file_layout(folder):
     digest = read_digest(folder)
     path = folder / files.WEIGHTS_FILE
     tensors = safetensors.torch.load_file(path)
@@ -90,14 +90,14 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_changed_weight_is_noticed(folder):
+def test_a_changed_weight_is_detected(folder):
     flip_a_bit(folder / files.WEIGHTS_FILE)
 
     with pytest.raises(CheckpointTampered, match="copy the whole folder again"):
         load_checkpoint(folder)
 
 
-def test_a_changed_tokenizer_is_noticed(folder):
+def test_a_changed_tokenizer_is_detected(folder):
     path = folder / files.TOKENIZER_FILE
     path.write_text(path.read_text().replace('"a"', '"A"', 1))
 
@@ -105,7 +105,7 @@ def test_a_changed_tokenizer_is_noticed(folder):
         read_digest(folder)
 
 
-def test_a_changed_configuration_is_noticed(folder):
+def test_a_changed_configuration_is_detected(folder):
     path = folder / files.CONFIG_FILE
     path.write_text(path.read_text().replace('"trained": false', '"trained": true'))
 
@@ -132,10 +132,10 @@ def test_a_hostile_header_is_refused(folder, header):
         load_checkpoint(folder)
 
 
-def test_a_header_that_claims_gigabytes_is_not_read(folder):
+def test_a_header_that_announces_gigabytes_is_not_read(folder):
     (folder / files.WEIGHTS_FILE).write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
 
-    with pytest.raises(CheckpointIncomplete, match="does not begin like"):
+    with pytest.raises(CheckpointIncomplete, match="is no safetensors file"):
         read_digest(folder)
 
 
@@ -147,7 +147,7 @@ def test_a_missing_file_is_named(folder, name):
         load_checkpoint(folder)
 
 
-def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path):
+def test_a_folder_without_a_checkpoint_is_reported_with_a_remedy(tmp_path):
     with pytest.raises(CheckpointMissing, match=r"edje\.init"):
         read_digest(tmp_path)
 
@@ -205,7 +205,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_loaded_weights_are_ready_to_run_and_not_to_train(original):
+def test_loaded_weights_are_frozen_and_in_evaluation_mode(original):
     model = load_checkpoint(original).model
 
     assert not model.training
@@ -233,7 +233,7 @@ def command():
     return lambda *arguments: CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
 
 
-def test_the_command_says_that_its_checkpoint_is_untrained(command, tmp_path):
+def test_the_command_reports_an_untrained_checkpoint(command, tmp_path):
     result = command("tiny", str(tmp_path / "model"), "--seed", "3")
 
     assert result.exit_code == 0
@@ -241,13 +241,13 @@ def test_the_command_says_that_its_checkpoint_is_untrained(command, tmp_path):
     assert read_digest(tmp_path / "model") in result.output
 
 
-def test_the_command_names_the_variants_it_knows(command, tmp_path):
+def test_the_command_lists_the_known_variants(command, tmp_path):
     result = command("huge", str(tmp_path / "model"))
 
     assert result.exit_code != 0
     assert "paper-l16" in result.output
 
 
-def test_every_error_of_a_checkpoint_has_one_root():
+def test_all_checkpoint_errors_share_a_base_class():
     for error in (CheckpointExists, CheckpointIncomplete, CheckpointMismatch, CheckpointMissing, CheckpointTampered):
         assert issubclass(error, CheckpointError)

@@ -1,4 +1,4 @@
-"""Converted checkpoints against the authors' network, and files that are not the authors' weights."""
+"""Converted checkpoints compared with the authors' network, and files without the authors' weights."""
 
 import http.server
 import io
@@ -51,7 +51,7 @@ def run(*arguments):
 
 
 def refusal(*arguments):
-    """What the command says when it refuses: a sentence, never a traceback."""
+    """The error message of the command, which is no traceback."""
     result = run(*arguments)
     assert result.exit_code in (1, 2), result.output
     assert isinstance(result.exception, SystemExit)
@@ -70,7 +70,7 @@ def authors():
 
 @pytest.fixture
 def convert(tmp_path, vocabulary):
-    """Write weights as the authors do, convert them, and give the checkpoint's folder."""
+    """Write weights as the authors do, convert them and return the checkpoint's folder."""
 
     def convert(weights, *options):
         torch.save({"model": weights, "epoch": 3}, tmp_path / "authors.pth")
@@ -83,13 +83,13 @@ def convert(tmp_path, vocabulary):
 
 @pytest.fixture
 def refuse(tmp_path, vocabulary):
-    """Write weights as the authors do, and give what the command says against them."""
+    """Write weights as the authors do and return the command's error message."""
 
     def refuse(weights, *options):
         torch.save({"model": weights}, tmp_path / "authors.pth")
-        said = refusal(tmp_path / "authors.pth", tmp_path / "ours", "--tokenizer", vocabulary, *(options or HEADS))
+        message = refusal(tmp_path / "authors.pth", tmp_path / "ours", "--tokenizer", vocabulary, *(options or HEADS))
         assert not (tmp_path / "ours").exists()
-        return said
+        return message
 
     return refuse
 
@@ -100,7 +100,7 @@ def random_pixels(seed, count):
 
 
 def our_logits(folder, pixels, captions):
-    """Through the saved folder: raw captions and pixels in, one padded batch."""
+    """Logits of the saved checkpoint for captions and pixels, in one padded batch."""
     model, tokenizer = load_checkpoint(folder).model, Tokenizer.load(folder)
     ids = [torch.tensor(tokenizer.encode(caption)) for caption in captions]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
@@ -148,7 +148,7 @@ def test_any_captions_and_images_give_the_authors_logits(converted, authors, cap
 
 @pytest.mark.skipif(not BERT_UNCASED.is_dir(), reason="BERT's own vocabulary is not here")
 @pytest.mark.parametrize("num_words", [0, 7, 61, 62, 300])
-def test_text_goes_through_berts_own_tokenizer_as_the_authors_pair_does(num_words):
+def test_text_is_tokenised_as_in_the_authors_pairs(num_words):
     from transformers import BertTokenizerFast
 
     from edje.vocabulary import wordpiece_tokenizer
@@ -165,7 +165,7 @@ def test_text_goes_through_berts_own_tokenizer_as_the_authors_pair_does(num_word
     assert pair["token_type_ids"] == [0] * len(ids) + [1] * 65
 
 
-def test_the_converted_tower_sees_what_transformers_tower_sees(converted, authors):
+def test_the_converted_tower_equals_transformers_tower(converted, authors):
     pixels = random_pixels(1, 2)
 
     patches, pooled = load_checkpoint(converted).model.run_tower(pixels)
@@ -175,7 +175,7 @@ def test_the_converted_tower_sees_what_transformers_tower_sees(converted, author
     torch.testing.assert_close(pooled, expected.pooler_output, atol=1e-5, rtol=1e-5)
 
 
-def test_the_configuration_is_read_off_the_weights(converted):
+def test_the_configuration_follows_from_the_weights(converted):
     config = read_config(converted)
 
     assert config.trained
@@ -187,7 +187,7 @@ def test_the_configuration_is_read_off_the_weights(converted):
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_the_papers_models_are_recognised_by_their_shapes_alone(name):
+def test_the_papers_models_are_recognised_by_their_shapes(name):
     variant = VARIANTS[name]
     layout = replace(
         layout_of(["vision_projection.0.weight"] if variant.adapter.kind == "local" else []),
@@ -257,7 +257,7 @@ def test_the_same_weights_in_another_spelling_are_the_same_model(spelling, autho
     assert load_checkpoint(folder).digest == load_checkpoint(converted).digest
 
 
-def test_where_the_two_tables_of_words_differ_the_one_that_embeds_the_pair_is_read(authors, convert):
+def test_of_two_different_tables_of_words_the_outer_one_is_read(authors, convert):
     weights = authors.weights()
     weights["language_model.bert.embeddings.word_embeddings.weight"] = torch.zeros(len(VOCABULARY) + 1, 24)
 
@@ -268,14 +268,14 @@ def test_where_the_two_tables_of_words_differ_the_one_that_embeds_the_pair_is_re
     )
 
 
-def test_half_precision_weights_become_full_ones(authors, convert):
+def test_half_precision_weights_are_converted_to_float32(authors, convert):
     folder = convert({name: tensor.bfloat16() for name, tensor in authors.weights().items()})
 
     state = load_checkpoint(folder).model.state_dict()
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
-def test_what_is_left_aside_is_said(authors, tmp_path, vocabulary):
+def test_unneeded_tensors_are_reported(authors, tmp_path, vocabulary):
     torch.save({"model": authors.weights()}, tmp_path / "authors.pth")
 
     result = run(tmp_path / "authors.pth", tmp_path / "ours", "--tokenizer", vocabulary, *HEADS)
@@ -320,7 +320,7 @@ def test_a_tensor_of_another_shape_is_named(name, change, authors):
         import_model(weights, CHOSEN)
 
 
-def test_everything_that_is_wrong_is_named_at_once(authors, refuse):
+def test_all_wrong_tensors_are_named_at_once(authors, refuse):
     weights = authors.weights()
     for name in NEEDED[1:3]:
         del weights[name]
@@ -328,22 +328,22 @@ def test_everything_that_is_wrong_is_named_at_once(authors, refuse):
     weights["optimizer.step"] = torch.zeros(1)
     weights["vision_projection.key.weight"] = torch.zeros(32, 31)
 
-    said = refuse(weights)
+    message = refuse(weights)
 
-    assert "2 missing" in said
-    assert "1 wrongly shaped: vision_projection.key.weight is 32 x 31, expected 32 x 32" in said
-    assert "2 unexpected: language_model.bert.encoder.layer.0.extra, optimizer.step" in said
-    assert all(name in said for name in NEEDED[1:3])
+    assert "2 missing" in message
+    assert "1 wrongly shaped: vision_projection.key.weight is 32 x 31, expected 32 x 32" in message
+    assert "2 unexpected: language_model.bert.encoder.layer.0.extra, optimizer.step" in message
+    assert all(name in message for name in NEEDED[1:3])
 
 
 def test_another_architecture_is_refused_with_a_few_names_and_a_count(refuse):
-    said = refuse(
+    message = refuse(
         {"classification_head.0.bias": torch.zeros(1)}
         | {f"layer{number}.conv.weight": torch.zeros(3) for number in range(90)}
     )
 
-    assert "91 unexpected: " in said
-    assert "and 51 more" in said
+    assert "91 unexpected: " in message
+    assert "and 51 more" in message
 
 
 @pytest.mark.parametrize(
@@ -356,11 +356,11 @@ def test_another_architecture_is_refused_with_a_few_names_and_a_count(refuse):
     ],
 )
 def test_the_weights_of_another_kind_of_model_are_refused_with_the_way_to_use_them(names, remedy, refuse):
-    said = refuse({name: torch.zeros(1) for name in names})
+    message = refuse({name: torch.zeros(1) for name in names})
 
-    assert "has a name of the authors' weights" in said
-    assert sorted(names)[0] in said
-    assert remedy in said
+    assert "has a name of the authors' weights" in message
+    assert sorted(names)[0] in message
+    assert remedy in message
 
 
 def test_weights_that_are_not_finite_are_named(authors, refuse):
@@ -370,7 +370,7 @@ def test_weights_that_are_not_finite_are_named(authors, refuse):
     assert "1 not finite: vision_projection.key.bias" in refuse(weights)
 
 
-def test_heads_that_nobody_can_know_are_asked_for(authors, refuse):
+def test_unknown_numbers_of_heads_are_asked_for(authors, refuse):
     assert "--vision-heads" in refuse(authors.weights(), "--joint-heads", JOINT_HEADS)
     assert "--joint-heads" in refuse(authors.weights(), "--vision-heads", TOWER_HEADS)
 
@@ -388,7 +388,7 @@ def tower_json(tmp_path):
     return path
 
 
-def test_a_configuration_file_says_what_shapes_cannot(tower_json, authors, convert):
+def test_a_configuration_file_gives_the_heads_that_shapes_do_not_imply(tower_json, authors, convert):
     folder = convert(authors.weights(), "--vision-config", tower_json)
 
     assert read_config(folder).vision.norm_eps == 1e-4
@@ -397,15 +397,17 @@ def test_a_configuration_file_says_what_shapes_cannot(tower_json, authors, conve
 def test_a_configuration_file_of_another_model_is_refused(tower_json, authors, refuse):
     tower_json.write_text(tower_json.read_text().replace("48", "64"))
 
-    said = refuse(authors.weights(), *HEADS, "--vision-config", tower_json)
+    message = refuse(authors.weights(), *HEADS, "--vision-config", tower_json)
 
-    assert "intermediate_size is 64 instead of 48" in said
+    assert "intermediate_size is 64 instead of 48" in message
 
 
 def test_heads_that_contradict_the_configuration_file_are_refused(tower_json, authors, refuse):
-    said = refuse(authors.weights(), "--vision-heads", 8, "--joint-heads", JOINT_HEADS, "--vision-config", tower_json)
+    message = refuse(
+        authors.weights(), "--vision-heads", 8, "--joint-heads", JOINT_HEADS, "--vision-config", tower_json
+    )
 
-    assert "leave one of them out" in said
+    assert "leave one of them out" in message
 
 
 def test_a_tokenizer_of_another_model_is_refused(authors, refuse, tmp_path):
@@ -427,7 +429,7 @@ def saved(value, **options):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "no complete file of torch.save"),
         (b"a letter, not weights", "file of torch.save"),
@@ -442,10 +444,10 @@ def saved(value, **options):
         (saved({"model": {}}), "give the authors' file"),
     ],
 )
-def test_a_file_that_holds_no_weights_gets_a_sentence(content, said, tmp_path, vocabulary):
+def test_a_file_without_weights_is_refused_with_the_cause(content, message, tmp_path, vocabulary):
     (tmp_path / "some.pth").write_bytes(content)
 
-    assert said in refusal(tmp_path / "some.pth", tmp_path / "ours", "--tokenizer", vocabulary, *HEADS)
+    assert message in refusal(tmp_path / "some.pth", tmp_path / "ours", "--tokenizer", vocabulary, *HEADS)
 
 
 def test_a_file_in_torchs_old_format_is_read(authors, converted, tmp_path, vocabulary):
@@ -457,7 +459,7 @@ def test_a_file_in_torchs_old_format_is_read(authors, converted, tmp_path, vocab
     assert load_checkpoint(tmp_path / "ours").digest == load_checkpoint(converted).digest
 
 
-def test_a_folder_that_exists_is_left_alone(converted, tmp_path, vocabulary):
+def test_an_existing_folder_is_left_unchanged(converted, tmp_path, vocabulary):
     before = sorted(converted.iterdir())
 
     assert "exists" in refusal(tmp_path / "any.pth", converted, "--tokenizer", vocabulary)
@@ -475,10 +477,10 @@ def test_a_converted_checkpoint_that_was_changed_is_not_loaded(authors, convert)
 
 
 @pytest.mark.parametrize("source", ["nothing/here.pth", "nothing.pth", "package:no_such_package/model"])
-def test_a_source_that_is_not_there_gets_a_sentence(source, tmp_path, vocabulary):
-    said = refusal(source, tmp_path / "ours", "--tokenizer", vocabulary)
+def test_a_missing_source_is_reported(source, tmp_path, vocabulary):
+    message = refusal(source, tmp_path / "ours", "--tokenizer", vocabulary)
 
-    assert "does not exist" in said or "not installed" in said
+    assert "does not exist" in message or "not installed" in message
 
 
 @pytest.mark.parametrize("name", ["authors.safetensors", "authors.pth"])
@@ -494,16 +496,16 @@ def test_a_safetensors_file_with_the_authors_names_is_read(name, authors, conver
 
 
 @pytest.mark.parametrize("content", [b"", b"a letter", bytes(8) + b"{}"])
-def test_a_broken_safetensors_file_gets_a_sentence(content, tmp_path, vocabulary):
+def test_a_broken_safetensors_file_is_refused_with_the_cause(content, tmp_path, vocabulary):
     (tmp_path / "some.safetensors").write_bytes(content)
 
-    said = refusal(tmp_path / "some.safetensors", tmp_path / "ours", "--tokenizer", vocabulary, *HEADS)
+    message = refusal(tmp_path / "some.safetensors", tmp_path / "ours", "--tokenizer", vocabulary, *HEADS)
 
-    assert "is no complete safetensors file" in said
-    assert "download or copy it again" in said
+    assert "is no complete safetensors file" in message
+    assert "download or copy it again" in message
 
 
-def test_a_folder_with_two_files_of_weights_asks_which(tmp_path, vocabulary):
+def test_a_folder_with_two_files_of_weights_is_refused_with_their_names(tmp_path, vocabulary):
     for name in ("one.pth", "two.pth"):
         (tmp_path / name).touch()
 
@@ -514,7 +516,7 @@ REVISION = "a" * 40
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a hub as downloads one repository."""
+    """A server with the part of the hub's interface that downloads one repository."""
 
     files: dict[str, bytes]
 
@@ -570,12 +572,12 @@ def test_a_repository_on_the_hub_becomes_a_folder_with_the_files_asked_for(hub, 
 
 
 @pytest.mark.parametrize("repository", ["owner/other", "no name at all"])
-def test_what_the_hub_does_not_have_gets_a_sentence(repository, hub, tmp_path):
+def test_a_missing_repository_is_reported(repository, hub, tmp_path):
     with pytest.raises(SourceError, match="cannot be fetched"):
         hub_folder(repository, ["*.pth"], endpoint=hub, cache=tmp_path)
 
 
-def test_without_a_network_a_name_on_the_hub_gets_a_sentence(tmp_path):
+def test_an_unreachable_hub_is_reported(tmp_path):
     with pytest.raises(SourceError, match="download the file"):
         hub_folder("owner/name", ["*.pth"], endpoint="http://127.0.0.1:9", cache=tmp_path)
 

@@ -37,7 +37,7 @@ def test_an_empty_caption_is_cls_and_sep(tokenizer):
     assert tokenizer.encode("") == [CLS, SEP]
 
 
-def test_spelling_does_not_matter_where_the_model_was_trained_without(tokenizer):
+def test_a_canonical_caption_ignores_capitals_punctuation_and_accents(tokenizer):
     assert tokenizer.encode("A Dog, réally.") == tokenizer.encode("a dog really")
 
 
@@ -62,7 +62,7 @@ def parse_without_canonical_captions():
 
 
 @pytest.mark.parametrize("text", ["x " * 500, "y" * 90 + " z" * 100, "w " * 2_000_000], ids=["words", "word", "huge"])
-def test_only_the_caption_is_cut_and_only_to_61_pieces(tokenizer, text):
+def test_a_long_caption_is_cut_to_61_pieces(tokenizer, text):
     ids = tokenizer.encode(text)
 
     assert (ids[0], ids[-1], len(ids)) == (CLS, SEP, 63)
@@ -100,7 +100,7 @@ def test_the_image_token_is_appended_to_a_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"dog\ncat\n", b"\xff\xfe\x00", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ndog\ndog\n"])
-def test_a_file_that_is_no_bert_vocabulary_is_refused(tmp_path, content):
+def test_an_invalid_vocabulary_file_is_refused(tmp_path, content):
     (tmp_path / "vocab.txt").write_bytes(content)
 
     with pytest.raises(VocabularyError, match="vocabulary"):

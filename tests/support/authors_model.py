@@ -1,6 +1,6 @@
-"""The authors' network, put together anew from transformers' own modules and torch's; random weights, tiny sizes.
+"""The authors' network, built from modules of transformers and torch, with tiny sizes and random weights.
 
-Stands beside `edje` and uses nothing of it: the tests ask whether a converted checkpoint scores as this does.
+Uses nothing of `edje`: the tests compare the scores of converted checkpoints with it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IMAGE_SIZE, PATCH_SIZE, NUM_PATCHES = 32, 8, 16
 
 
 class Compression(nn.Module):
-    """Queries, a first projection of keys and values, torch's attention with its own, and an MLP beside itself."""
+    """Learned queries, projections of keys and values, torch's attention, and an MLP with a residual connection."""
 
     def __init__(self, dim: int, num_queries: int, out_dim: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Compression(nn.Module):
 
 
 class AuthorsModel(nn.Module):
-    """Everything that a `.pth` of theirs holds, the first stage and the losses' layers included."""
+    """All modules of their `.pth` file, including the first stage and the layers of the losses."""
 
     def __init__(self, adapter: str, num_queries: int = 6, seed: int = 0) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def canonical(caption: str) -> str:
 
 
 def pair_tokenizer(num_visual: int) -> Tokenizer:
-    """BERT's tokenizer over the small vocabulary, as a pair of texts goes through it in training."""
+    """Encode a pair of texts with BERT's tokenizer over the small vocabulary, as in training."""
     tokenizer = Tokenizer(WordPiece({word: number for number, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = BertPreTokenizer()

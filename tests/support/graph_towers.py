@@ -1,4 +1,4 @@
-"""Vision towers that are ONNX graphs, small enough to be made in a test."""
+"""Small vision towers as ONNX graphs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from edje.tower_config import OnnxVisionConfig
 
-#: What `patch_graph` gives for a weight of (8, 3, 4, 4) and images of 16 pixels.
+#: The configuration of `patch_graph` for a weight of (8, 3, 4, 4) and images of 16 pixels.
 GRAPH = OnnxVisionConfig(dim=8, tokens_per_image=16, pooled_dim=8, num_heads=2)
 
 

@@ -1,4 +1,4 @@
-"""Tiny published models as folders of the hub have them: SigLIP and CLIP with a tokenizer, and a BERT."""
+"""Tiny models as folders of the hub: SigLIP and CLIP with a tokenizer, and a BERT."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def write_pair_of_encoders(folder, architecture, *, has_mask=False, seed=0):
 
 
 def write_bert(folder):
-    """A BERT with random weights whose words are these."""
+    """A BERT with random weights and the vocabulary `WORDS`."""
     transformers = pytest.importorskip("transformers")
     folder.mkdir(parents=True, exist_ok=True)
     words = [*SPECIAL_TOKENS, *WORDS]
@@ -84,7 +84,7 @@ def write_bert(folder):
 
 
 def write_pictures(folder, num_images=16, num_dev=4):
-    """Plain pictures of a shade of their own, listed as Karpathy does; returns the list's path."""
+    """Single-coloured pictures with a list in Karpathy's format; returns the list's path."""
     (folder / "pictures").mkdir(parents=True)
     entries = []
     for number in range(num_images):

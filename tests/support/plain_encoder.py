@@ -1,6 +1,6 @@
-"""The joint encoders as one would write them on a blackboard: one pair, no batch, no shared projections, float64.
+"""A plain reference of the joint encoders: one pair, no batch, no shared projections, float64.
 
-Reads a module's weights and configuration, and nothing of its code.
+Uses a module's weights and configuration, and none of its code.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ Matrix = NDArray[np.float64]
 
 
 class PlainEncoder:
-    """The weights of a `JointEncoder` or `LateFusionEncoder`, and what can be computed with them."""
+    """Computes with the weights of a `JointEncoder` or `LateFusionEncoder`."""
 
     def __init__(self, joint, config: JointConfig) -> None:
         self.weights = {name: tensor.double().numpy() for name, tensor in joint.state_dict().items()}
         self.config = config
 
     def logit(self, text_ids: NDArray[np.int64], visual: Matrix, first_stage: float | None = None) -> float:
-        """Of one caption and the adapter's tokens of one image."""
+        """The logit of one caption and one image, given as the adapter's tokens."""
         if self.config.kind == "full":
             return self.head(self.full(text_ids, visual), first_stage)
         text = self.layers("text_layers", self.text(text_ids))
         visual = self.layers("visual_layers", self.visual(visual))
         logit = self.match(text, visual) if self.config.match_dim else 0.0
         if self.config.kind == "maxsim":
-            added, straight = self.first_stage("first_stage", first_stage) if self.config.first_stage else ([0.0], 0.0)
-            return logit + added[0] + straight
+            to_cls, to_logit = self.first_stage("first_stage", first_stage) if self.config.first_stage else ([0.0], 0.0)
+            return logit + to_cls[0] + to_logit
         visual = visual + self.weights["meeting_positions.weight"]
         if self.config.kind == "late":
             cls = self.layers("layers", np.concatenate([text, visual]))[0]
         else:
-            cls = self.layers("layers", text, beside=visual)[0]
+            cls = self.layers("layers", text, extra=visual)[0]
         return logit + self.head(cls, first_stage)
 
     def full(self, text_ids: NDArray[np.int64], visual: Matrix) -> Matrix:
@@ -55,17 +55,17 @@ class PlainEncoder:
         positions = self.weights["visual_positions.weight"]
         return self.norm(tokens + positions + self.weights["types.weight"][1], "visual_norm")
 
-    def layers(self, name: str, hidden: Matrix, beside: Matrix | None = None) -> Matrix:
+    def layers(self, name: str, hidden: Matrix, extra: Matrix | None = None) -> Matrix:
         number = 0
         while f"{name}.{number}.mlp.fc1.weight" in self.weights:
-            hidden = self.layer(f"{name}.{number}", hidden, beside)
+            hidden = self.layer(f"{name}.{number}", hidden, extra)
             number += 1
         return hidden
 
-    def layer(self, name: str, hidden: Matrix, beside: Matrix | None) -> Matrix:
+    def layer(self, name: str, hidden: Matrix, extra: Matrix | None) -> Matrix:
         queries, keys, values = np.split(self.linear(hidden, f"{name}.attention.qkv"), 3, axis=-1)
-        if beside is not None:
-            more_keys, more_values = np.split(self.linear(beside, f"{name}.visual_kv"), 2, axis=-1)
+        if extra is not None:
+            more_keys, more_values = np.split(self.linear(extra, f"{name}.visual_kv"), 2, axis=-1)
             keys, values = np.concatenate([keys, more_keys]), np.concatenate([values, more_values])
         width = self.config.dim // self.config.num_heads
         mixed = np.empty_like(hidden)
@@ -83,18 +83,18 @@ class PlainEncoder:
         return float(math.exp(self.weights["match.log_scale"]) * np.mean(best) + self.weights["match.bias"])
 
     def head(self, cls: Matrix, first_stage: float | None) -> float:
-        straight = 0.0
+        to_logit = 0.0
         if self.config.first_stage is not None:
-            added, straight = self.first_stage("head.first_stage", first_stage)
-            cls = cls + added
-        return float(self.linear(np.tanh(self.linear(cls, "head.pooler")), "head.out")[0]) + straight
+            to_cls, to_logit = self.first_stage("head.first_stage", first_stage)
+            cls = cls + to_cls
+        return float(self.linear(np.tanh(self.linear(cls, "head.pooler")), "head.out")[0]) + to_logit
 
     def first_stage(self, name: str, score: float | None) -> tuple[Matrix, float]:
         if score is None:
             return self.weights[f"{name}.absent"], 0.0
         standard = (score - self.config.first_stage.mean) / self.config.first_stage.std
-        added = self.linear(gelu(self.linear(np.array([standard]), f"{name}.fc1")), f"{name}.fc2")
-        return added, float(self.weights[f"{name}.gain"][0]) * standard
+        to_cls = self.linear(gelu(self.linear(np.array([standard]), f"{name}.fc1")), f"{name}.fc2")
+        return to_cls, float(self.weights[f"{name}.gain"][0]) * standard
 
     def linear(self, x: Matrix, name: str) -> Matrix:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]

@@ -1,4 +1,4 @@
-"""The closed-form first stage: correlations as textbooks have them, and a model that computes what was fitted."""
+"""The closed-form first stage: textbook correlations, and an encoder that computes the fitted maps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CLS, SEP, FIRST_WORD, VOCABULARY = 1, 2, 3, 15
 
 
 def toy(num_images=120, texts_per_image=3, seed=0):
-    """Images of six numbers that also decide which of twelve words their texts use."""
+    """Images of six numbers, which determine the words of their texts among twelve."""
     rng = np.random.default_rng(seed)
     pooled = rng.normal(size=(num_images, 6)).astype(np.float32)
     likely = 1 / (1 + np.exp(-2 * pooled @ rng.normal(size=(6, VOCABULARY - FIRST_WORD))))
@@ -26,20 +26,20 @@ def toy(num_images=120, texts_per_image=3, seed=0):
 
 
 def plain_bags(texts):
-    """(texts, words) by the definition: inverse document frequencies, each text of unit length."""
+    """Bags of words by the definition, (texts, words): inverse document frequencies, each text of unit length."""
     present = np.array([[word in text for word in range(FIRST_WORD, VOCABULARY)] for text in texts], np.float64)
     bags = present * np.log(len(texts) / present.sum(axis=0))
     return bags / np.linalg.norm(bags, axis=1, keepdims=True)
 
 
 def canonical_correlations(left, right):
-    """The cosines of the angles between the two column spaces, from orthonormal bases of them."""
+    """Cosines of the angles between the two column spaces, from orthonormal bases."""
     bases = [np.linalg.qr(side - side.mean(axis=0))[0] for side in (left, right)]
     return np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
 
 
 def projections(model, pooled, texts):
-    """Both sides before they are brought to unit length, as the fitted model maps them."""
+    """Images and texts under the fitted maps, before normalisation."""
     import torch
 
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_scikit_learn_finds_the_same_correlations():
         assert np.corrcoef(ours[0][:, number], ours[1][:, number])[0, 1] == pytest.approx(expected, abs=2e-3)
 
 
-def test_directions_count_by_their_correlation():
+def test_directions_are_weighted_by_their_correlation():
     pooled, texts, image_of_text = toy()
     flat = fit_cca(pooled, texts, image_of_text, VOCABULARY, UNTAMED)
 
@@ -103,7 +103,7 @@ def test_directions_count_by_their_correlation():
     assert ratio == pytest.approx(correlations[:4] ** 2, abs=5e-3)
 
 
-def test_it_finds_images_by_texts_it_was_not_fitted_on():
+def test_a_fitted_encoder_finds_images_of_unseen_texts():
     pooled, texts, image_of_text = toy(num_images=400)
     known = image_of_text < 300
     model = fit_cca(
@@ -119,7 +119,7 @@ def test_it_finds_images_by_texts_it_was_not_fitted_on():
     assert np.median(ranks) < 15  # of 100 images; chance is 50
 
 
-def test_rare_words_and_special_tokens_count_for_nothing():
+def test_rare_words_and_special_tokens_are_ignored():
     pooled, texts, image_of_text = toy()
     rare = VOCABULARY - 1
     texts = [[word for word in text if word != rare] or [FIRST_WORD] for text in texts]
@@ -133,7 +133,7 @@ def test_rare_words_and_special_tokens_count_for_nothing():
     assert float(model.word_weights[[0, CLS, SEP, rare]].abs().max()) == 0.0
 
 
-def test_more_directions_than_there_are_change_nothing():
+def test_more_directions_than_exist_change_nothing():
     pooled, texts, image_of_text = toy()
     six, hundred = (fit_cca(pooled, texts, image_of_text, VOCABULARY, CcaSettings(dim=dim)) for dim in (6, 100))
 

@@ -1,4 +1,4 @@
-"""A first stage of one's own: what it reads of a caption, and what becomes of it in a checkpoint's folder."""
+"""The local first stage: its embeddings, and its folder in a checkpoint."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_embeddings_of_both_sides_have_unit_length(config):
 @every_kind
 @settings(deadline=None, max_examples=25)
 @given(st.lists(WORDS, min_size=1, max_size=5), st.integers(0, 19))
-def test_padding_does_not_matter_whatever_it_holds(config, words, pad):
+def test_padding_tokens_do_not_change_the_vector(config, words, pad):
     model = model_of(config)
     ids = captions(*words)
     lengths = torch.tensor([len(each) for each in ids])
@@ -73,7 +73,7 @@ def test_padding_does_not_matter_whatever_it_holds(config, words, pad):
 
 @settings(deadline=None, max_examples=50)
 @given(WORDS, st.randoms(use_true_random=False))
-def test_a_bag_knows_neither_the_order_of_its_words_nor_how_often_each_came(words, random):
+def test_a_bag_of_words_ignores_order_and_repetition(words, random):
     model = model_of(BAG)
     shuffled = random.sample(words, len(words))
 
@@ -85,7 +85,7 @@ def test_a_bag_knows_neither_the_order_of_its_words_nor_how_often_each_came(word
 
 @settings(deadline=None, max_examples=25)
 @given(WORDS)
-def test_a_bag_is_the_weighted_sum_of_its_words_with_weights_of_unit_length(words):
+def test_a_bag_of_words_is_their_weighted_sum_with_weights_of_unit_length(words):
     model = model_of(BAG)
     known = sorted({CLS, *words, SEP})
     weights = model.word_weights[known] / model.word_weights[known].norm()
@@ -96,7 +96,7 @@ def test_a_bag_is_the_weighted_sum_of_its_words_with_weights_of_unit_length(word
     assert found == pytest.approx((expected / expected.norm()).numpy(), abs=1e-5)
 
 
-def test_an_encoder_tells_the_same_words_in_another_order_apart():
+def test_a_text_encoder_distinguishes_the_same_words_in_another_order():
     model = model_of(ENCODER)
 
     one, other = vectors_of(model, captions([4, 5, 6], [6, 5, 4]))
@@ -104,7 +104,7 @@ def test_an_encoder_tells_the_same_words_in_another_order_apart():
     assert np.abs(one - other).max() > 1e-3
 
 
-def test_a_power_tames_large_values_and_keeps_their_sign():
+def test_the_image_power_reduces_large_values_and_keeps_their_sign():
     model = model_of(replace(BAG, image_power=0.5))
     pooled = np.array([[4.0, -9.0, 0.0, 1.0, 16.0, -1.0]], np.float32)
 
@@ -113,7 +113,7 @@ def test_a_power_tames_large_values_and_keeps_their_sign():
     assert model.image_vectors(pooled) == pytest.approx(expected, abs=1e-6)
 
 
-# In a checkpoint's folder
+# The folder in a checkpoint
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def saved(tmp_path):
 
 
 @every_kind
-def test_it_is_loaded_as_it_was_saved_and_frozen(config, tmp_path):
+def test_a_saved_encoder_is_loaded_unchanged_and_frozen(config, tmp_path):
     model = model_of(config, seed=3)
     save_first_stage(tmp_path, model)
 
@@ -137,7 +137,7 @@ def test_it_is_loaded_as_it_was_saved_and_frozen(config, tmp_path):
     assert (vectors_of(loaded, ids) == vectors_of(model, ids)).all()
 
 
-def test_a_checkpoint_without_one_says_so(tmp_path):
+def test_a_checkpoint_without_a_first_stage_is_reported(tmp_path):
     with pytest.raises(CheckpointMissing, match="has no first stage"):
         load_first_stage(tmp_path)
 
@@ -174,7 +174,7 @@ def test_a_half_copied_folder_is_refused(saved, name):
         ({"num_heads": 3}, "is no multiple of num_heads 3"),
     ],
 )
-def test_another_architecture_is_told_in_a_sentence(saved, change, words):
+def test_another_architecture_is_refused_with_the_cause(saved, change, words):
     path = saved / "first_stage" / "config.json"
     envelope = json.loads(path.read_text())
     envelope["config"] |= change
@@ -184,6 +184,6 @@ def test_another_architecture_is_told_in_a_sentence(saved, change, words):
         load_first_stage(saved)
 
 
-def test_a_folder_that_is_there_is_not_overwritten(saved):
+def test_an_existing_folder_is_not_overwritten(saved):
     with pytest.raises(FileExistsError):
         save_first_stage(saved, model_of(BAG))

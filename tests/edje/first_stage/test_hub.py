@@ -1,4 +1,4 @@
-"""First stages of the hub against the library that published them, and through a checkpoint's folder and back."""
+"""First stages of the hub compared with the library, and saved and loaded."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ KINDS = [("siglip", False), ("siglip", True), ("clip", True)]
 
 @pytest.fixture(scope="module", params=KINDS, ids=["siglip", "siglip-mask", "clip"])
 def published(request, tmp_path_factory):
-    """The folder, and the library's own model and tokenizer."""
+    """The folder, the library's model and its tokenizer."""
     architecture, has_mask = request.param
     folder = tmp_path_factory.mktemp(architecture)
     return folder, *write_pair_of_encoders(folder, architecture, has_mask=has_mask)
 
 
-def test_similarities_are_the_librarys_own(published):
+def test_similarities_equal_the_librarys(published):
     folder, model, tokenizer = published
     pixels = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     is_siglip = model.config.model_type == "siglip"
@@ -97,7 +97,7 @@ def test_a_canonical_preparation_removes_punctuation(published):
     assert written == pytest.approx(plain, abs=1e-6)
 
 
-def test_it_is_loaded_as_it_was_saved_without_the_folder_it_came_from(published, tmp_path):
+def test_a_saved_first_stage_is_loaded_without_the_published_folder(published, tmp_path):
     folder, *_ = published
     first_stage = load_published_first_stage(str(folder))
     pooled = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
@@ -153,7 +153,7 @@ def test_a_folder_without_its_tokenizer_is_refused(saved):
         ({"text_config": {"hidden_size": 64, "num_attention_heads": 4}}, "weights of another first stage"),
     ],
 )
-def test_another_architecture_is_told_in_a_sentence(saved, change, words):
+def test_another_architecture_is_refused_with_the_cause(saved, change, words):
     path = saved / "first_stage" / "config.json"
     envelope = json.loads(path.read_text())
     envelope["config"] |= change
@@ -163,14 +163,14 @@ def test_another_architecture_is_told_in_a_sentence(saved, change, words):
         load_first_stage(saved)
 
 
-def test_a_model_without_a_text_to_compare_is_refused(tmp_path):
+def test_a_model_without_a_text_encoder_is_refused(tmp_path):
     write_bert(tmp_path / "bert")
 
     with pytest.raises(SourceError, match="is a bert: a first stage of kind 'hub' is one of siglip, clip"):
         load_published_first_stage(str(tmp_path / "bert"))
 
 
-def test_where_there_is_nothing_a_sentence_says_what_to_do(tmp_path, monkeypatch):
+def test_a_missing_model_is_reported_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 

@@ -1,4 +1,4 @@
-"""Joint encoders that start from a BERT, against transformers' own; and folders that hold no BERT."""
+"""Joint encoders that start from a BERT compared with transformers', and folders without a BERT."""
 
 import importlib.util
 import json
@@ -122,7 +122,7 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_content(original):
     assert load_bert(original, joint, vocabulary=same).loaded
 
 
-def test_a_source_with_a_head_of_its_own_and_pickled_weights_is_the_same_source(bert, original, folder):
+def test_a_source_with_a_head_and_pickled_weights_gives_the_same_tensors(bert, original, folder):
     (folder / "model.safetensors").unlink()
     weights = {f"bert.{name}": tensor for name, tensor in bert.state_dict().items()}
     torch.save(weights | {"cls.predictions.bias": torch.zeros(5)}, folder / "pytorch_model.bin")
@@ -141,7 +141,7 @@ def test_the_image_token_gets_the_mean_of_the_words(original):
     torch.testing.assert_close(words[-1], words[:-1].mean(dim=0))
 
 
-def test_a_vocabulary_that_has_the_image_token_gains_no_row(bert, folder):
+def test_a_vocabulary_with_the_image_token_gets_no_added_row(bert, folder):
     write_vocabulary(folder / "vocab.txt")
     lines = (folder / "vocab.txt").read_text().splitlines()
     (folder / "vocab.txt").write_text("\n".join([*lines[:-1], IMAGE_TOKEN]))
@@ -172,7 +172,7 @@ def apart(kind, source, **changes):
 
 
 @pytest.mark.parametrize("kind", ["late", "minimal"])
-def test_an_encoder_that_reads_apart_takes_first_layers_for_text_and_last_ones_for_the_meeting(kind, original):
+def test_a_late_fusion_encoder_starts_text_from_the_first_layers_and_fusion_from_the_last(kind, original):
     theirs, joint = bert_tensors(original), apart(kind, original)
 
     load_bert(original, joint)
@@ -187,7 +187,7 @@ def test_an_encoder_that_reads_apart_takes_first_layers_for_text_and_last_ones_f
         assert torch.equal(ours["layers.1.visual_kv.weight"], theirs["layers.2.attention.qkv.weight"][24:])
 
 
-def test_the_meeting_goes_on_where_the_text_layers_end_if_enough_are_left(original):
+def test_fusion_layers_start_from_those_after_the_text_layers_if_enough_follow(original):
     theirs, joint = bert_tensors(original), apart("late", original, text_layers=1, num_layers=1)
 
     load_bert(original, joint)
@@ -207,7 +207,7 @@ def test_layers_can_be_named_and_visual_layers_left_as_they_are(original):
     assert "visual_layers.0.mlp.fc1.weight" in report.untouched
 
 
-def test_an_encoder_without_layers_to_meet_in_takes_the_rest(original, bert):
+def test_an_encoder_without_fusion_layers_loads_the_rest(original, bert):
     joint = apart("maxsim", original, num_layers=0, text_layers=3, match_dim=8)
 
     load_bert(original, joint)
@@ -216,7 +216,7 @@ def test_an_encoder_without_layers_to_meet_in_takes_the_rest(original, bert):
 
 
 @pytest.mark.parametrize(
-    ("changes", "layers", "said"),
+    ("changes", "layers", "message"),
     [
         ({"dim": 27}, None, "words.weight is 35 x 24 in the source and 35 x 27 in the joint encoder"),
         ({"vocab_size": 99}, None, "words.weight is 35 x 24 in the source and 99 x 24 in the joint encoder"),
@@ -225,18 +225,18 @@ def test_an_encoder_without_layers_to_meet_in_takes_the_rest(original, bert):
         ({}, (0, 1, 3), "not all of"),
     ],
 )
-def test_a_joint_encoder_that_does_not_fit_is_refused_and_left_alone(changes, layers, said, original):
+def test_a_joint_encoder_that_does_not_fit_is_refused_and_unchanged(changes, layers, message, original):
     joint = randomised(JointEncoder(joint_config(read_shape(original), **changes)))
     before = {name: tensor.clone() for name, tensor in joint.state_dict().items()}
 
-    with pytest.raises(BertError, match=said):
+    with pytest.raises(BertError, match=message):
         load_bert(original, joint, layers)
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in joint.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model_type": "roberta"}, "model_type"),
         ({"hidden_act": "relu"}, "hidden_act"),
@@ -247,15 +247,15 @@ def test_a_joint_encoder_that_does_not_fit_is_refused_and_left_alone(changes, la
         ({"vocab_size": 30}, "word_embeddings.weight is 34 x 24, expected 30 x 24"),
     ],
 )
-def test_a_configuration_that_our_layers_do_not_follow_is_refused(changes, said, folder):
+def test_a_configuration_that_our_layers_do_not_follow_is_refused(changes, message, folder):
     change_config(folder, **changes)
 
-    with pytest.raises(BertError, match=said):
+    with pytest.raises(BertError, match=message):
         bert_tensors(folder)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("config.json", b"{", "config.json describes no BERT"),
         ("vocab.txt", b"a\nb\n", "lacks"),
@@ -263,15 +263,15 @@ def test_a_configuration_that_our_layers_do_not_follow_is_refused(changes, said,
         ("model.safetensors", b"cut off", "no complete safetensors file"),
     ],
 )
-def test_a_file_that_is_not_whole_is_named(name, content, said, folder):
+def test_an_incomplete_file_is_named(name, content, message, folder):
     (folder / name).write_bytes(content)
 
-    with pytest.raises(BertError, match=said):
+    with pytest.raises(BertError, match=message):
         bert_tensors(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocab.txt", "model.safetensors"])
-def test_a_file_that_is_missing_is_named(name, folder):
+def test_a_missing_file_of_a_bert_is_named(name, folder):
     (folder / name).unlink()
 
     with pytest.raises(BertError, match=str(folder)):
@@ -280,7 +280,7 @@ def test_a_file_that_is_missing_is_named(name, folder):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An installed package with a folder of weights, whose code must not be run."""
+    """An installed package with a folder of weights; running its code fails the test."""
     (tmp_path / "bert_in_a_package" / "model").mkdir(parents=True)
     (tmp_path / "bert_in_a_package" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -292,12 +292,12 @@ def test_a_packages_folder_is_found_without_running_its_code(package, tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["..", "model/../..", "/etc", "nothing"])
-def test_what_is_not_inside_the_package_is_refused(inside, package):
+def test_a_path_outside_the_package_is_refused(inside, package):
     with pytest.raises(SourceError):
         package_folder(package, inside)
 
 
 @pytest.mark.parametrize("name", ["no_such_package", "../x", "os.path", "", "json"])
-def test_what_is_no_package_is_refused(name):
+def test_a_missing_package_of_weights_is_refused(name):
     with pytest.raises(SourceError):
         package_folder(name, "model")

@@ -1,4 +1,4 @@
-"""Adapters: what they make of a picture's patches, and what they tell of where those lie."""
+"""Adapters: their tokens, and how these depend on the positions of the patches."""
 
 from dataclasses import replace
 
@@ -24,40 +24,40 @@ def drawn(kind, *, places, num_tokens=NUM_PATCHES):
 
 
 def patches_alike(num_images=1):
-    """The same patch everywhere: what differs between places is what the adapter knows of them."""
+    """The same patch at every position: tokens differ only by the position vectors."""
     one = torch.randn(num_images, 1, VARIANTS["tiny"].vision.dim, generator=torch.Generator().manual_seed(1))
     return one.repeat(1, NUM_PATCHES, 1)
 
 
 def spread(tokens):
-    """How far a picture's tokens lie apart, beside their size."""
+    """Standard deviation of an image's tokens in units of their size."""
     return (tokens.std(dim=1, correction=0).mean() / tokens.std()).item()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_with_places_tokens_tell_where_a_patch_lies(kind):
+def test_with_position_vectors_tokens_depend_on_the_position_of_a_patch(kind):
     model = drawn(kind, places=True)
 
     assert spread(model.adapter(patches_alike())) > 0.3
 
 
 @torch.no_grad()
-def test_without_places_a_patch_makes_the_same_token_everywhere():
+def test_without_position_vectors_a_patch_gives_the_same_token_at_every_position():
     model = drawn("local", places=False)
 
     assert spread(model.adapter(patches_alike())) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_published_form_has_no_places(kind):
+def test_the_published_form_has_no_position_vectors(kind):
     assert not [name for name, _ in drawn(kind, places=False).named_parameters() if "places" in name]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", [0, 6, 15])
 @torch.no_grad()
-def test_a_token_is_of_its_own_patch_before_anything_is_learned(kind, place):
+def test_an_initial_token_depends_most_on_the_patch_at_its_position(kind, place):
     adapter = drawn(kind, places=True).adapter
     patches = patches_alike()
     before = adapter(patches)
@@ -69,7 +69,7 @@ def test_a_token_is_of_its_own_patch_before_anything_is_learned(kind, place):
 @pytest.mark.parametrize("kind", COMPRESSORS)
 @pytest.mark.parametrize("num_tokens", [3, 8, 16, 40])
 @torch.no_grad()
-def test_a_compressor_keeps_the_number_of_tokens_whatever_the_number_of_patches(kind, num_tokens):
+def test_a_compressor_has_its_number_of_tokens_for_any_number_of_patches(kind, num_tokens):
     model = drawn(kind, places=True, num_tokens=num_tokens)
 
     tokens = model.adapter(patches_alike(2))
@@ -80,7 +80,7 @@ def test_a_compressor_keeps_the_number_of_tokens_whatever_the_number_of_patches(
 
 @pytest.mark.parametrize("kind", COMPRESSORS)
 @torch.no_grad()
-def test_each_query_looks_at_a_place_of_its_own_before_anything_is_learned(kind):
+def test_each_initial_query_attends_to_a_different_position(kind):
     adapter = drawn(kind, places=True).adapter
     attention = adapter.cross_attentions[0].attention
     keys = adapter.places(torch.zeros(1, NUM_PATCHES, attention.embed_dim))
@@ -91,7 +91,7 @@ def test_each_query_looks_at_a_place_of_its_own_before_anything_is_learned(kind)
     assert weights[0].diagonal().min() > 2 / NUM_PATCHES
 
 
-def test_fewer_queries_than_places_begin_spread_over_the_grid():
+def test_fewer_queries_than_positions_start_evenly_spaced():
     places = PatchPositions(9, 1)
     with torch.no_grad():
         places.table.weight.copy_(torch.arange(9.0)[:, None])

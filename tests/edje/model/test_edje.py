@@ -1,4 +1,4 @@
-"""The model against its published numbers, against a plain float64 BERT and against transformers' own modules."""
+"""The model compared with its published sizes, a plain float64 BERT and transformers' modules."""
 
 from dataclasses import replace
 
@@ -72,7 +72,7 @@ def test_computing_only_cls_in_the_last_layer_saves_seven_percent():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_configuration_survives_its_own_json(name):
+def test_a_configuration_is_restored_from_its_json(name):
     assert parse_config(canonical_json(VARIANTS[name])) == VARIANTS[name]
 
 
@@ -86,7 +86,7 @@ def test_a_configuration_survives_its_own_json(name):
         {"joint": replace(VARIANTS["tiny"].joint, sep_id=1_024)},
     ],
 )
-def test_numbers_that_do_not_fit_together_are_refused(change):
+def test_sizes_that_do_not_fit_together_are_refused(change):
     with pytest.raises(ValueError, match=r"\d"):
         replace(VARIANTS["tiny"], **change)
 

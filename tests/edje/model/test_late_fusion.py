@@ -1,4 +1,4 @@
-"""Encoders in which text and image meet late: against a plain float64 restatement, and what they state to cost."""
+"""Late-fusion encoders compared with a plain float64 reference, and their cost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WITH_FIRST_STAGE = {
 
 
 def build(config: JointConfig):
-    """Weights under which scores spread over about 1, so that nothing wrong could hide in a tolerance."""
+    """Weights under which scores spread over about 1, far above the tolerances."""
     joint = LateFusionEncoder(config, NUM_VISUAL) if config.is_late_fusion else JointEncoder(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def random_tokens(seed: int, num_images: int) -> torch.Tensor:
 
 
 def score(joint, text, tokens, first_stage=None):
-    """Of one caption with each image, by way of what is stored of the images."""
+    """Logits of one caption with each image, from the stored visual tokens."""
     visual = joint.encode_visual(tokens)
     states = joint.encode_queries(text[None]).expand(len(tokens), -1, -1)
     return joint.score(states, visual, None, None if first_stage is None else torch.tensor(first_stage))
@@ -97,7 +97,7 @@ def test_a_logit_with_a_first_stage_score_equals_the_plain_reference(name):
 
 
 @reads_first_stage
-def test_no_scores_at_all_are_every_score_missing(name):
+def test_no_scores_equal_missing_scores_for_every_pair(name):
     text, tokens = random_text(0, 6), random_tokens(0, 3)
 
     missing = score(JOINTS[name], text, tokens, [float("nan")] * 3)
@@ -106,7 +106,7 @@ def test_no_scores_at_all_are_every_score_missing(name):
 
 
 @pytest.mark.parametrize("name", ["full", *APART])
-def test_an_encoder_built_without_the_first_stage_does_not_look_at_it(name):
+def test_an_encoder_without_first_stage_input_ignores_the_scores(name):
     text, tokens = random_text(0, 6), random_tokens(0, 3)
 
     with_scores = score(JOINTS[name], text, tokens, [0.1, 0.5, 0.9])
@@ -132,7 +132,7 @@ def test_a_score_does_not_depend_on_the_padding_of_others(joint, lengths, filler
 
 
 @pytest.mark.parametrize("name", ["full", "late", "minimal"])
-def test_reading_only_cls_in_the_last_layer_gives_what_reading_everything_gives(name):
+def test_computing_only_cls_in_the_last_layer_gives_the_same_logit(name):
     joint, lengths = JOINTS[name], torch.tensor([4, 9, 6])
     text = torch.stack([random_text(number, 9) for number in range(3)])
     states, visual = joint.encode_queries(text, lengths), joint.encode_visual(random_tokens(2, 3))
@@ -145,7 +145,7 @@ def test_reading_only_cls_in_the_last_layer_gives_what_reading_everything_gives(
 
 
 @pytest.mark.parametrize("name", ["late with match", "minimal with match", "maxsim"])
-def test_the_matrix_of_similarities_has_what_its_rows_have(name):
+def test_the_similarity_matrix_holds_the_scores_of_its_pairs(name):
     joint, lengths = JOINTS[name], torch.tensor([4, 9])
     text = torch.stack([random_text(number, 9) for number in range(2)])
     states, visual = joint.encode_queries(text, lengths), joint.encode_visual(random_tokens(3, 5))
@@ -174,7 +174,7 @@ def test_parts_that_were_computed_before_give_the_same_logit(joint, lengths):
     torch.testing.assert_close(logits, joint.score(text, visual, text_lengths), rtol=0, atol=1e-6)
 
 
-def test_a_late_interaction_alone_is_its_own_logit():
+def test_the_logit_of_maxsim_is_its_late_interaction():
     states, visual = JOINTS["maxsim"].encode_queries(random_text(4, 6)[None]), random_tokens(4, 5)
 
     matrix = JOINTS["maxsim"].similarity(states, visual)
@@ -183,13 +183,13 @@ def test_a_late_interaction_alone_is_its_own_logit():
     torch.testing.assert_close(matrix[0], logits, atol=1e-5, rtol=0)
 
 
-def test_an_encoder_without_a_late_interaction_says_so():
+def test_a_similarity_without_a_late_interaction_is_an_error():
     with pytest.raises(ValueError, match="match_dim"):
         JOINTS["minimal"].similarity(torch.zeros(1, 2, FULL.dim), torch.zeros(1, NUM_VISUAL, FULL.dim))
 
 
 @apart
-def test_what_is_stored_of_an_image_has_its_positions_in_it(joint):
+def test_stored_visual_tokens_depend_on_their_positions(joint):
     text, tokens = random_text(5, 6), random_tokens(5, 1)
     states, stored = joint.encode_queries(text[None]), joint.encode_visual(tokens)
     order = torch.randperm(NUM_VISUAL, generator=torch.Generator().manual_seed(0))
@@ -200,7 +200,7 @@ def test_what_is_stored_of_an_image_has_its_positions_in_it(joint):
     assert (joint.score(states, again) - joint.score(states, stored)).abs() > 1e-3
 
 
-def test_a_late_interaction_does_not_ask_where_a_state_lies():
+def test_a_late_interaction_ignores_positions():
     joint = JOINTS["maxsim"]
     states, stored = joint.encode_queries(random_text(5, 6)[None]), joint.encode_visual(random_tokens(5, 1))
 
@@ -208,7 +208,7 @@ def test_a_late_interaction_does_not_ask_where_a_state_lies():
 
 
 @pytest.mark.parametrize("name", [name for name in APART if name != "maxsim"])
-def test_the_layers_are_told_again_where_a_state_lies(name):
+def test_the_fusion_layers_depend_on_the_positions_of_visual_tokens(name):
     joint = JOINTS[name]
     states, stored = joint.encode_queries(random_text(5, 6)[None]), joint.encode_visual(random_tokens(5, 1))
 
@@ -216,13 +216,13 @@ def test_the_layers_are_told_again_where_a_state_lies(name):
 
 
 @apart
-def test_what_is_stored_of_an_image_does_not_depend_on_its_batch(joint):
+def test_stored_visual_tokens_do_not_depend_on_the_batch(joint):
     tokens = random_tokens(6, 4)
 
     torch.testing.assert_close(joint.encode_visual(tokens)[2:3], joint.encode_visual(tokens[2:3]), atol=1e-5, rtol=0)
 
 
-def test_a_minimal_interaction_leaves_the_states_of_the_image_as_they_are():
+def test_a_minimal_encoder_does_not_update_visual_tokens():
     joint, states = JOINTS["minimal"], JOINTS["minimal"].encode_queries(random_text(7, 6)[None])
     seen = []
     for layer in joint.layers:
@@ -236,11 +236,11 @@ def test_a_minimal_interaction_leaves_the_states_of_the_image_as_they_are():
     assert all(torch.equal(each, stored + where) for each in seen)
 
 
-# --- what it costs ----------------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def counted(call) -> int:
-    """FLOPs of the matrix products that torch really makes."""
+    """FLOPs of the matrix products that torch executes."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -248,7 +248,7 @@ def counted(call) -> int:
 
 @pytest.mark.parametrize("num_text", [2, 11])
 @pytest.mark.parametrize("name", JOINTS)
-def test_the_stated_cost_is_what_is_computed(name, num_text):
+def test_the_counted_flops_equal_the_computed_ones(name, num_text):
     config, joint = ({"full": FULL} | APART | WITH_FIRST_STAGE)[name], JOINTS[name]
     text, tokens = random_text(0, num_text)[None], random_tokens(0, 1)
     states, visual = joint.encode_queries(text), joint.encode_visual(tokens)
@@ -261,7 +261,7 @@ def test_the_stated_cost_is_what_is_computed(name, num_text):
 
 
 @pytest.mark.parametrize("name", ["full", "late with match", "minimal with match"])
-def test_the_cost_of_all_tokens_in_the_last_layer_is_what_is_computed(name):
+def test_the_counted_flops_of_a_full_last_layer_equal_the_computed_ones(name):
     config, joint = ({"full": FULL} | APART)[name], JOINTS[name]
     states, visual = joint.encode_queries(random_text(0, 5)[None]), joint.encode_visual(random_tokens(0, 1))
 
@@ -271,18 +271,18 @@ def test_the_cost_of_all_tokens_in_the_last_layer_is_what_is_computed(name):
 
 
 def layer_gflops(name: str) -> float:
-    """Of one more layer after the meeting, for 18 text and 64 visual tokens."""
+    """FLOPs of one more fusion layer, for 18 text and 64 visual tokens."""
     joint = VARIANTS[name].joint
     more = replace(joint, num_layers=joint.num_layers + 1)
     return (joint_flops(more, 18, 64) - joint_flops(joint, 18, 64)) / 1e9
 
 
-def test_a_layer_of_minimal_interaction_costs_a_third_of_a_layer_over_everything():
+def test_a_minimal_fusion_layer_costs_a_third_of_a_full_layer():
     assert round(layer_gflops("paper-l16-minimal"), 1) == 0.1
     assert round(layer_gflops("paper-l16"), 1) == round(layer_gflops("paper-l16-late"), 1) == 0.3
 
 
-def test_the_cheaper_encoders_cost_what_the_paper_sized_ones_promise():
+def test_the_cheaper_encoders_have_the_documented_cost():
     costs = {name: cost_of(VARIANTS[f"paper-l16{name}"].joint, 18, 64) for name in ("", "-late", "-minimal")}
 
     assert {name: round(cost.per_pair / 1e9, 1) for name, cost in costs.items()} == {
@@ -295,7 +295,7 @@ def test_the_cheaper_encoders_cost_what_the_paper_sized_ones_promise():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_named_shape_encodes_and_scores(name):
+def test_every_named_configuration_encodes_and_scores(name):
     config = VARIANTS[name]
     model, size = build_edje(config, device="meta").to("meta"), config.preprocess.image_size
     text = torch.zeros(3, config.preprocess.max_text_tokens, dtype=torch.long, device="meta")

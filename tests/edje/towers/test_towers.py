@@ -1,4 +1,4 @@
-"""Vision towers of every kind: against their own libraries, and through a checkpoint and back."""
+"""Vision towers of every kind compared with their libraries, and saved and loaded."""
 
 import os
 import sys
@@ -44,7 +44,7 @@ CLIP = replace(
 )
 RESNET = TimmVisionConfig(model_name="test_resnet", dim=96, tokens_per_image=4, pooled_dim=96, num_heads=8)
 SIZE = {"vit": 32, "transformers": 32, "timm": 64, "onnx": 16}
-#: What each kind needs beside torch.
+#: Package that each kind needs besides torch.
 LIBRARY = {"vit": "torch", "transformers": "transformers", "timm": "timm", "onnx": "onnxruntime"}
 
 every_kind = pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def graph_checkpoint(tmp_path):
     return tmp_path / "model"
 
 
-# Every kind alike
+# All kinds
 
 
 @every_kind
-def test_a_tower_gives_what_its_configuration_promises(vision):
+def test_a_towers_outputs_have_the_configured_shapes(vision):
     config, model = model_of(vision)
 
     tokens, pooled = model.run_tower(some_pixels(config))
@@ -100,7 +100,7 @@ def test_a_tower_gives_what_its_configuration_promises(vision):
 
 
 @every_kind
-def test_a_configuration_with_this_tower_survives_its_own_json(vision):
+def test_a_configuration_with_this_tower_is_restored_from_its_json(vision):
     config, _ = model_of(vision)
 
     assert parse_config(canonical_json(config)) == config
@@ -142,7 +142,7 @@ def test_the_same_seed_draws_the_same_tower(vision, tmp_path):
 
 
 @pytest.mark.parametrize("vision", [SIGLIP, RESNET, GRAPH], ids=["siglip", "timm", "onnx"])
-def test_a_borrowed_tower_is_frozen_even_while_the_rest_trains(vision):
+def test_a_third_party_tower_stays_frozen_while_the_rest_trains(vision):
     config, model = model_of(vision)
 
     model.train()
@@ -153,7 +153,7 @@ def test_a_borrowed_tower_is_frozen_even_while_the_rest_trains(vision):
     assert all(parameter.grad is None for parameter in model.vision.parameters())
 
 
-def test_a_tower_that_does_not_keep_its_promise_is_refused():
+def test_a_tower_whose_outputs_do_not_match_its_configuration_is_refused():
     _, model = model_of(RESNET)
 
     with pytest.raises(TowerError, match=r"\(16, 96, 96\).*\(4, 96, 96\)"):
@@ -161,7 +161,7 @@ def test_a_tower_that_does_not_keep_its_promise_is_refused():
 
 
 @pytest.mark.parametrize(("vision", "package"), [(SIGLIP, "transformers"), (RESNET, "timm"), (GRAPH, "onnxruntime")])
-def test_a_missing_package_is_named_with_the_extra_that_has_it(vision, package, monkeypatch):
+def test_a_missing_package_is_reported_with_its_extra(vision, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
 
     with pytest.raises(PackageMissing, match=rf"{package}.*extra 'train'"):
@@ -169,12 +169,12 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(vision, package, 
 
 
 @pytest.mark.parametrize(("vision", "size"), [(VIT, 30), (SIGLIP, 36)])
-def test_an_image_that_is_no_whole_number_of_patches_is_refused(vision, size):
+def test_an_image_size_that_is_no_multiple_of_the_patch_size_is_refused(vision, size):
     with pytest.raises(ValueError, match=f"an image size of {size} pixels is no multiple of the patch size 8"):
         vision.num_tokens(size)
 
 
-# Our own
+# The local tower
 
 
 def test_a_conv_stem_leads_to_the_same_grid():
@@ -183,14 +183,14 @@ def test_a_conv_stem_leads_to_the_same_grid():
     assert conv.patches(noise(2, 3, 32, 32)).shape == patch.patches(noise(2, 3, 32, 32)).shape == (2, 32, 4, 4)
 
 
-def test_a_conv_stem_doubles_its_channels_on_the_way():
+def test_each_convolution_of_a_conv_stem_doubles_the_channels():
     strides = [step for step in VisionTower(VIT, num_patches=16).patches if isinstance(step, nn.Conv2d)]
 
     assert [step.out_channels for step in strides] == [8, 16, 32, 32]
 
 
 @pytest.mark.parametrize(("patch_size", "dim"), [(1, 32), (12, 48), (16, 36)])
-def test_a_grid_that_halving_does_not_reach_is_refused(patch_size, dim):
+def test_a_patch_size_or_width_that_a_conv_stem_cannot_reach_is_refused(patch_size, dim):
     with pytest.raises(ValueError, match="stem 'conv'"):
         replace(VIT, patch_size=patch_size, dim=dim)
 
@@ -232,7 +232,7 @@ def test_a_tower_of_the_hub_equals_the_librarys_model(vision):
 
 @pytest.fixture
 def published_clip(tmp_path):
-    """A whole CLIP, text half and all, as a folder of the hub holds it."""
+    """A complete CLIP model, as a folder of the hub."""
     transformers = pytest.importorskip("transformers")
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     words = {"vocab_size": 20, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -248,7 +248,7 @@ def published_clip(tmp_path):
     return tmp_path / "clip", model
 
 
-def test_a_published_model_is_found_with_its_weights_and_its_preprocessing(published_clip):
+def test_a_published_model_is_loaded_with_its_weights_and_preprocessing(published_clip):
     folder, theirs = published_clip
 
     found = load_tower(f"hub:{folder}")
@@ -263,12 +263,12 @@ def test_a_published_model_is_found_with_its_weights_and_its_preprocessing(publi
     torch.testing.assert_close(found.module(pixels)[0], expected)
 
 
-def test_a_published_model_cannot_be_asked_for_another_size(published_clip):
+def test_another_image_size_of_a_published_model_is_refused(published_clip):
     with pytest.raises(TowerError, match="32 pixels, not 64"):
         load_tower(f"hub:{published_clip[0]}", image_size=64)
 
 
-def test_what_is_not_on_the_hub_says_what_to_give_instead(tmp_path):
+def test_a_model_that_is_not_on_the_hub_is_reported_with_a_remedy(tmp_path):
     pytest.importorskip("transformers")
 
     with pytest.raises(TowerError, match="give a local folder"):
@@ -312,7 +312,7 @@ def test_a_grid_with_its_channels_last_is_read_row_by_row():
     assert torch.equal(patch_tokens(model, torch.zeros(2, 3, 8, 8))[0], grid.reshape(2, 15, 7))
 
 
-def test_an_unknown_model_of_timm_says_where_the_names_are():
+def test_an_unknown_timm_model_is_reported_with_the_way_to_list_names():
     pytest.importorskip("timm")
 
     with pytest.raises(TowerError, match="list_models"):
@@ -337,7 +337,7 @@ def test_a_graph_gives_what_torch_computes(has_pooled, tmp_path):
     torch.testing.assert_close(found.module(pixels), (tokens, pooled), atol=1e-5, rtol=1e-5)
 
 
-def test_a_graph_for_any_size_asks_which(tmp_path):
+def test_a_graph_for_any_size_needs_an_image_size(tmp_path):
     graph = patch_graph(noise(8, 3, 4, 4), inputs=("N", 3, "H", "W"))
     (tmp_path / "tower.onnx").write_bytes(graph.SerializeToString())
 
@@ -358,7 +358,7 @@ def test_a_model_whose_tower_is_a_graph_is_not_built_without_it(tmp_path):
         write_untrained(config, tmp_path / "model", seed=0)
 
 
-def test_a_graph_with_its_weights_elsewhere_is_refused_even_beside_them(tmp_path, monkeypatch):
+def test_a_graph_with_external_weights_is_refused(tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     onnx.save(
         patch_graph(noise(8, 3, 4, 4)),
@@ -410,7 +410,7 @@ def test_a_checkpoint_without_its_graph_is_incomplete(graph_checkpoint):
         read_digest(graph_checkpoint)
 
 
-def test_a_checkpoint_whose_library_is_missing_here_says_so(graph_checkpoint, monkeypatch):
+def test_a_checkpoint_whose_library_is_missing_is_reported(graph_checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
 
     with pytest.raises(CheckpointMismatch, match=r"cannot be loaded here: .* package onnxruntime"):
@@ -424,11 +424,11 @@ def test_a_tower_on_the_cpu_feeds_an_adapter_in_another_precision():
     assert model.encode_images(some_pixels(config))[0].dtype == torch.bfloat16
 
 
-#: Where the public MobileNetV2 graph lies (49 tokens of 1280), for whoever has it.
+#: Path of the public MobileNetV2 graph (49 tokens of 1280); the test is skipped without it.
 MOBILENET_V2 = Path(os.environ.get("EDJE_MOBILENET_V2", Path(__file__).parents[4] / "shared" / "data" / "mobilenet_v2"))
 
 
-def test_a_published_graph_becomes_a_model_and_is_kept_with_it(tmp_path):
+def test_a_published_graph_becomes_part_of_the_checkpoint(tmp_path):
     pytest.importorskip("onnxruntime")
     paths = sorted(MOBILENET_V2.glob("*.onnx"))
     if not paths:
