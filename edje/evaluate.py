@@ -1,5 +1,8 @@
 """`python -m edje.evaluate CHECKPOINT --data FILE`: the published protocol, before and after reranking.
 
+With `--lists FILE --images FOLDER` in place of `--data`, the user's first stage is judged: fixed candidate lists with
+scores and labels (`edje.data.candidate_lists`).
+
 Prints tables and, as the last line, one JSON document to standard output; progress and remarks to standard error. Exit
 status: 0, 1 with a sentence if checkpoint, data or scorer cannot be used, 2 for an invalid command line.
 """
@@ -14,20 +17,24 @@ from rich.console import Console
 
 from edje.calibration import Direction
 from edje.checkpoint import CheckpointError
+from edje.data.candidate_lists import read_candidate_lists
 from edje.data.dataset import DataError, Split
 from edje.data.spec import open_dataset
 from edje.evaluation.bootstrap import NUM_RESAMPLES
 from edje.evaluation.data_file import read_data_spec
 from edje.evaluation.encoded_split import CHECKPOINT_FIRST_STAGE, encode_split
 from edje.evaluation.errors import EvaluationError, PlotImpossible, ScorerUnknown
+from edje.evaluation.judged_lists import ListsReport, evaluate_lists
+from edje.evaluation.list_ranking import rank_lists
 from edje.evaluation.plots import reliability_diagram
 from edje.evaluation.reliability import Reliability
 from edje.evaluation.report import Report, print_report, to_json, to_markdown
-from edje.evaluation.scorers import check_scorer_name
+from edje.evaluation.scorers import FULL, check_scorer_name
 from edje.evaluation.split_evaluation import evaluate_split
 from edje.evaluation.storage import Storage
 from edje.evaluation.task import refuse_depth
 from edje.features.storage import FeaturesError
+from edje.model.weights import load_checkpoint
 from edje.optional import PackageMissing
 from edje.progress import progress_bars
 
@@ -38,7 +45,13 @@ remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of the model to evaluate.")],
-    data: Annotated[Path, typer.Option(help="TOML file that describes the dataset: a recipe, or its table `data`.")],
+    data: Annotated[
+        Path | None, typer.Option(help="TOML file that describes the dataset: a recipe, or its table `data`.")
+    ] = None,
+    lists: Annotated[
+        Path | None, typer.Option(help="In place of --data: candidate lists of your first stage, as JSON lines.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="With --lists: the folder of the images.")] = None,
     split: Annotated[Split, typer.Option(help="The split to evaluate.")] = "test",
     k: Annotated[
         list[int] | None, typer.Option(min=1, help="Candidates to rerank; may be repeated. Default: 10.")
@@ -82,6 +95,19 @@ def main(
     for path in (out, markdown, diagram):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise typer.BadParameter(f"{path} cannot be written: its folder is missing, or it is a folder")
+    if (data is None) == (lists is None):
+        raise typer.BadParameter("give either --data or --lists")
+    if lists is not None:
+        if images is None:
+            raise typer.BadParameter("--lists needs --images, the folder of the images")
+        if scorer != FULL or diagram is not None or captions is not None or k:
+            raise typer.BadParameter("--scorer, --diagram, --captions and --k belong to --data, not to --lists")
+        _evaluate_lists(
+            checkpoint, lists, images, storage, features, device, num_resamples=resamples, seed=seed,
+            out=out, markdown=markdown,
+        )  # fmt: skip
+        return
+    assert data is not None
     depths = sorted({*(k or [10])})
     directions = DIRECTIONS if direction == "both" else (direction,)
     try:
@@ -122,6 +148,43 @@ def main(
         _draw(report, diagram)
     print_report(report, Console(highlight=False, markup=False))
     print(document)
+
+
+def _evaluate_lists(
+    checkpoint: Path,
+    path: Path,
+    images: Path,
+    storage: Storage,
+    features: Path,
+    device: str,
+    *,
+    num_resamples: int,
+    seed: int,
+    out: Path | None,
+    markdown: Path | None,
+) -> None:
+    """Rank the lists of a file with the checkpoint and report the metrics before and after."""
+    try:
+        lists = list(read_candidate_lists(path))
+        if not lists:
+            raise DataError(f"{path} holds no candidate list")
+        loaded = load_checkpoint(checkpoint)
+        orders = rank_lists(
+            checkpoint, loaded, lists, images, storage, features=features, device=device, console=remarks
+        )
+        results = evaluate_lists(lists, orders, num_resamples=num_resamples, seed=seed)
+    except (EvaluationError, CheckpointError, DataError, FeaturesError, PackageMissing) as error:
+        _fail(str(error))
+    name = f"{checkpoint}, model {loaded.digest}"
+    report = ListsReport(name, loaded.config.calibration, str(path), num_resamples, seed, results)
+    if not loaded.config.trained:
+        remarks.print("this checkpoint is UNTRAINED: its scores mean nothing")
+    if out is not None:
+        out.write_text(report.to_json() + "\n", encoding="utf-8")
+    if markdown is not None:
+        markdown.write_text(to_markdown(report), encoding="utf-8")
+    print_report(report, Console(highlight=False, markup=False))
+    print(report.to_json())
 
 
 def _draw(report: Report, path: Path) -> None:

@@ -92,7 +92,7 @@ def encode_split(
     model, config = loaded.model.to(device), loaded.config
     text_ids = [tokenizer.encode(caption) for caption in captions]
     extracted = extract(extractor_of(model, config), dataset, features, strict=True, console=console)
-    stored = store_tokens(_encode_images(model, extracted, device), storage, loaded.digest)
+    stored = store_tokens(encode_images(model, extracted, device), storage, loaded.digest)
     torch_scorers = TorchScorers(model, text_ids, stored.tokens, device=device)
     if given is not None:
         similarity = given
@@ -140,7 +140,7 @@ def _groups(dataset: Dataset) -> NDArray[np.int64]:
 
 
 @torch.inference_mode()
-def _encode_images(model: Edje, extracted: Features, device: str) -> NDArray[np.float32]:
+def encode_images(model: Edje, extracted: Features, device: str) -> NDArray[np.float32]:
     """(images, m, d) visual tokens of every image, in the dataset's order."""
     tokens: list[NDArray[np.float32]] = []
     for start in range(0, len(extracted.tokens), BATCH_IMAGES):

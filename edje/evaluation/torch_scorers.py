@@ -59,7 +59,7 @@ class TorchScorers:
         return self._match is not None
 
     def joint(
-        self, similarity: NDArray[np.float32]
+        self, similarity: NDArray[np.float32] | None
     ) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
         """A scorer that returns the model's logits; `similarity` (captions, images) is for a head that reads it."""
 
