@@ -156,7 +156,7 @@ def test_half_a_configuration_is_incomplete(folder):
     path = folder / files.CONFIG_FILE
     path.write_text(path.read_text()[:100])
 
-    with pytest.raises(CheckpointIncomplete, match="not whole"):
+    with pytest.raises(CheckpointIncomplete, match="cut off or damaged"):
         read_config(folder)
 
 
