@@ -22,8 +22,12 @@ from workers.secrets import SecretMask
 
 Level = Literal["debug", "info", "warning", "error"]
 
-#: Libraries that tell of every connection at info; theirs matter from a warning on, or when everything is wanted.
-CHATTY = ("kafka", "redis", "asyncio", "aiohttp", "fsspec", "PIL", "urllib3")
+#: The least level of libraries that log every connection, unless `debug` is wanted. kafka-python warns in healthy
+#: operation (`No partition metadata…`, `Task … is blocking the event loop`); the adapter logs what matters.
+LIBRARY_LEVELS = {
+    "kafka": logging.CRITICAL,
+    **dict.fromkeys(("redis", "asyncio", "aiohttp", "fsspec", "PIL", "urllib3"), logging.WARNING),
+}
 
 
 def set_up_logs(
@@ -67,8 +71,8 @@ def set_up_logs(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+    for name, least in LIBRARY_LEVELS.items():
+        logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else least)
     logging.captureWarnings(True)
     _log_uncaught()
 

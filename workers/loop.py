@@ -90,6 +90,7 @@ class Loop:
         self._on_turn = on_turn
         self._leaving: list[_Leaving] = []
         self._alone: _Alone | None = None
+        self._awaits_settled = False  # to take the next record alone
         self._must_stop = False
         self._stopping = False
         self._stop_by = 0.0
@@ -120,6 +121,9 @@ class Loop:
         if self._stopping:
             self._delivery.hurry()
         self._delivery.turn(now)
+        if self._awaits_settled and self._delivery.settled():
+            self._awaits_settled = False
+            self._wake()
         self._give_back(now)
         return not self._has_ended(now)
 
@@ -142,6 +146,7 @@ class Loop:
             return self._accept_marked(self._alone, now) if self._alone.marked.done() else 0
         if self._job.num_active() > 0 or not self._delivery.settled():
             self._delivery.hurry()
+            self._awaits_settled = True
             return 0
         record = self._inbox.take()
         if record is None:
@@ -173,7 +178,7 @@ class Loop:
         if alone.num_deaths == 0:
             self._accept_record(record, now)
             return 1
-        died = Poison("worker_died", f"the process died {alone.num_deaths} times while it handled this message alone")
+        died = Poison("worker_died", "the worker's process died while it handled this message alone")
         log.error("the process died under a message", **_ids(record))
         if alone.num_deaths == 1:
             self._refuse(record, died, now)

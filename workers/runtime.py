@@ -21,7 +21,7 @@ import structlog
 import typer
 
 from protocols.topics import Topics
-from trt.contract import EngineError
+from trt.contract import EngineError, EngineInfo
 from workers.connect import Subscription, connect, transactional_id
 from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured, Transient
@@ -32,6 +32,7 @@ from workers.metrics import Metrics, RetryKind
 from workers.ports import Inbox, Job, Partition, TokenStore
 from workers.read_settings import near_misses, read_settings, secrets_of, variable_names
 from workers.retrying import Retry
+from workers.secrets import mask_addresses
 from workers.settings import EngineSettings, WorkerSettings
 from workers.show_config import show_config
 from workers.store.client import RedisStore
@@ -113,6 +114,17 @@ def open_store(settings: EngineSettings) -> TokenStore:
     Raises `Misconfigured` for an address that no server could have.
     """
     return RedisStore(settings.redis_url.get_secret_value())
+
+
+def about(settings: EngineSettings, info: EngineInfo) -> dict[str, object]:
+    """Return what the line `ready` names: images stored under another model or storage type look lost."""
+    return {
+        "model": info.model_digest,
+        "engine": info.engine_digest,
+        "runtime": info.runtime,
+        "storage": settings.storage,
+        "store": mask_addresses(settings.redis_url.get_secret_value()),
+    }
 
 
 def run_worker(

@@ -98,6 +98,7 @@ class Service:
         self.checkpoint = checkpoint
         self.topics = Topics(prefix)
         self.workers: list[Worker] = []
+        self.program: Sequence[str] = ()  # Python's arguments, if not the worker
         self.variables: dict[str, str] = {}  # of every worker that is started from now on
         self._prefix = prefix
         self._folder = folder
@@ -133,7 +134,7 @@ class Service:
         chosen = {"topic_prefix": self._prefix} | settings
         variables = {f"{kind.upper()}_{name.upper()}": str(value) for name, value in chosen.items()}
         variables |= {"KAFKA_BROKERS": self.brokers, "REDIS_URL": self.redis_url, **self.variables}
-        worker = Worker(kind, variables, self._folder / f"{kind}-{len(self.workers)}.log")
+        worker = Worker(kind, variables, self._folder / f"{kind}-{len(self.workers)}.log", self.program)
         self.workers.append(worker)
         return worker
 

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -44,15 +44,15 @@ def let_pass(seconds: float) -> None:
 class Worker:
     """One worker process; its standard output and error are one file."""
 
-    def __init__(self, kind: str, settings: Mapping[str, str], log: Path) -> None:
-        """`settings` are whole variables: RERANK_ENGINE, REDIS_URL."""
+    def __init__(self, kind: str, settings: Mapping[str, str], log: Path, program: Sequence[str] = ()) -> None:
+        """`settings` are whole variables: RERANK_ENGINE, REDIS_URL. `program` replaces Python's arguments."""
         self.kind = kind
         self.log = log
         self.port = free_port()
         inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIXES)}
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"workers.{kind}"],
+                [sys.executable, *(program or ("-m", f"workers.{kind}"))],
                 cwd=ROOT,
                 env={**inherited, **settings, f"{kind.upper()}_HTTP_PORT": str(self.port)},
                 stdin=subprocess.DEVNULL,

@@ -22,7 +22,7 @@ from workers.ingest.scheduling import FetchQueue, ImageBatcher
 from workers.ingest.spans import IngestSpans
 from workers.ingest.stages import IngestStages
 from workers.ingest.work import ImageWork, IngestLimits
-from workers.runtime import Built, Shared, open_store, run_worker
+from workers.runtime import Built, Shared, about, open_store, run_worker
 from workers.settings import IngestSettings
 from workers.telemetry.bus_spans import BusSpans
 
@@ -90,6 +90,8 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
             settings.group_id,
             refresh_gauges=lambda lag: None,
             probe=lambda: store.probe(prefixes, writes=True),
+            output_topics=(shared.topics.images_indexed,),
+            about=about(settings, info),
         )
 
 

@@ -28,7 +28,7 @@ from workers.rerank.request import Piece
 from workers.rerank.scoring import MAX_BATCHES, BatchScorer
 from workers.rerank.spans import RerankSpans
 from workers.rerank.texts import TextEncoder
-from workers.runtime import Built, Shared, open_store, run_worker
+from workers.runtime import Built, Shared, about, open_store, run_worker
 from workers.settings import RerankSettings
 from workers.telemetry.bus_spans import BusSpans
 
@@ -113,6 +113,8 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
             settings.group_id,
             refresh_gauges,
             probe=lambda: store.probe([blob_key(info.model_digest, "")], writes=False),
+            output_topics=(shared.topics.rerank_responses,),
+            about=about(settings, info),
         )
     finally:
         tokenizing.shutdown(wait=True, cancel_futures=True)
