@@ -151,7 +151,7 @@ def test_private_addresses_are_refused_by_number_and_by_name_unless_they_are_all
 
 
 class Host(ThreadingHTTPServer):
-    """Serves an image; /busy answers 429 for a while, /slow sends a byte now and then."""
+    """Serves an image; /busy answers 429 until `busy_until`, /slow sends a byte each second."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""The client and its reader: what is published is matched with what comes back, and nothing is missed or mixed up."""
+"""The client and its reader: answers are matched with what was published, and none is missed or mixed up."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def answer(broker, topic, event, headers=()):
     broker.append(Outgoing(topic, b"key", encode(event), headers))
 
 
-def test_replies_find_their_requests_in_whatever_order_they_come(broker, client):
+def test_replies_are_matched_with_their_requests_in_any_order(broker, client):
     for request_id in ("r-1", "r-2"):
         client.publish_request(request(request_id))
     for request_id in ("r-2", "r-1"):
@@ -95,7 +95,7 @@ def test_a_reply_that_comes_twice_is_seen_once(broker, client):
         client.reply_to("r-1", 0)
 
 
-def test_somebody_elses_replies_and_what_cannot_be_read_are_passed_over(broker, client):
+def test_replies_to_other_clients_and_broken_replies_are_ignored(broker, client):
     client.publish_request(request("r-1"))
     answer(broker, TOPICS.rerank_responses, response("theirs"))
     broker.append(Outgoing(TOPICS.rerank_responses, None, b"\xff not an event"))
@@ -111,7 +111,7 @@ def test_a_reply_that_does_not_come_is_a_sentence_with_the_request_and_the_time(
         client.reply_to("r-1", 0)
 
 
-def test_a_reply_can_still_be_had_after_it_was_given_up(broker, client):
+def test_a_late_reply_is_returned_by_the_next_call(broker, client):
     client.publish_request(request("r-1"))
     with pytest.raises(NoAnswer):
         client.reply_to("r-1", 0)
@@ -120,7 +120,7 @@ def test_a_reply_can_still_be_had_after_it_was_given_up(broker, client):
     assert client.reply_to("r-1", 0).response.status == "ok"
 
 
-def test_a_broker_that_is_away_is_told_when_publishing(broker, client):
+def test_publishing_to_a_broker_that_is_away_fails(broker, client):
     broker.away = True
 
     with pytest.raises(Transient):
@@ -193,7 +193,7 @@ def test_a_request_that_timed_out_is_not_kept(broker, client):
     assert not client._replies
 
 
-def test_a_caller_without_a_trace_leaves_it_to_the_worker_to_begin_and_sample_one(broker, client):
+def test_without_a_trace_of_the_caller_the_worker_starts_one(broker, client):
     client.publish_request(request("r-1"))
 
     (record,) = broker.log(TOPICS.rerank_requests)
@@ -289,7 +289,7 @@ def test_a_topic_that_is_made_later_is_read_from_its_beginning(kafka_brokers, un
 
 
 @pytest.mark.services
-def test_a_reader_of_a_topic_that_nobody_makes_waits_no_longer_than_it_was_told(reading, unique_prefix):
+def test_a_reader_of_a_missing_topic_waits_no_longer_than_its_timeout(reading, unique_prefix):
     reader = reading(f"{unique_prefix}nothing")
 
     assert reader.poll(0.2) == []
@@ -297,7 +297,7 @@ def test_a_reader_of_a_topic_that_nobody_makes_waits_no_longer_than_it_was_told(
 
 
 @pytest.mark.services
-def test_an_instant_stands_for_the_first_record_that_is_not_older(kafka_brokers, unique_prefix, reading):
+def test_reading_from_a_time_starts_at_the_first_record_that_is_not_older(kafka_brokers, unique_prefix, reading):
     topic = f"{unique_prefix}topic"
     create_topics(kafka_brokers, {topic: 1})
     with KafkaProducer(bootstrap_servers=kafka_brokers) as producer:
@@ -308,7 +308,7 @@ def test_an_instant_stands_for_the_first_record_that_is_not_older(kafka_brokers,
 
 
 @pytest.mark.services
-def test_a_reader_catches_up_across_the_marks_that_transactions_leave(kafka_brokers, unique_prefix, reading):
+def test_a_reader_catches_up_across_transaction_markers(kafka_brokers, unique_prefix, reading):
     topic = f"{unique_prefix}topic"
     create_topics(kafka_brokers, {topic: 1})
     with KafkaProducer(bootstrap_servers=kafka_brokers, transactional_id=unique_prefix) as producer:

@@ -32,7 +32,7 @@ _ID: TypeAdapter[str] = TypeAdapter(Id)
 
 
 class IngestOutcomes:
-    """Writes outcomes for one model. `images.indexed` is JSON whatever the event was: others read it too."""
+    """Writes outcomes for one model. `images.indexed` is always JSON: other programs read it too."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""The command line for those who publish: `python -m workers.publish`."""
+"""The command line for publishers and operators: `python -m workers.publish`."""

@@ -1,4 +1,4 @@
-"""Which addresses may be read, decided without looking anything up."""
+"""The address policy: which addresses may be read, decided without a look-up."""
 
 from __future__ import annotations
 

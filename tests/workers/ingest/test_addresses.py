@@ -1,4 +1,4 @@
-"""Parsing image addresses: whatever is malformed is `uri_invalid`, and a host has one name."""
+"""Parsing image addresses: a malformed one is `uri_invalid`, and a host has one name."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_an_address_of_another_kind_is_not_allowed(uri):
     assert SECRET not in str(caught.value)
 
 
-def test_a_data_address_is_answered_with_what_to_do():
+def test_the_refusal_of_a_data_address_names_the_field_for_the_bytes():
     with pytest.raises(Poison, match="put its base64 text into the event's field `data`"):
         parse_address("data:image/png;base64,AAAA")
 

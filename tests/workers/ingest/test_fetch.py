@@ -1,4 +1,4 @@
-"""Fetching from servers and folders that mean harm, all of them local."""
+"""Fetching from hostile servers and folders, all of them local."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def fetcher() -> Iterator[Callable[..., Fetcher]]:
 
 
 class Names(AbstractResolver):
-    """A name service that says what the test wants: addresses, one list for each look-up, or an error."""
+    """A name service that returns the test's answers: a list of addresses for each look-up, or an error."""
 
     def __init__(self, *answers: list[str] | Exception) -> None:
         self.answers = list(answers)
@@ -156,7 +156,7 @@ class Names(AbstractResolver):
 
 
 class OneGoodAddress(AddressPolicy):
-    """Public addresses only, and 127.0.0.2, which stands for the internet."""
+    """Allows public addresses, and 127.0.0.2 in the role of the internet."""
 
     def check_address(self, address: str) -> None:
         if address != "127.0.0.2":
@@ -243,13 +243,13 @@ def test_an_endless_chunked_body_is_cut_off(serve, fetcher):
     assert poison(fetcher(), serve(a=endless).url("/a")).code == "image_too_large"
 
 
-def test_a_length_that_promises_too_much_is_a_broken_transfer(serve, fetcher):
+def test_a_body_shorter_than_its_length_is_a_broken_transfer(serve, fetcher):
     server = serve(a=lambda request: request.answer(200, b"short", Content_Length="900"))
 
     assert "ClientPayloadError" in transient(fetcher(), server.url(f"/a?{SECRET}"))
 
 
-def test_no_more_is_taken_than_the_length_promised(serve, fetcher):
+def test_bytes_beyond_the_content_length_are_not_read(serve, fetcher):
     server = serve(a=lambda request: request.answer(200, b"x" * 5000, Content_Length="10"))
 
     with contextlib.suppress(Transient):  # where the surplus has arrived already, the client sees a broken answer
@@ -494,7 +494,7 @@ def test_a_redirect_to_this_machine_is_refused_before_it_is_reached(internet, se
         "",
     ],
 )
-def test_a_redirect_to_what_may_not_be_read_is_refused(internet, fetcher, to):
+def test_a_redirect_to_a_forbidden_address_is_refused(internet, fetcher, to):
     outside = internet(a=redirect(to))
 
     poison(fetcher(strict(), resolver=Names(["127.0.0.1"])), outside.url("/a"))
@@ -517,7 +517,7 @@ def test_a_name_that_leads_to_a_private_address_is_refused(serve, fetcher):
     assert inside.seen == []
 
 
-def test_a_name_that_changes_its_mind_is_judged_by_where_the_socket_goes(internet, serve, fetcher):
+def test_a_name_that_leads_elsewhere_the_second_time_is_judged_by_the_address_of_the_socket(internet, serve, fetcher):
     outside = internet(a=lambda request: request.answer(200, b"outside"))
     one = fetcher(strict(), resolver=Names(["127.0.0.2"], ["127.0.0.1"]))
 
@@ -525,7 +525,7 @@ def test_a_name_that_changes_its_mind_is_judged_by_where_the_socket_goes(interne
     assert poison(one, outside.url("/a", host="rebinding.example")).code == "uri_not_allowed"
 
 
-def test_a_private_address_after_a_public_one_is_not_fallen_back_to(internet, fetcher):
+def test_a_private_address_behind_an_unreachable_public_one_is_not_tried(internet, fetcher):
     with socket.create_server(("127.0.0.2", 0)) as closed:
         port = closed.getsockname()[1]
     one = fetcher(strict(), resolver=Names(["127.0.0.2", "127.0.0.1"]))
@@ -588,7 +588,7 @@ def test_a_file_under_a_root_is_read(fetcher, root):
     assert fetcher(policy(file_roots=(root,))).fetch((root / "a b%1#?ä.jpg").as_uri()) == b"image"
 
 
-def test_a_root_may_itself_be_a_link(fetcher, root, tmp_path):
+def test_a_file_root_may_be_a_symbolic_link(fetcher, root, tmp_path):
     (tmp_path / "link").symlink_to(root)
 
     uri = (tmp_path / "link" / "a b%1#?ä.jpg").as_uri()
@@ -725,7 +725,7 @@ def test_an_allowed_scheme_whose_package_is_missing_refuses_to_start(fetcher, sc
         fetcher(object_policy(scheme), store_class=missing)
 
 
-def test_a_missing_package_of_a_scheme_that_is_not_allowed_is_not_missed(fetcher):
+def test_the_package_of_a_scheme_that_is_not_allowed_is_not_needed(fetcher):
     fetcher(policy(schemes=frozenset({"https", "file"})), store_class=lambda name: pytest.fail(name))
 
 

@@ -1,4 +1,4 @@
-"""The ingest job with an engine, a store and a web that do what the test wants."""
+"""The ingest job with an engine, a store and web servers that the tests control."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Web:
 
 @dataclass
 class Bench:
-    """A job on a bench: records in, outcomes out."""
+    """A job with its surroundings: records in, outcomes out."""
 
     job: IngestJob
     engine: Engine
@@ -458,7 +458,7 @@ def test_other_content_under_the_same_id_replaces_it(make):
     assert not bench.indexed()["img"].skipped
 
 
-def test_what_waits_for_the_store_goes_into_look_ups_of_bounded_size(make):
+def test_images_that_wait_for_the_store_share_look_ups_of_bounded_size(make):
     bench = make()
     bench.store.gate.clear()
     for number in range(80):
@@ -694,7 +694,7 @@ def test_a_bad_event_becomes_a_dead_letter_and_the_work_goes_on(make, event, cod
     assert bench.metrics.dead_letters[code]._value.get() == 1
 
 
-def test_an_image_whose_tokens_are_not_finite_does_not_spoil_its_batch(make):
+def test_tokens_that_are_not_finite_refuse_their_image_alone(make):
     bench = make(max_wait_s=GIVE_UP_S)
     for number, shade in enumerate((10, 255, 20, 30)):
         bench.send(inline(f"img-{number}", shade))
@@ -898,7 +898,7 @@ def test_there_is_no_room_beyond_the_bytes_in_work(make):
     assert bench.job._num_bytes == 0
 
 
-def test_fetches_set_memory_aside_for_what_may_come(make):
+def test_each_fetch_reserves_memory_for_the_largest_image(make):
     bench = make(replace(LIMITS, max_inflight_bytes=3_200))
     for number in range(8):
         bench.web.pages[f"https://h/{number}"] = [picture(number)]
@@ -935,7 +935,7 @@ def test_a_dropped_partition_has_no_outcomes(make):
     assert [done.record.partition for done in bench.finished] == [other]
 
 
-def test_what_is_finished_but_not_taken_is_dropped_too(make):
+def test_finished_outcomes_of_a_dropped_partition_are_dropped_too(make):
     bench = make()
     bench.send(b"not json")
 
@@ -958,7 +958,7 @@ def test_nothing_of_a_dropped_partition_is_written_any_more(make):
     assert bench.finished == []
 
 
-def test_what_waits_for_the_store_when_its_partition_leaves_is_not_written(make):
+def test_an_image_that_waits_for_the_store_when_its_partition_leaves_is_not_written(make):
     bench = make()
     bench.store.away = True
     bench.store.gate.clear()
@@ -997,7 +997,7 @@ def test_a_partition_that_comes_back_is_worked_on_while_its_former_work_ends(mak
     assert bench.job._num_bytes == 0
 
 
-def test_dropping_what_waits_anywhere_leaves_nothing_behind(make):
+def test_a_dropped_partition_leaves_nothing_in_any_queue(make):
     bench = make(max_fetches=1)
     bench.web.gates["https://h/slow"] = threading.Event()
     for uri in ("https://h/slow", "https://h/next"):
@@ -1016,7 +1016,7 @@ def test_dropping_what_waits_anywhere_leaves_nothing_behind(make):
     assert bench.job._num_bytes == 0
 
 
-def test_closing_ends_what_would_be_tried_for_ever(make):
+def test_closing_ends_endless_retries(make):
     bench = make()
     bench.store.away = True
     bench.send(inline("img", 1))
@@ -1029,7 +1029,7 @@ def test_closing_ends_what_would_be_tried_for_ever(make):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_the_order_of_events_each_has_one_outcome_and_the_last_content_stays(make, seed):
+def test_in_any_order_of_events_each_has_one_outcome_and_the_last_content_stays(make, seed):
     rng = np.random.default_rng(seed)
     bench = make(replace(LIMITS, max_inflight_images=30, max_inflight_bytes=6_000))
     last: dict[str, float | None] = {}

@@ -302,7 +302,7 @@ def test_the_wait_is_known_in_advance():
     max_images=st.integers(1, 5),
     max_wait_s=st.floats(0, 3),
 )
-def test_every_image_leaves_once_and_in_order_and_none_overstays(steps, max_images, max_wait_s):
+def test_every_image_leaves_once_in_order_and_in_time(steps, max_images, max_wait_s):
     batcher = ImageBatcher[int](max_images=max_images, max_wait_s=max_wait_s)
     now, added, left = 0.0, [], []
     for adds, pause, more_is_coming in steps:

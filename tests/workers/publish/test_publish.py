@@ -43,7 +43,7 @@ def test_ids_are_paths_below_the_folder_without_extension(tmp_path):
     assert [file.image_id for file in image_files([tmp_path], id_prefix="x-")] == ["x-b", "x-dogs/a"]
 
 
-def test_a_file_that_is_named_is_taken_whatever_its_extension(tmp_path):
+def test_a_named_file_is_published_with_any_suffix(tmp_path):
     (tmp_path / "photo.raw").touch()
 
     assert [file.image_id for file in image_files([tmp_path / "photo.raw"])] == ["photo"]
@@ -201,7 +201,7 @@ def test_a_replayed_letter_is_the_message_that_died():
     assert (record.key, record.value, record.headers) == (b"k", b"v", (("h", b"1"),))
 
 
-def test_what_was_cut_what_is_of_another_topic_and_what_is_no_letter_is_never_replayed():
+def test_cut_letters_letters_of_other_topics_and_other_messages_are_not_replayed():
     broker = MemoryBroker()
     letters = Letters(dead(truncated=True), dead(topic="elsewhere"))
     letters.records.append(Record(Partition("t.dlq", 0), 9, None, b"?", (), 0))

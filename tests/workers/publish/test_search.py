@@ -62,7 +62,7 @@ def test_a_degraded_answer_says_so(bench):
         (("--filter", "place"), "'place' is not key=value"),
     ],
 )
-def test_what_goes_wrong_is_a_sentence(bench, arguments, sentence):
+def test_a_failure_is_a_sentence(bench, arguments, sentence):
     done = run(bench, *arguments)
 
     assert done.exit_code != 0

@@ -26,7 +26,7 @@ def store(request):
     made.close()
 
 
-def test_a_missing_value_is_none_in_its_place(store, unique_prefix):
+def test_a_missing_value_is_none_at_its_position(store, unique_prefix):
     store.put_many({unique_prefix + "a": b"1", unique_prefix + "c": b"\x00\xff"})
 
     assert store.get_many([unique_prefix + name for name in "abc"]) == [b"1", None, b"\x00\xff"]
@@ -119,7 +119,7 @@ def test_the_store_and_the_published_rule_agree_on_every_write(store, unique_pre
         assert store.get_many([key]) == [stored]
 
 
-def test_existing_values_are_told_from_missing_ones(store, unique_prefix):
+def test_existence_is_reported_for_each_key(store, unique_prefix):
     store.put_many({unique_prefix + "a": b"1"})
 
     assert store.exist_many([unique_prefix + name for name in "ab"]) == [True, False]
@@ -148,7 +148,7 @@ def test_ten_thousand_keys_come_back_in_order(store, unique_prefix):
     assert values[1::2] == [None] * 5_000
 
 
-def test_four_threads_at_once_get_their_own_answers(store, unique_prefix):
+def test_four_threads_at_once_read_the_values_they_wrote(store, unique_prefix):
     start = threading.Barrier(4)
 
     def write_and_read(number: int) -> bool:
@@ -181,7 +181,7 @@ def test_the_twin_can_be_made_unreachable_and_reachable_again():
     assert store.get_many(["a"]) == [b"1"]
 
 
-def test_a_store_that_was_never_there_is_transient_and_no_secret_is_told():
+def test_an_unreachable_store_is_transient_and_its_error_shows_no_secret():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
