@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from workers.at_least_once import AtLeastOnce
 from workers.bus.connection import check_reachable, kafka_connection
 from workers.bus.consumer import KafkaInbox
+from workers.bus.follower import KafkaFollower
 from workers.bus.permissions import check_access
 from workers.bus.producer import KafkaOutbox
 from workers.bus.transactions import KafkaTransactionalOutbox
 from workers.delivery import Delivery, DeliveryMetrics, UndeliveredLimits
 from workers.exactly_once import ExactlyOnce
 from workers.partitions import Partitions
-from workers.ports import Inbox
+from workers.ports import Follower, Inbox
 from workers.settings import WorkerSettings
 from workers.telemetry.bus_spans import BusSpans
 
@@ -37,6 +38,7 @@ class Subscription:
     input_topic: str
     output_topics: tuple[str, ...]
     transactional_id: str
+    followed_topic: str | None = None  # read without a group, from its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,10 @@ def connect(
     wake: Callable[[], None],
     metrics: DeliveryMetrics,
     spans: BusSpans,
+    on_follower: Callable[[Follower], None],
     stack: ExitStack,
 ) -> Connected:
-    """Connect to Kafka and join the group; `stack` closes what was opened.
+    """Connect to Kafka and join the group; `stack` closes what was opened, `on_follower` gets the followed topic.
 
     Raises `Transient` while no broker answers, `Misconfigured` while a topic or a permission is missing; nothing is
     then left open.
@@ -66,11 +69,17 @@ def connect(
     connection = kafka_connection(settings, client_id=f"edje-{subscription.name}")
     check_access(
         connection,
-        reads=[subscription.input_topic],
+        reads=[topic for topic in (subscription.input_topic, subscription.followed_topic) if topic is not None],
         writes=subscription.output_topics,
         group_id=subscription.group_id,
     )
     with ExitStack() as opened:
+        if subscription.followed_topic is not None:  # before a record is taken, so that no later event is missed
+            follower = KafkaFollower(
+                connection, subscription.followed_topic, wake=wake, max_message_bytes=settings.max_message_bytes
+            )
+            opened.callback(follower.close, CLOSE_S)
+            on_follower(follower)
         inbox = KafkaInbox(
             connection,
             topic=subscription.input_topic,

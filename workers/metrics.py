@@ -108,6 +108,7 @@ class Metrics:
         self.slab_hits = self._counter(names.SLAB_HITS)
         self.slab_misses = self._counter(names.SLAB_MISSES)
         self.slab_evictions = self._counter(names.SLAB_EVICTIONS)
+        self.slab_invalidations = self._counter(names.SLAB_INVALIDATIONS)
         self.slab_slots_used = self._gauge(names.SLAB_SLOTS_USED)
         self.bad_blobs = ByLabel(self._counter(names.BAD_BLOBS))
         self.blob_bytes = self._counter(names.STORE_READ_BYTES)

@@ -29,7 +29,7 @@ from workers.health import Health, HealthServer
 from workers.logs import set_up_logs
 from workers.loop import Loop, Wake
 from workers.metrics import Metrics, RetryKind
-from workers.ports import Inbox, Job, Partition, TokenStore
+from workers.ports import Follower, Inbox, Job, Partition, TokenStore
 from workers.read_settings import near_misses, read_settings, secrets_of, variable_names
 from workers.retrying import Retry
 from workers.secrets import mask_addresses
@@ -92,7 +92,8 @@ class Built:
     """A job that is ready to work, and what the worker needs besides.
 
     `refresh_gauges` takes the lag of each assigned partition. `probe` tries every command that the job sends to its
-    store or database, and raises `Transient` or `Misconfigured`. `about` is logged with the line `ready`.
+    store or database, and raises `Transient` or `Misconfigured`. `on_follower` gets the follower that reads
+    `followed_topic` without a group. `about` is logged with the line `ready`.
     """
 
     job: Job
@@ -102,6 +103,8 @@ class Built:
     refresh_gauges: Callable[[Mapping[Partition, int]], None]
     probe: Callable[[], None]
     output_topics: tuple[str, ...] = ()
+    followed_topic: str | None = None
+    on_follower: Callable[[Follower], None] = lambda follower: None
     about: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -225,11 +228,20 @@ def _run(name: str, settings: S, build: Build[S], stack: ExitStack, *, loads: st
         input_topic=built.input_topic,
         output_topics=(*built.output_topics, dead_letter_topic),
         transactional_id=transactional_id(built.group_id, server.port),
+        followed_topic=built.followed_topic,
     )
     connected = _wait_for(
         shared,
         BROKER_ANSWERS,
-        lambda: connect(settings, subscription, wake=wake, metrics=metrics, spans=built.spans, stack=stack),
+        lambda: connect(
+            settings,
+            subscription,
+            wake=wake,
+            metrics=metrics,
+            spans=built.spans,
+            on_follower=built.on_follower,
+            stack=stack,
+        ),
     )
     prober = stack.enter_context(_Prober(health, needs, built.probe))
 

@@ -16,6 +16,7 @@ from PIL import Image
 from protocols.blob import blob_key
 from protocols.events import ImageIndexed, RerankResponse
 from service_harness import Service, reply_in
+from service_worker import eventually
 from workers.store.client import RedisStore
 
 pytest_plugins = ["service_fixtures"]
@@ -126,3 +127,36 @@ def test_the_same_content_is_skipped_and_changed_content_replaces_it(service: Se
     store.close()
     assert seen == [(False, True), (True, True), (False, True)]
     assert ingest.metric("edje_events_total", outcome="skipped") == 1
+
+
+def test_a_rerank_worker_sees_changed_and_removed_images_that_it_has_loaded_before(service: Service):
+    ingest = service.ingest()
+    rerank = service.start("rerank", engine="torch", num_threads=1, max_batch_pairs=128).wait_ready()
+    indexed, replies = service.tap(service.topics.images_indexed), service.replies()
+    seen = []
+
+    for number, colour in enumerate(["red", "blue", "red"], start=1):
+        service.announce("wall", data=inline(colour))
+        service.flush()
+        indexed.wait_for(number)
+        for copy in range(2):
+            service.ask(f"{colour}-{number}-{copy}", ["wall"])
+            service.flush()
+            (reply,) = replies.wait_ids([f"{colour}-{number}-{copy}"])[f"{colour}-{number}-{copy}"]
+            if copy:  # the first may have come before the event
+                seen.append(reply_in(reply)["results"][0]["logit"])
+    service.publish(service.topics.images_new, None, "wall")
+    service.flush()
+    indexed.wait_for(4)
+
+    def is_gone() -> bool:
+        name = f"gone-{len(replies.records)}"
+        service.ask(name, ["wall"])
+        service.flush()
+        return reply_in(replies.wait_ids([name])[name][0])["missing"] == ["wall"]
+
+    eventually(is_gone, "the removed image is missing")
+    red, blue, red_again = seen
+    assert red == red_again != blue
+    assert rerank.metric("edje_slab_invalidations_total") >= 2
+    assert (ingest.stop(), rerank.stop()) == (0, 0)

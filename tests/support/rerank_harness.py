@@ -29,6 +29,7 @@ from workers.ports import Finished, Headers, Interval, Outgoing, Partition, Reco
 from workers.rerank.admission import AdmissionLimits
 from workers.rerank.batching import MicroBatcher
 from workers.rerank.fetching import Read
+from workers.rerank.invalidation import Invalidation
 from workers.rerank.job import RerankBounds, RerankJob
 from workers.rerank.loading import SlabLoader
 from workers.rerank.replies import Replies
@@ -164,8 +165,12 @@ class HandFetches:
 
     def land(self, number: int = 0) -> None:
         future, keys = self.waiting.pop(number)
+        self.answer(future, self._store.get_many(keys))
+
+    def answer(self, future: Future[Read], blobs: Sequence[bytes | None]) -> None:
+        """End a fetch with these blobs."""
         interval = Interval(self.started_at[id(future)], self._clock())
-        future.set_result(Read(self._store.get_many(keys), interval, num_attempts=1))
+        future.set_result(Read(blobs, interval, num_attempts=1))
 
 
 class Rig:
@@ -213,6 +218,7 @@ class Rig:
             metrics=self.metrics,
             spans=spans,
         )
+        self.invalidation = Invalidation(self.loader, model_digest=layout.model_digest, metrics=self.metrics)
         self.job = RerankJob(
             limits=AdmissionLimits(
                 model_digest=layout.model_digest,
@@ -240,6 +246,7 @@ class Rig:
                 cache_size=tokenizer_cache_size,
             ),
             loader=self.loader,
+            invalidation=self.invalidation,
             batcher=MicroBatcher[Piece](max_tokens=10_000, max_pairs=max_batch_pairs, max_wait_s=0.002),
             scorer=BatchScorer(self.engine, executor=self.executor, landing=self.landing, clock=lambda: self.now),
             replies=Replies(

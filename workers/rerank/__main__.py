@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import get_args
 
-from edje.calibration import Direction
+from edje.calibration import Calibration, Direction
+from edje.checkpoint import read_config
 from edje.text import Tokenizer
 from protocols.blob import BlobLayout, blob_key
 from trt.contract import Engine, EngineInfo
@@ -21,6 +22,7 @@ from workers.ports import Partition
 from workers.rerank.admission import AdmissionLimits
 from workers.rerank.batching import MicroBatcher
 from workers.rerank.fetching import BlobFetcher
+from workers.rerank.invalidation import Invalidation
 from workers.rerank.job import RerankBounds, RerankJob
 from workers.rerank.loading import SlabLoader
 from workers.rerank.replies import Replies
@@ -40,6 +42,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
     store = open_store(settings)
     engine = load(settings)
     info = engine.info
+    config = read_config(settings.checkpoint)
     metrics.set_engine(info)
     layout = BlobLayout(info.model_digest, info.num_visual_tokens, info.token_dim, settings.storage)
     bus = BusSpans(shared.tracer, topic=shared.topics.rerank_requests, group_id=settings.group_id)
@@ -61,8 +64,9 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         metrics=metrics,
         spans=spans,
     )
+    invalidation = Invalidation(loader, model_digest=info.model_digest, metrics=metrics)
     job = RerankJob(
-        limits=limits_of(settings, shared, info),
+        limits=limits_of(settings, shared, info, config.calibration),
         bounds=RerankBounds(
             max_inflight_pairs=settings.max_inflight_pairs,
             max_inflight_bytes=settings.max_inflight_bytes,
@@ -79,6 +83,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
             cache_size=settings.tokenizer_cache_size,
         ),
         loader=loader,
+        invalidation=invalidation,
         batcher=MicroBatcher[Piece](
             max_tokens=settings.max_batch_tokens,
             max_pairs=settings.max_batch_pairs,
@@ -90,7 +95,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
             dead_letters=DeadLetters(shared.topics.dead_letter, settings.max_message_bytes, metrics),
             model_digest=info.model_digest,
             engine_digest=info.engine_digest,
-            calibration=None,
+            calibration=config.calibration,
             metrics=metrics,
             spans=spans,
         ),
@@ -114,6 +119,8 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
             refresh_gauges,
             probe=lambda: store.probe([blob_key(info.model_digest, "")], writes=False),
             output_topics=(shared.topics.rerank_responses,),
+            followed_topic=shared.topics.images_indexed,
+            on_follower=invalidation.follow,
             about=about(settings, info),
         )
     finally:
@@ -148,8 +155,14 @@ def load(settings: RerankSettings) -> Engine:
     return engine
 
 
-def limits_of(settings: RerankSettings, shared: Shared[RerankSettings], info: EngineInfo) -> AdmissionLimits:
+def limits_of(
+    settings: RerankSettings, shared: Shared[RerankSettings], info: EngineInfo, calibration: Calibration | None
+) -> AdmissionLimits:
     """Return the limits of one request."""
+
+    def reads(direction: Direction) -> bool:
+        return info.reads_first_stage or (calibration is not None and calibration.of(direction).first_stage_gain > 0)
+
     return AdmissionLimits(
         model_digest=info.model_digest,
         max_request_bytes=settings.max_request_bytes,
@@ -158,7 +171,7 @@ def limits_of(settings: RerankSettings, shared: Shared[RerankSettings], info: En
         deadline_tolerance_s=settings.deadline_tolerance_ms / 1000,
         reply_topic=shared.topics.rerank_responses,
         allowed_reply_topics=settings.reply_topic_patterns,
-        reads_first_stage=get_args(Direction) if info.reads_first_stage else (),
+        reads_first_stage=[direction for direction in get_args(Direction) if reads(direction)],
     )
 
 

@@ -21,6 +21,7 @@ from workers.ports import Finished, Partition, Record
 from workers.rerank.admission import AdmissionLimits, open_request, read_request, salvage_address
 from workers.rerank.batching import MicroBatcher
 from workers.rerank.fairness import FairQueue
+from workers.rerank.invalidation import Invalidation
 from workers.rerank.loading import SlabLoader
 from workers.rerank.replies import Replies
 from workers.rerank.request import Deadlines, Piece, Request, cut
@@ -55,6 +56,7 @@ class RerankJob:
         landing: Landing,
         texts: TextEncoder,
         loader: SlabLoader,
+        invalidation: Invalidation,
         batcher: MicroBatcher[Piece],
         scorer: BatchScorer,
         replies: Replies,
@@ -69,6 +71,7 @@ class RerankJob:
         self._landing = landing
         self._texts = texts
         self._loader = loader
+        self._invalidation = invalidation
         self._batcher = batcher
         self._scorer = scorer
         self._replies = replies
@@ -86,6 +89,7 @@ class RerankJob:
         self._num_started = 0
         self._sweep_at = MIN_SWEEP_PIECES
         self._made_room = False  # since pieces were last started
+        self._has_more_changes = False
 
     def has_room(self) -> bool:
         return (
@@ -147,6 +151,7 @@ class RerankJob:
         return request
 
     def turn(self, now: float) -> list[Finished]:
+        self._has_more_changes = self._invalidation.turn()  # first: later pieces must not see the old tokens
         self._landing.turn()
         for request, error in (*self._texts.take_failed(), *self._loader.take_failed()):
             self._fail(request, error, now)
@@ -322,7 +327,7 @@ class RerankJob:
         deadline = self._deadlines.next()
         if deadline is not None:
             waits.append(max(0.0, deadline - now))
-        if self._finished or (self._made_room and self._queue):
+        if self._finished or self._has_more_changes or (self._made_room and self._queue):
             waits.append(0.0)
         return min(waits) if waits else None
 

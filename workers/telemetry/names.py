@@ -216,6 +216,9 @@ BATCH_FILL = Metric(
 SLAB_HITS = Metric("edje_slab_hits_total", "counter", "Images wanted that had a slot.")
 SLAB_MISSES = Metric("edje_slab_misses_total", "counter", "Images wanted that had to be fetched.")
 SLAB_EVICTIONS = Metric("edje_slab_evictions_total", "counter", "Images that lost their slot to another.")
+SLAB_INVALIDATIONS = Metric(
+    "edje_slab_invalidations_total", "counter", "Images dropped from the token slab because they have changed."
+)
 SLAB_SLOTS_USED = Metric("edje_slab_slots_used", "gauge", "Slots of the token slab that hold an image.")
 BAD_BLOBS = Metric(
     "edje_bad_blobs_total", "counter", "Images without a usable blob, by what was wrong: missing, corrupt…", ("reason",)
