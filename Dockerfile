@@ -1,4 +1,4 @@
-# The images of the service: ingest, rerank, ingest-gpu, rerank-gpu, rerank-tensorrt, engine-build, and model, which
+# The images of the service: ingest, rerank, index, gateway, ingest-gpu, rerank-gpu, rerank-tensorrt, engine-build, and model, which
 # contains a checkpoint.
 #
 #   docker build --target rerank -t edje-rerank:0.1.0 .
@@ -85,6 +85,12 @@ CMD ["python", "-m", "workers.ingest"]
 
 FROM cpu-worker AS rerank
 CMD ["python", "-m", "workers.rerank"]
+
+FROM cpu-worker AS index
+CMD ["python", "-m", "workers.index"]
+
+FROM cpu-worker AS gateway
+CMD ["python", "-m", "workers.gateway"]
 
 FROM gpu-worker AS ingest-gpu
 CMD ["python", "-m", "workers.ingest"]

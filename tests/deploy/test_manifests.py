@@ -139,7 +139,15 @@ def test_every_image_has_a_version_and_the_projects_own_has_the_projects():
     ours = {name: tag for name, tag in tags.items() if name.startswith("edje-")}
     shipped = read_digest(ROOT / "deploy" / "models" / "scenes")
     assert ours.pop("edje-model") == shipped, "another model is shipped: its digest is the tag of edje-model"
-    workers = {"edje-ingest", "edje-rerank", "edje-ingest-gpu", "edje-rerank-gpu", "edje-rerank-tensorrt"}
+    workers = {
+        "edje-ingest",
+        "edje-rerank",
+        "edje-index",
+        "edje-gateway",
+        "edje-ingest-gpu",
+        "edje-rerank-gpu",
+        "edje-rerank-tensorrt",
+    }
     assert set(ours) == {*workers, "edje-engine-build"}
     assert set(ours.values()) == {version}
 

@@ -19,8 +19,8 @@ from deploy_manifests import (
     environment_of,
     rendered,
 )
+from workers.connect import CLOSE_S
 from workers.read_settings import read_settings, variable_names
-from workers.runtime import CLOSE_S
 from workers.settings import IngestSettings, RerankSettings, WorkerSettings
 
 KINDS: dict[str, type[WorkerSettings]] = {"ingest": IngestSettings, "rerank": RerankSettings}

@@ -18,6 +18,8 @@ WORKERS = ("ingest", "rerank")
 #: What the Secret that a platform brings holds; its names are in docs/how-to/deploy.md.
 CREDENTIALS = {
     "REDIS_URL": "rediss://edje:secret@redis.example:6380/0",
+    "DATABASE_URL": "postgresql://edje:secret@postgres.example:5432/edje",
+    "GATEWAY_API_KEYS": "team:" + "0" * 64,
     "KAFKA_SASL_USERNAME": "edje",
     "KAFKA_SASL_PASSWORD": "secret",
 }
@@ -40,12 +42,13 @@ def pod_templates(objects: list[Object]) -> dict[str, Object]:
     return {
         f"{maker['kind']}/{maker['metadata']['name']}": maker["spec"]["template"]
         for maker in objects
-        if maker["kind"] in ("Deployment", "Job")
+        if maker["kind"] in ("Deployment", "StatefulSet", "Job")
     }
 
 
 def container_of(objects: list[Object], worker: str) -> Object:
-    (container,) = of_kind(objects, "Deployment")[worker]["spec"]["template"]["spec"]["containers"]
+    makers = of_kind(objects, "Deployment") | of_kind(objects, "StatefulSet")
+    (container,) = makers[worker]["spec"]["template"]["spec"]["containers"]
     return container
 
 
