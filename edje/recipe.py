@@ -155,6 +155,17 @@ class Phase(_Closed):
     teacher: str | None = Field(
         None, description="Checkpoint of the teacher for the loss `distillation`, with the same tower and vocabulary."
     )
+    validate_every: PositiveInt | None = Field(
+        None,
+        description="Steps between two validations within the phase, each of which writes the checkpoint of the phase. "
+        "None: one validation after the last step.",
+    )
+    patience: PositiveInt | None = Field(
+        None, description="Validations without a better recall after which the phase ends early. None: never."
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="Whether the phase ends with the weights of its last step or of its best validation."
+    )
     crop_views: Count = Field(0, description="Augmented views of each image (crops, mirror images), besides itself.")
     mirror: bool = Field(
         True, description="Whether views may be mirrored. False where captions distinguish left and right."
@@ -180,6 +191,8 @@ class Phase(_Closed):
                 "a phase that trains 'vision' has no stored features: set crop_views to 0 and negatives.source to "
                 "'batch'"
             )
+        if self.validate_every is None and (self.patience is not None or self.keep == "best"):
+            raise ValueError("`patience` and keep = 'best' compare validations within the phase: set validate_every")
         if self.negatives.top_k is not None and self.negatives.top_k < self.negatives.per_sample:
             raise ValueError("negatives: `top_k` is smaller than `per_sample`")
         return self

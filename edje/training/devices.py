@@ -11,11 +11,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+#: Of one exchange of gradients or embeddings, within a step.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+#: Of the messages between steps; torchrun ends the others when a process has died.
+_CONTROL_TIMEOUT = timedelta(days=7)
 
 
 class DeviceError(ValueError):
@@ -24,11 +30,16 @@ class DeviceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """This process's device and rank, and the number of devices."""
+    """This process's device and rank, and the number of devices.
+
+    `control` is a group on the CPU, for messages between the processes that neither wait for a GPU nor time out: one
+    process may validate or extract features for hours while the others wait.
+    """
 
     device: torch.device
     rank: int = 0
     num_devices: int = 1
+    control: distributed.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -43,15 +54,14 @@ class Devices:
 
     def wait(self) -> None:
         """Block until every process has called this."""
-        if self.num_devices > 1:
-            distributed.barrier()
+        self.any(False)
 
     def any(self, is_true: bool) -> bool:
         """Whether `is_true` on any device. Every process must call this, and all get the same answer."""
         if self.num_devices == 1:
             return is_true
-        flag = torch.tensor(float(is_true), device=self.device)
-        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        flag = torch.tensor(float(is_true))
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.control)
         return bool(flag)
 
 
@@ -68,9 +78,10 @@ def devices(name: str | None) -> Iterator[Devices]:
     if num_devices == 1:
         yield Devices(device)
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
     try:
-        yield Devices(device, rank, num_devices)
+        control = cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT))
+        yield Devices(device, rank, num_devices, control)
     finally:
         distributed.destroy_process_group()
 

@@ -6,7 +6,7 @@ Images that cannot be decoded are counted, named once and left out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from rich.console import Console
 from edje.data.augmentation import view_of
 from edje.data.dataset import Dataset, LabelledSource, Problems
 from edje.data.spec import ScenesSpec
-from edje.features.extraction import extract, extractor_of, pooled_only
+from edje.features.extraction import extract, pooled_only
 from edje.features.storage import Features
 from edje.recipe import Phase, Recipe, RecipeError
 from edje.training.batches.batch import BatchBuilder
@@ -46,6 +46,15 @@ _STATISTICS_BATCH = 32
 _PAIR_LOSSES = {"itm", "distillation"}
 
 
+@dataclass(frozen=True, slots=True)
+class PhaseInputs:
+    """What the batches of a phase are made of."""
+
+    captions: Captions
+    images: ImageSource
+    pooled: NDArray[np.floating] | None  # (N, E) of a frozen tower
+
+
 class PhaseData:
     """Builds the batches of each phase, with the model as it is at the start of the phase."""
 
@@ -70,14 +79,20 @@ class PhaseData:
         self._embeddings: FirstStageEmbeddings | None = None
         self._reported: set[str] = set()  # names of datasets whose undecodable images were reported
 
-    def batches(self, number: int, phase: Phase, *, is_fresh: bool) -> BatchBuilder:
-        """The batches of a phase. `is_fresh` is true before the phase's first step. Raises `RecipeError`."""
-        captions, images, pooled = self._inputs(number, phase, is_fresh)
+    def inputs(self, number: int, phase: Phase, *, is_fresh: bool) -> PhaseInputs:
+        """Captions and images of a phase. `is_fresh` is true before the phase's first step. Raises `DataError`."""
+        return PhaseInputs(*self._inputs(number, phase, is_fresh))
+
+    def batches(self, number: int, phase: Phase, inputs: PhaseInputs, accumulate: int) -> BatchBuilder:
+        """The batches of a phase, `accumulate` for each step. Raises `RecipeError`."""
+        captions, images, pooled = inputs.captions, inputs.images, inputs.pooled
         num_devices = self._devices.num_devices
-        if len(captions) < phase.batch_size * num_devices:
+        captions_per_step = phase.batch_size * num_devices * accumulate
+        if len(captions) < captions_per_step:
             raise RecipeError(
-                f"phase {phase.name!r}: {len(captions)} captions do not fill a batch of {phase.batch_size} on each of "
-                f"{num_devices} devices: set a smaller batch_size"
+                f"phase {phase.name!r}: {len(captions)} captions do not fill a step of {captions_per_step} "
+                f"({phase.batch_size} on each of {num_devices} devices, accumulate {accumulate}): set a smaller "
+                "batch_size or accumulate"
             )
         self._embeddings = None if pooled is None else self._embed(phase, captions, pooled)
         positives = Positives(captions.keys, captions.images)
@@ -94,10 +109,11 @@ class PhaseData:
             positives=positives,
             order=CaptionOrder(
                 len(captions),
-                phase.batch_size * num_devices,
+                captions_per_step,
                 self._recipe.seed + number,
                 captions.images,
                 self._groups()[captions.images] if phase.groups_together else None,
+                accumulate,
             ),
             images=images,
             embeddings=self._embeddings,
@@ -210,7 +226,7 @@ class PhaseData:
         console = self._console if self._devices.leads else Console(quiet=True)
         # Views share their dataset's problems and every phase extracts; `_report` counts each image once.
         dataset = replace(dataset, problems=Problems())
-        extractor = extractor_of(trained.model.eval(), trained.config)
+        extractor = trained.extractor()
         if not keeps_patches:
             extractor = pooled_only(extractor)
         return extract(extractor, dataset, self._folder, console=console)

@@ -13,19 +13,33 @@ import torch
 from rich.console import Console
 
 from edje.checkpoint import CheckpointError, read_digest
+from edje.data.dataset import Dataset
 from edje.data.spec import open_dataset
 from edje.files import write_file
 from edje.first_stage.base import FOLDER, read_folder
 from edje.progress import progress_bars
 from edje.recipe import Phase, Recipe
+from edje.training.batches.batch import BatchBuilder
 from edje.training.dev_retrieval import DevRetrieval, dev_retrieval, fit_calibration, validate
 from edje.training.devices import Devices, computes_bf16
 from edje.training.interrupt import stop_requests
-from edje.training.loop import train_phase
+from edje.training.loop import train_steps
 from edje.training.metrics_log import MetricsLog
 from edje.training.phase_data import PhaseData
 from edje.training.schedule import parameter_groups
-from edje.training.state import RunPosition, SavedState, find_state, restore_module, restore_optimizer, save_state
+from edje.training.state import (
+    RunInputs,
+    RunPosition,
+    SavedState,
+    batches_per_step,
+    check_inputs,
+    find_state,
+    restore_best,
+    restore_module,
+    restore_optimizer,
+    save_best,
+    save_state,
+)
 from edje.training.training_model import TrainingModel
 
 
@@ -47,8 +61,12 @@ class RunFolders:
         return self.out / "checkpoint"
 
     def after(self, phase: Phase) -> Path:
-        """The checkpoint after a phase, which other runs can start from."""
+        """The checkpoint of a phase's latest validation, which other runs can start from."""
         return self.out / "after" / phase.name
+
+    def best(self, phase: Phase) -> Path:
+        """The checkpoint of a phase's best validation, for a phase with several."""
+        return self.out / "best" / phase.name
 
 
 class Run:
@@ -66,13 +84,16 @@ class Run:
         self._log(train_data.summary())
         self.trained = TrainingModel(recipe, train_data, devices)
         self.phase_data = PhaseData(recipe, train_data, self.trained, folders.features, devices, console, self._log)
+        tower = None if recipe.tower is None else self.trained.extractor().digest
+        self.inputs = RunInputs(data_digest(train_data), tower)
 
     def train(self, metrics: MetricsLog | None, saved: SavedState | None) -> Path:
         """Train the remaining steps and write the checkpoint. Returns its folder."""
         position = RunPosition(0, 0, 0)
         if saved is not None:
+            check_inputs(saved, self.inputs)
             position = saved.position
-            restore_module(saved, self.trained.module)
+            restore_module(saved, self.trained.module, constant=self.trained.constant)
             if position.score_statistics is not None:
                 self.trained.standardise(*position.score_statistics)
         total_step = position.total_step - position.step
@@ -93,57 +114,107 @@ class Run:
         self, number: int, phase: Phase, total_before: int, metrics: MetricsLog | None, saved: SavedState | None
     ) -> int:
         """Train one phase, from the saved state if it had begun. Returns the number of steps done in total."""
-        start = 0 if saved is None else saved.position.step
+        position = RunPosition(number, 0, total_before) if saved is None else saved.position
         if phase.precision == "bf16" and not computes_bf16(self.devices.device):
             self._log(f"{phase.name}: {self.devices.device} has no fast bf16; float32 is used instead")
-        batches = self.phase_data.batches(number, phase, is_fresh=start == 0)
-        steps_per_epoch = max(1, batches.order.steps_per_epoch // phase.accumulate)
-        num_steps = max(1, round(phase.epochs * steps_per_epoch))
+        batches, position = self._batches(phase, position)
+        order = batches.order
+        num_steps = max(1, round(phase.epochs * order.steps_per_epoch))
         module = self.trained.module
-        optimizer = torch.optim.AdamW(
-            parameter_groups(module, phase), lr=phase.learning_rate, betas=(0.9, 0.98), foreach=False
-        )
+        is_stopped = self.devices.any(_lacks_progress(phase, position))
+        optimizer = self._optimizer(phase)
         if saved is not None:
             restore_optimizer(saved, module, optimizer)
         self.trained.set_phase(phase)
         with progress_bars(self.console, enabled=self.devices.leads) as progress, stop_requests() as stop:
-            bar = progress.add_task(f"{self.recipe.name}, {phase.name}", total=num_steps, completed=start)
-
-            def on_step(step: int, values: dict[str, float] | None) -> None:
-                done = step + 1
-                progress.update(bar, completed=done)
-                if metrics is not None and values is not None:
-                    metrics.write(total_before + step, phase.name, values)
-                stops = self.devices.any(stop.requested)
-                if done % self.save_every == 0 or done == num_steps or stops:
-                    self._save(RunPosition(number, done, total_before + done), metrics, optimizer)
-                if stops:
-                    raise KeyboardInterrupt
-
-            train_phase(
+            bar = progress.add_task(f"{self.recipe.name}, {phase.name}", total=num_steps, completed=position.step)
+            for done in train_steps(
                 module,
                 optimizer,
                 phase,
                 number,
                 seed=self.recipe.seed,
-                steps=range(start, num_steps),
+                steps=() if is_stopped else range(position.step, num_steps),
                 num_steps=num_steps,
-                steps_per_epoch=steps_per_epoch,
+                steps_per_epoch=order.steps_per_epoch,
+                accumulate=order.batches_per_step,
                 batch_of=batches,
                 devices=self.devices,
-                on_step=on_step,
+            ):
+                step = done.number + 1
+                position = replace(position, step=step, total_step=total_before + step)
+                progress.update(bar, completed=step)
+                if metrics is not None and done.is_logged:
+                    metrics.write(position.total_step - 1, phase.name, done.metrics())
+                if step < num_steps and phase.validate_every is not None and step % phase.validate_every == 0:
+                    position = self._validate(phase, position, metrics)
+                    module.train()
+                    is_stopped = self.devices.any(_lacks_progress(phase, position))
+                is_interrupted = self.devices.any(stop.requested)
+                if step % self.save_every == 0 or step == num_steps or is_interrupted or is_stopped:
+                    done.check()
+                    self._save(position, metrics, optimizer)
+                if is_interrupted:
+                    raise KeyboardInterrupt
+                if is_stopped:
+                    break
+        if is_stopped:
+            self._log(
+                f"{phase.name}: no better validation in {phase.patience} attempts; stopped after step {position.step}"
             )
-        total_step = total_before + num_steps
-        if self.devices.leads:
-            values = validate(self._dev_retrieval())
-            self._log(f"{phase.name}: {_listed(values)}")
-            if metrics is not None:
-                metrics.write(total_step - 1, phase.name, values)
-            self.trained.write_checkpoint(self.folders.after(phase))
+        else:
+            position = self._validate(phase, position, metrics)
+        self._keep_best(phase, position)
         # Every phase begins with a new optimizer.
-        self._save(RunPosition(number + 1, 0, total_step), metrics, None)
+        self._save(RunPosition(number + 1, 0, position.total_step), metrics, None)
         self.devices.wait()
-        return total_step
+        return position.total_step
+
+    def _batches(self, phase: Phase, position: RunPosition) -> tuple[BatchBuilder, RunPosition]:
+        """The batches of a phase, with as many captions per step as at the saved position."""
+        is_fresh = position.step == 0
+        num_devices = self.devices.num_devices
+        inputs = self.phase_data.inputs(position.phase, phase, is_fresh=is_fresh)
+        accumulate = batches_per_step(position, phase.batch_size, phase.accumulate, num_devices, len(inputs.captions))
+        if accumulate != phase.accumulate:
+            self._log(
+                f"{phase.name}: {num_devices} devices now take {accumulate} batches per step instead of "
+                f"{phase.accumulate}, so that a step has {position.captions_per_step} captions as before"
+            )
+        batches = self.phase_data.batches(position.phase, phase, inputs, accumulate)
+        captions_per_step = batches.order.captions_per_step
+        return batches, replace(position, captions_per_step=captions_per_step, num_captions=len(inputs.captions))
+
+    def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            parameter_groups(self.trained.module, phase), lr=phase.learning_rate, betas=(0.9, 0.98), fused=True
+        )
+
+    def _validate(self, phase: Phase, position: RunPosition, metrics: MetricsLog | None) -> RunPosition:
+        """Validate, and write the phase's checkpoints. Returns the position with the result, on the leading process."""
+        if not self.devices.leads:
+            return position
+        values = validate(self._dev_retrieval())
+        self._log(f"{phase.name}, step {position.step}: {_listed(values)}")
+        if metrics is not None:
+            metrics.write(position.total_step - 1, phase.name, values)
+        self.trained.write_checkpoint(self.folders.after(phase))
+        history = position.validations.after(values[_validation_metric(phase)])
+        if phase.validate_every is not None and history.num_since_best == 0:
+            self.trained.write_checkpoint(self.folders.best(phase))
+            save_best(self.folders.state, self.trained.module, constant=self.trained.constant)
+        return replace(position, validations=history)
+
+    def _keep_best(self, phase: Phase, position: RunPosition) -> None:
+        """Return to the weights of the best validation, where the phase keeps them."""
+        self.devices.wait()  # until the leading process has written them
+        if phase.keep == "best" and self.devices.any(position.validations.num_since_best > 0):
+            restore_best(self.folders.state, self.trained.module, constant=self.trained.constant)
+            if self.devices.leads:
+                self._log(
+                    f"{phase.name}: the weights of the best validation ({position.validations.best:.3f}) are kept"
+                )
+                self.trained.write_checkpoint(self.folders.after(phase))
 
     def _dev_retrieval(self) -> DevRetrieval:
         return dev_retrieval(
@@ -167,8 +238,15 @@ class Run:
     def _save(self, position: RunPosition, metrics: MetricsLog | None, optimizer: torch.optim.Optimizer | None) -> None:
         if self.devices.leads:
             num_lines = 0 if metrics is None else metrics.num_lines
-            position = replace(position, num_lines=num_lines, score_statistics=self.trained.score_statistics)
-            save_state(self.folders.state, position, recipe_digest(self.recipe), self.trained.module, optimizer)
+            save_state(
+                self.folders.state,
+                replace(position, num_lines=num_lines, score_statistics=self.trained.score_statistics),
+                self.inputs,
+                recipe_digest(self.recipe),
+                self.trained.module,
+                optimizer,
+                constant=self.trained.constant,
+            )
 
     def _log(self, text: str) -> None:
         if self.devices.leads:
@@ -201,6 +279,23 @@ def start_run(recipe: Recipe, folders: RunFolders, devices: Devices, console: Co
     position = RunPosition(0, 0, 0) if saved is None else saved.position
     with MetricsLog(folders.out, resume_step=position.total_step, num_lines=position.num_lines) as metrics:
         return run.train(metrics, saved)
+
+
+def data_digest(data: Dataset) -> str:
+    """Identifies image ids and captions in their order, which decide what every step reads."""
+    digest = hashlib.sha256()
+    for image in data.images:
+        digest.update("\0".join((image.image_id, *image.captions, "")).encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def _validation_metric(phase: Phase) -> str:
+    """The recall that the phase improves."""
+    return "first_stage_r1" if phase.losses.keys() <= {"first_stage", "regions"} else "reranked_r1"
+
+
+def _lacks_progress(phase: Phase, position: RunPosition) -> bool:
+    return phase.patience is not None and position.validations.num_since_best >= phase.patience
 
 
 def _listed(values: dict[str, float]) -> str:

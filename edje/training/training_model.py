@@ -9,6 +9,7 @@ import torch
 
 from edje.config import EdjeConfig, FirstStageScoreConfig
 from edje.data.dataset import Dataset, LabelledSource
+from edje.features.extraction import Extractor, extractor_of
 from edje.files import draft_directory
 from edje.first_stage.base import FirstStageEncoder, save_first_stage
 from edje.first_stage.dual_encoder import DualEncoder
@@ -32,6 +33,8 @@ class TrainingModel:
         built = build_model(recipe, captions)
         self._tokenizer_json = built.tokenizer_json
         self._device = devices.device
+        self._has_published_tower = recipe.tower is not None
+        self._extractor: Extractor | None = None
         self.config: EdjeConfig = built.config
         self.tokenizer = Tokenizer(built.tokenizer_json, built.config)
         self.model: Edje = built.model
@@ -92,6 +95,20 @@ class TrainingModel:
             teacher = load_teacher(Path(phase.teacher), self.config, self.model, self._tokenizer_json)
             teacher = teacher.to(self._device)
         self.module.set_phase(phase, teacher)
+
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """Prefixes of the module's tensors that never change and are not part of a saved state."""
+        return ("model.vision.",) if self._has_published_tower else ()
+
+    def extractor(self) -> Extractor:
+        """The tower with its preprocessing, as it is now."""
+        if self._extractor is None:
+            extractor = extractor_of(self.model.eval(), self.config)
+            if not self._has_published_tower:
+                return extractor
+            self._extractor = extractor  # computed once: it hashes all weights
+        return self._extractor
 
     def write_checkpoint(self, checkpoint: Path) -> str:
         """Write a checkpoint, or replace it, atomically. Returns its digest."""

@@ -1,15 +1,21 @@
 """A tiny recipe that trains in a second, and functions that run it.
 
-As a program, one process of a run on several devices: `python training_harness.py RECIPE OUT`.
+As a program, one process of a run on several devices; see `main`.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,7 +26,9 @@ from torch import Tensor
 
 from edje.recipe import Recipe
 from edje.recipe_file import read_recipe
+from edje.training import devices as devices_module
 from edje.training.batches.batch import BatchBuilder
+from edje.training.batches.plan import CaptionOrder
 from edje.training.devices import Devices, devices
 from edje.training.run import Run, RunFolders, start_run
 
@@ -155,7 +163,72 @@ def at_batch(number: int, happens: Callable[[], object]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def shown_captions() -> Iterator[list[list[int]]]:
+    """A list to which every batch that is built appends its captions, on all devices together."""
+    real, shown = CaptionOrder.batch, list[list[int]]()
+
+    def batch(self, number):
+        captions = real(self, number)
+        shown.append(captions.tolist())
+        return captions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CaptionOrder, "batch", batch)
+        yield shown
+
+
+def run_processes(num_processes: int, *words: object) -> list[str]:
+    """Run this file as a program in several connected processes. Returns their outputs; all must end with 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__)
+    environment = os.environ | {
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(script.parents[2]),
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, words)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * num_processes, "\n".join(outputs)
+    return outputs
+
+
+def main(mode: str, *words: str) -> None:
+    """One process of a run on several devices."""
+    if mode == "long_wait":  # one process works for longer than an exchange of gradients may take
+        devices_module._COLLECTIVE_TIMEOUT = timedelta(seconds=1)
+    with devices("cpu") as connected:
+        if mode == "long_wait":
+            if connected.leads:
+                threading.Event().wait(3)
+            connected.wait()
+            print(connected.any(connected.rank == 1))
+            return
+        recipe, out = read_recipe(Path(words[0])), Path(words[1])
+        if mode == "last_step":
+            found = last_step(recipe, out, connected)
+            safetensors.torch.save_file(found, out / f"rank{connected.rank}.safetensors")
+        elif mode == "interrupt":  # at the batch of this number
+            console = RecordedConsole().console
+            with shown_captions() as shown, at_batch(int(words[2]), lambda: signal.raise_signal(signal.SIGTERM)):
+                try:
+                    start_run(recipe, folders_in(out), connected, console, save_every=500)
+                except KeyboardInterrupt:
+                    print(json.dumps(shown))
+
+
 if __name__ == "__main__":
-    with devices("cpu") as joined:
-        found = last_step(read_recipe(Path(sys.argv[1])), Path(sys.argv[2]), joined)
-        safetensors.torch.save_file(found, Path(sys.argv[2]) / f"rank{joined.rank}.safetensors")
+    main(*sys.argv[1:])

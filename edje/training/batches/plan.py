@@ -37,33 +37,45 @@ class BatchPlan:
 class CaptionOrder:
     """The order of captions: each once per epoch, on exactly one device.
 
+    A step consumes the same captions whatever the number of devices, as long as they add up to the same number.
+
     With `groups` (C,), captions of one group are adjacent, one caption of each image, so that a batch contains images
     together with their confusers.
     """
 
     def __init__(
-        self, num_captions: int, global_batch: int, seed: int, images: Ints | None = None, groups: Ints | None = None
+        self,
+        num_captions: int,
+        captions_per_step: int,
+        seed: int,
+        images: Ints | None = None,
+        groups: Ints | None = None,
+        batches_per_step: int = 1,
     ) -> None:
-        """`images` (C,) and `groups` (C,) belong to the captions. Raises `ValueError` if no batch can be filled."""
-        if num_captions < global_batch:
-            raise ValueError(f"{num_captions} captions do not fill a batch of {global_batch}")
-        self._num_captions = num_captions
+        """`images` (C,) and `groups` (C,) belong to the captions. Raises `ValueError` if no step can be filled."""
+        if num_captions < captions_per_step:
+            raise ValueError(f"{num_captions} captions do not fill a step of {captions_per_step}")
         self._images = images
         self._groups = groups
         self._latest: tuple[int, Ints] | None = None  # the latest epoch and its order
-        self._global_batch = global_batch
         self._seed = seed
-        self.steps_per_epoch = num_captions // global_batch
+        self.batches_per_step = batches_per_step
+        self.num_captions = num_captions
+        self.captions_per_step = captions_per_step
+        self.steps_per_epoch = num_captions // captions_per_step
 
     def batch(self, number: int) -> Ints:
-        """The captions of this batch on all devices. An epoch leaves out the last captions that do not fill a batch."""
-        epoch, position = divmod(number, self.steps_per_epoch)
+        """The captions of this batch on all devices. An epoch leaves out the last captions that do not fill a step."""
+        step, part = divmod(number, self.batches_per_step)
+        epoch, position = divmod(step, self.steps_per_epoch)
         if self._latest is None or self._latest[0] != epoch:
             self._latest = epoch, self._order(np.random.default_rng([self._seed, epoch]))
-        return self._latest[1][position * self._global_batch : (position + 1) * self._global_batch]
+        size = self.captions_per_step // self.batches_per_step
+        start = position * self.captions_per_step + part * size
+        return self._latest[1][start : start + size]
 
     def _order(self, rng: np.random.Generator) -> Ints:
-        shuffled = rng.permutation(self._num_captions)
+        shuffled = rng.permutation(self.num_captions)
         if self._images is None or self._groups is None:
             return shuffled
         # Round r contains the r-th caption of every image; within a round, groups have a random order.

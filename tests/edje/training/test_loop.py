@@ -11,7 +11,7 @@ from torch import nn
 from edje.recipe import Phase
 from edje.training.devices import DeviceError, Devices, devices
 from edje.training.interrupt import sigterm_as_interrupt, stop_requests
-from edje.training.loop import TrainingStopped, train_phase
+from edje.training.loop import LOG_EVERY, TrainingStopped, train_steps
 
 
 class OneWeight(nn.Module):
@@ -28,11 +28,11 @@ class OneWeight(nn.Module):
         pass
 
 
-def steps_of(losses, **values):
-    """Take a step for each `accumulate` of these losses: the module, and the logged values."""
+def steps_of(losses, clock=lambda: 0.0, **values):
+    """Take a step for each `accumulate` of these losses: the module, and the metrics of the logged steps."""
     phase = phase_with(**values)
-    module, logged = OneWeight(), []
-    train_phase(
+    module = OneWeight()
+    steps = train_steps(
         module,
         torch.optim.SGD([{"params": [module.weight], "factor": 0.5}], lr=1.0),
         phase,
@@ -41,11 +41,12 @@ def steps_of(losses, **values):
         steps=range(len(losses) // phase.accumulate),
         num_steps=len(losses),
         steps_per_epoch=10,
+        accumulate=phase.accumulate,
         batch_of=lambda number, rng: losses[number],
         devices=Devices(torch.device("cpu")),
-        on_step=lambda step, values: logged.append(values),
+        clock=clock,
     )
-    return module, logged
+    return module, [done.metrics() for done in steps if done.is_logged]
 
 
 def phase_with(**values):
@@ -72,13 +73,25 @@ def test_accumulated_batches_add_up_to_their_mean():
     assert logged[0]["itm"] == pytest.approx(7 * 3.0)
 
 
+def test_speed_and_the_share_of_time_spent_waiting_for_data_are_logged_over_the_steps_since_the_last_line():
+    times = iter(range(10_000))
+
+    _, logged = steps_of([lambda weight: weight.sum()] * (LOG_EVERY + 1), clock=lambda: float(next(times)))
+
+    # Each step reads the clock twice, a second apart, around its batch; a logged step once more.
+    assert logged[0]["samples_per_second"] == pytest.approx(8 / 3)
+    assert logged[0]["data_wait_share"] == pytest.approx(1 / 3)
+    assert logged[1]["samples_per_second"] == pytest.approx(8 * LOG_EVERY / (2 * LOG_EVERY + 1))
+    assert logged[1]["data_wait_share"] == pytest.approx(LOG_EVERY / (2 * LOG_EVERY + 1))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_it_changes_anything(value, monkeypatch):
     seen = []
     monkeypatch.setattr(OneWeight, "clamp_scales", lambda self: seen.append(self.weight.tolist()))
 
     with pytest.raises(
-        TrainingStopped, match=r"step 1 of phase 'rank': itm and gradient_norm not finite .* did not change"
+        TrainingStopped, match=r"step 1 of phase 'rank': itm and gradient_norm not finite .* from before this step"
     ):
         steps_of([lambda weight: weight.sum(), lambda weight: (weight * value).sum()])
 

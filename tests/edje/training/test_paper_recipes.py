@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import typer
 from rich.console import Console
@@ -24,6 +26,7 @@ from edje.training.devices import Devices
 from edje.training.first_stage.vector_cache import cached_embeddings
 from edje.training.run import RunFolders, start_run
 from hub_folders import write_bert, write_pair_of_encoders, write_pictures
+from training_harness import at_batch
 
 RECIPES = Path(__file__).parents[3] / "edje" / "recipes"
 NAMES = ("paper-local", "paper", "paper-coco")
@@ -124,6 +127,24 @@ def test_two_steps_of_each_recipe_change_the_model(miniature, name):
     loaded = load_checkpoint(miniature.out(name) / "checkpoint")
     assert loaded.config.adapter.num_tokens == (NUM_PATCHES if name == "paper-local" else 4)
     assert float(loaded.model.joint.head.out.weight.abs().max()) > 0  # it is initialised with zeros
+
+
+def test_the_state_of_a_run_has_no_published_tower_and_it_resumes_all_the_same(miniature, tmp_path):
+    with at_batch(1, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(KeyboardInterrupt):
+        miniature.train("paper", tmp_path, **{"phase.0.epochs": "1.5"})
+    [state] = (tmp_path / "state").glob("0*")
+    names = safetensors.torch.load_file(state / "tensors.safetensors").keys()
+
+    checkpoint = miniature.train("paper", tmp_path, **{"phase.0.epochs": "1.5"})
+
+    assert not [name for name in names if ".vision." in name]
+    assert [name for name in names if ".adapter." in name]
+    tower, other = (
+        {name: each for name, each in load_checkpoint(path).model.state_dict().items() if name.startswith("vision.")}
+        for path in (checkpoint, miniature.out("paper") / "checkpoint")
+    )
+    assert tower
+    assert all(torch.equal(each, other[name]) for name, each in tower.items())
 
 
 def test_fine_tuning_starts_from_the_pre_trained_weights(miniature):

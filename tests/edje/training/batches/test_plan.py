@@ -30,7 +30,7 @@ seeds = st.integers(0, 2**32 - 1)
 def test_an_epoch_contains_every_caption_once_on_one_device(num_captions, per_device, num_devices, seed, epoch):
     batch = per_device * num_devices
     if num_captions < batch:
-        with pytest.raises(ValueError, match="do not fill a batch"):
+        with pytest.raises(ValueError, match="do not fill a step"):
             CaptionOrder(num_captions, batch, seed)
         return
     order = CaptionOrder(num_captions, batch, seed)
@@ -52,6 +52,18 @@ def test_each_epoch_has_another_order():
 
     assert orders[0] != orders[1]
     assert orders[0] != list(range(100))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, num_captions=st.integers(12, 60), step=st.integers(0, 20), parts=st.sampled_from([2, 3, 4, 6, 12]))
+def test_a_step_in_several_batches_has_the_captions_of_one_batch(seed, num_captions, step, parts):
+    whole = CaptionOrder(num_captions, 12, seed)
+    divided = CaptionOrder(num_captions, 12, seed, batches_per_step=parts)
+
+    found = [divided.batch(step * parts + part) for part in range(parts)]
+
+    assert divided.steps_per_epoch == whole.steps_per_epoch
+    assert np.concatenate(found).tolist() == whole.batch(step).tolist()
 
 
 @settings(max_examples=40, deadline=None)
