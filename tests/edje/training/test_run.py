@@ -369,9 +369,15 @@ def test_two_devices_have_the_gradients_of_one(finished, out, tmp_path, losses):
             ["--set", "phase.0.batch_size=1000"],
             "100 captions do not fill a step of 1000 (1000 on each of 1 devices, accumulate 1)",
         ),
-        (["--set", "adapter.num_tokens=5"], "do not fit together: a local adapter keeps all 4 patch tokens, not 5"),
-        (["--set", "joint.num_heads=3"], "do not fit together: widths 16 and 16 do not divide"),
-        (["--set", 'joint.kind="maxsim"'], "do not fit together: 2 layers after the meeting"),
+        (
+            ["--set", "adapter.num_tokens=5"],
+            "do not fit together: adapter.num_tokens is 5: a local adapter has one for each of 4 patches",
+        ),
+        (
+            ["--set", "joint.num_heads=3"],
+            "do not fit together: the widths 16 (vision) and 16 (joint) must be multiples",
+        ),
+        (["--set", 'joint.kind="maxsim"'], "do not fit together: kind 'maxsim' cannot have num_layers 2"),
         (["--set", 'vocabulary="vocab.txt"'], "SourceError"),
         (["--set", 'start={checkpoint="nowhere", parts=["text"]}'], "holds no checkpoint"),
         (["--set", 'data={kind="flickr8k", folder="nowhere"}'], "DataError"),
