@@ -23,7 +23,8 @@ Knows nothing of blobs.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,17 +115,27 @@ def dequantize(
         case "bf16":
             return _bf16_to_float32(np.frombuffer(token_bytes, dtype="<u2")).reshape(shape)
         case "int8":
+            values = np.frombuffer(token_bytes, dtype=np.int8).reshape(shape)
             scales = np.frombuffer(scale_bytes, dtype="<f4")
-            values = np.frombuffer(token_bytes, dtype=np.int8).reshape(shape).astype(np.float32)
-            values *= scales[:, None]
-            return values
         case "int4":
-            packed = np.frombuffer(token_bytes, dtype=np.uint8)
-            steps = np.empty(2 * packed.size, dtype=np.float32)
-            steps[0::2] = packed & np.uint8(0x0F)
-            steps[1::2] = packed >> np.uint8(4)
-            group_scales = np.frombuffer(scale_bytes, dtype="<f2").astype(np.float32)
-            return ((steps - 8).reshape(-1, INT4_GROUP) * group_scales[:, None]).reshape(shape)
+            values = np.frombuffer(token_bytes, dtype=np.uint8).reshape(num_tokens, token_dim // 2).astype(np.float32)
+            scales = np.frombuffer(scale_bytes, dtype="<f2").reshape(num_tokens, -1).astype(np.float32)
+    restored: NDArray[np.float32] = restore(storage, values, scales, np.stack)
+    return restored
+
+
+def restore(storage: str, values: Any, scales: Any, stack: Callable[..., Any]) -> Any:
+    """Return the tokens `(..., m, d)` of quantised numbers, in any array library that has numpy's operators.
+
+    int8: signed `values` (..., m, d) and `scales` (..., m). int4: floating-point `values` (..., m, d / 2), each the
+    number of a byte, and `scales` (..., m, d / 32). `stack` is the library's `stack(arrays, axis)`.
+    """
+    if storage == "int8":
+        return values * scales[..., None]
+    upper = values // 16
+    halves = stack((values - 16 * upper, upper), -1) - 8  # the lower half of a byte comes first
+    groups = halves.reshape(-1, *values.shape[1:-1], scales.shape[-1], INT4_GROUP)
+    return (groups * scales[..., None]).reshape(-1, *values.shape[1:-1], 2 * values.shape[-1])
 
 
 def _steps(values: NDArray[np.float32], scales: NDArray[np.float32], largest: int) -> NDArray[np.int8]:

@@ -153,6 +153,23 @@ class ReportsCopies(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class GraphCounts:
+    """Sizes that an engine runs at, by whether a CUDA graph was captured of them."""
+
+    captured: int
+    uncaptured: int
+
+
+@runtime_checkable
+class ReportsGraphs(Protocol):
+    """A scorer that captures CUDA graphs when it warms up."""
+
+    def graph_counts(self) -> GraphCounts | None:
+        """The counts so far; None on a device without graphs."""
+        ...
+
+
 class Engine(ImageEncoder, PairScorer, Protocol):
     """Both halves over one checkpoint."""
 

@@ -1,4 +1,4 @@
-"""Picks, checks and builds the engine of a runtime. Imports torch only where that runtime is asked for."""
+"""Opens the engine of a runtime over a checkpoint. Imports a runtime only when that one is asked for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edje.checkpoint import CheckpointError, read_config, read_digest
+from edje.config import EdjeConfig
 from trt.contract import Engine, EngineMismatch, EngineUnavailable
 from trt.manifest import Manifest, read_manifest
 from trt.matching import limit_mismatches, model_mismatches, refuse, with_limits
+from trt.slab.derived import keys_values_row, match_row
 from trt.slab.layout import SlotLayout
 
 Runtime = Literal["torch", "tensorrt", "onnx", "constant"]
@@ -26,23 +28,27 @@ def load_engine(
     device: str,
     engine_directory: Path | None = None,
     fixed_buckets: bool = False,
+    hot_images: int = 0,
     constant_ms_per_item: float = 0.0,
 ) -> Engine:
-    """Load a checkpoint into an engine; not warmed up yet.
+    """Load a checkpoint into an engine, which is not warmed up yet.
 
-    `engine_directory` is what `python -m trt.build` made of the checkpoint, for the runtimes that run that.
-    `fixed_buckets` asks torch or tensorrt for logits that do not depend on what else they are computed with.
-    `num_threads` (None: the runtime's choice) is set for the whole process. `constant_ms_per_item` is the constant
-    engine's pretended cost of an image or pair. Raises `EngineUnavailable` for a runtime or device that this machine
-    lacks and `EngineMismatch` for a checkpoint or an engine that cannot be used; each message says what to do.
+    Args:
+        engine_directory: output of `python -m trt.build` for this checkpoint; for the runtimes onnx and tensorrt.
+        fixed_buckets: logits that do not depend on the batch; for torch and tensorrt.
+        hot_images: images whose visual keys and values are kept; for torch and encoders of kind `minimal`.
+        num_threads: of the whole process; None leaves the choice to the runtime.
+        constant_ms_per_item: time that the constant engine sleeps for each image or pair.
+
+    Raises `EngineUnavailable` for a runtime or device that this machine lacks, and `EngineMismatch` for a checkpoint or
+    an engine directory that cannot be used; each message ends with what to do.
     """
     try:
         if runtime == "constant":
             return _load_constant(checkpoint, storage, num_slots, max_pairs, max_images, constant_ms_per_item)
         if runtime == "torch":
-            return _load_torch(
-                checkpoint, storage, num_slots, max_pairs, max_images, num_threads, device, fixed_buckets
-            )
+            sizes = (num_slots, max_pairs, max_images)
+            return _load_torch(checkpoint, storage, sizes, num_threads, device, fixed_buckets, hot_images)
         if runtime == "onnx":
             if device != "cpu":
                 raise EngineUnavailable(f"the onnx engine does not run on {device!r}: choose cpu, or another engine")
@@ -56,20 +62,52 @@ def load_engine(
     raise EngineUnavailable(f"unknown engine {runtime!r}: choose torch, tensorrt, onnx or constant")
 
 
-def slots_in(slab_bytes: int, checkpoint: Path, storage: str) -> int:
-    """How many images of this checkpoint so many bytes of slab hold. Raises `EngineMismatch`, `EngineUnavailable`."""
+def slots_in(
+    slab_bytes: int,
+    checkpoint: Path,
+    storage: str,
+    *,
+    runtime: Runtime = "torch",
+    device: str = "cpu",
+    hot_images: int = 0,
+) -> int:
+    """The number of images of this checkpoint that a slab of so many bytes holds, derived rows included.
+
+    Raises `EngineMismatch`, and `EngineUnavailable` if the rows of the hot images alone do not fit.
+    """
     try:
         config = read_config(checkpoint)
     except CheckpointError as error:
         raise EngineMismatch(str(error)) from error
+    slot_bytes, hot_image_bytes = row_bytes(config, storage, runtime, device)
+    free_bytes = slab_bytes - hot_images * hot_image_bytes
+    if free_bytes < 0:
+        raise EngineUnavailable(
+            f"the keys and values of {hot_images} hot images take {hot_images * hot_image_bytes:,} bytes "
+            f"({hot_image_bytes:,} each), the slab has {slab_bytes:,}: ask for fewer hot images or a larger slab"
+        )
+    return free_bytes // slot_bytes
+
+
+def row_bytes(config: EdjeConfig, storage: str, runtime: Runtime, device: str) -> tuple[int, int]:
+    """Bytes of a slot with its derived row, and bytes of a hot image's keys and values (0: the model has none)."""
     layout = SlotLayout(storage, config.adapter.num_tokens, config.joint.dim)
-    return slab_bytes // (layout.token_bytes + layout.scale_bytes)
+    slot_bytes = layout.token_bytes + layout.scale_bytes
+    if runtime == "constant":  # derives nothing
+        return slot_bytes, 0
+    match = match_row(config)
+    if runtime != "torch" or config.joint.kind != "minimal":
+        return slot_bytes + (match.num_bytes if match else 0), 0
+    from trt.runtimes.torch_device import fastest_dtype, named_device
+
+    keys_values = keys_values_row(config, str(fastest_dtype(named_device(device))).removeprefix("torch."))
+    return slot_bytes + (match.num_bytes if match else 0), keys_values.num_bytes if keys_values else 0
 
 
 def _built_from(
     checkpoint: Path, directory: Path | None, storage: str, max_pairs: int, max_images: int
 ) -> tuple[Path, Manifest]:
-    """An engine directory and its manifest, which fits the checkpoint and what is asked."""
+    """An engine directory and its manifest, checked against the checkpoint and the limits asked for."""
     if directory is None:
         raise EngineUnavailable("this runtime needs an engine directory: make one with `python -m trt.build`")
     manifest = read_manifest(directory)
@@ -144,42 +182,34 @@ def _load_constant(
 def _load_torch(
     checkpoint: Path,
     storage: str,
-    num_slots: int,
-    max_pairs: int,
-    max_images: int,
+    sizes: tuple[int, int, int],
     num_threads: int | None,
     device: str,
     fixed_buckets: bool,
+    hot_images: int,
 ) -> Engine:
     try:
         import torch
     except ImportError as error:
         raise EngineUnavailable(f"the torch engine needs torch, which cannot be imported: {error}") from error
     from edje.model.weights import load_checkpoint
-    from trt.runtimes.torch_engine import TorchEngine, fastest_dtype
-    from trt.slab.host import build_slab
+    from trt.runtimes.torch_device import fastest_dtype, named_device, torch_device
+    from trt.runtimes.torch_engine import TorchEngine
+    from trt.slab.torch_slab import build_slab
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise EngineUnavailable(f"unknown device {device!r}: choose cpu, cuda or cuda:N") from error
-    if target.type not in ("cpu", "cuda"):
-        raise EngineUnavailable(f"the torch engine does not run on {device!r}: choose cpu, cuda or cuda:N")
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise EngineUnavailable(
-            f"device {device!r} was asked for and torch sees {torch.cuda.device_count()} CUDA devices: "
-            "choose cpu, or install torch's CUDA build and the driver"
-        )
+    target = named_device(device)
     loaded = load_checkpoint(checkpoint)
+    num_slots, max_pairs, max_images = sizes
     layout = SlotLayout(storage, loaded.config.adapter.num_tokens, loaded.config.joint.dim)
     return TorchEngine(
         loaded,
         slab=build_slab(layout, num_slots, target),
         max_pairs=max_pairs,
         max_images=max_images,
-        device=target,
+        device=torch_device(target),
         dtype=fastest_dtype(target),
         fixed_buckets=fixed_buckets,
+        hot_images=hot_images,
     )

@@ -141,7 +141,7 @@ class LateFusionEncoder(TextEmbeddings):
     def score(
         self,
         text: Tensor,
-        visual: Tensor,
+        visual: Tensor | None,
         text_lengths: Tensor | None = None,
         first_stage: Tensor | None = None,
         *,
@@ -151,19 +151,31 @@ class LateFusionEncoder(TextEmbeddings):
         """See `JointEncoder.score`; `visual` is the output of `encode_visual`.
 
         Parts that were computed before are passed in: `match` (B,) is the pairs' late interaction, `keys_values` the
-        rows of `visual_keys_values` for the pairs' images.
+        rows of `visual_keys_values` for the pairs' images. With both, `visual` is not read.
         """
         logit: Tensor | float = 0.0
         if self.head is not None:
             *_, last = self._fused(text, visual, text_lengths, cls_only=True, keys_values=keys_values)
             logit = self.head(last[:, 0], first_stage)
         if self.match is not None:
-            logit = logit + (self.match.score_pairs(text, visual, text_lengths) if match is None else match)
-        if self.first_stage is not None:
-            score = first_stage if first_stage is not None else text.new_full(text.shape[:1], float("nan"))
-            hidden, to_logit = self.first_stage(score)
-            logit = logit + hidden[:, 0] + to_logit
-        return cast(Tensor, logit)
+            if match is None:
+                assert visual is not None, "a late interaction reads the visual tokens"
+                match = self.match.score_pairs(text, visual, text_lengths)
+            logit = logit + match
+        return self._add_first_stage(cast(Tensor, logit), first_stage)
+
+    def score_match(self, match: Tensor, first_stage: Tensor | None = None) -> Tensor:
+        """The logits (B,) of an encoder without fusion layers, from the pairs' late interaction (B,)."""
+        assert self.head is None, "an encoder with fusion layers reads tokens: call score"
+        return self._add_first_stage(match, first_stage)
+
+    def _add_first_stage(self, logit: Tensor, first_stage: Tensor | None) -> Tensor:
+        """Add the first stage's part where no head reads it."""
+        if self.first_stage is None:
+            return logit
+        score = first_stage if first_stage is not None else logit.new_full(logit.shape, float("nan"))
+        hidden, to_logit = self.first_stage(score)
+        return logit + hidden[:, 0] + to_logit  # type: ignore[no-any-return]
 
     def similarity(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> Tensor:
         """The late interaction alone, (Q, T, d), (N, m, d) -> (Q, N). Raises `ValueError` if there is none."""
@@ -192,7 +204,7 @@ class LateFusionEncoder(TextEmbeddings):
     def _fused(
         self,
         text: Tensor,
-        visual: Tensor,
+        visual: Tensor | None,
         text_lengths: Tensor | None,
         *,
         cls_only: bool,
@@ -201,17 +213,23 @@ class LateFusionEncoder(TextEmbeddings):
         """The states after each fusion layer, (B, S, d); with `cls_only` the last are [CLS] alone, (B, 1, d)."""
         assert self.meeting_positions is not None  # exists whenever there are fusion layers
         dtype = compute_dtype(self.layers)
-        mask = None if text_lengths is None else attention_mask(text_lengths, text.shape[1], visual.shape[1])
-        text, visual = text.to(dtype), visual.to(dtype) + self.meeting_positions.weight.to(dtype)
-        hidden = text if self.kind == "minimal" else torch.cat((text, visual), dim=1)
+        text = text.to(dtype)
+        if keys_values is None:
+            assert visual is not None, "without their keys and values the visual tokens are read"
+            visual, num_visual = visual.to(dtype) + self.meeting_positions.weight.to(dtype), visual.shape[1]
+        else:
+            visual, num_visual = None, keys_values.shape[3]
+        mask = None if text_lengths is None else attention_mask(text_lengths, text.shape[1], num_visual)
+        hidden = text if self.kind == "minimal" or visual is None else torch.cat((text, visual), dim=1)
         last = len(self.layers) - 1
         for number, module in enumerate(self.layers):
             layer = cast(JointBlock, module)
             extra_kv = None
-            if isinstance(layer, TextUpdateBlock) and keys_values is None:
-                extra_kv = layer.keys_values(visual)
-            elif isinstance(layer, TextUpdateBlock) and keys_values is not None:
-                extra_kv = layer.split_keys_values(keys_values[:, number])
+            if isinstance(layer, TextUpdateBlock):
+                if keys_values is not None:
+                    extra_kv = layer.split_keys_values(keys_values[:, number])
+                elif visual is not None:
+                    extra_kv = layer.keys_values(visual)
             is_last_cls = cls_only and number == last
             hidden = layer.cls_only(hidden, mask, extra_kv) if is_last_cls else layer(hidden, mask, extra_kv)
             yield hidden

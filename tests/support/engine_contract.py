@@ -120,7 +120,7 @@ class EngineContract:
     def test_a_score_depends_on_its_batch_by_rounding_alone(self, engine, pixels):
         texts = [DOG, CAT, [2, *range(30, 60), 3], [2, *range(60, 65), 3]]
         fill_slots(engine, range(12), engine.encode_images(pixels)[0])
-        tolerance = BATCH_TOLERANCE[str(getattr(engine, "_dtype", "float32")).removeprefix("torch.")]
+        tolerance = BATCH_TOLERANCE[str(getattr(engine, "dtype", "float32")).removeprefix("torch.")]
 
         together = all_scores(engine, texts, 12)
 

@@ -21,7 +21,8 @@ from protocols.encoding import CONTENT_TYPE_HEADER, MSGPACK, content_type_of, de
 from protocols.events import RerankResponse
 from protocols.topics import Topics
 from trt.contract import EngineInfo, QueryStates, check_pairs, check_texts
-from trt.slab.layout import HostSlab, SlotLayout
+from trt.slab.host import HostSlab
+from trt.slab.layout import SlotLayout
 from workers.dead_letters import DeadLetters
 from workers.landing import Landing
 from workers.metrics import Metrics

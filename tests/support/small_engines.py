@@ -12,32 +12,44 @@ from edje.model.weights import load_checkpoint
 from engine_contract import MAX_IMAGES, MAX_PAIRS, NUM_SLOTS, SIZES
 from engine_directories import Sample
 from recorded_engine import open_recorded
+from torch_recorder import LazyStream, RecordingTorch
 from trt.contract import Engine
 from trt.load import load_engine
+from trt.runtimes.torch_device import TorchDevice
 from trt.runtimes.torch_engine import TorchEngine
-from trt.slab.host import SharedSlab, StagedSlab
 from trt.slab.layout import SlotLayout
+from trt.slab.torch_slab import DeviceSlab, SharedSlab
 
 CPU = torch.device("cpu")
 STAGING_ROWS = 16
 
 
 def torch_engine(
-    checkpoint: Path, storage: str, dtype: torch.dtype = torch.float32, *, staged: bool = False, **options: Any
+    checkpoint: Path,
+    storage: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    staged: bool = False,
+    device: TorchDevice | None = None,
+    **options: Any,
 ) -> TorchEngine:
     """The torch engine on a CPU; `staged` puts a staging ring before the slab, as on a GPU."""
     loaded = load_checkpoint(checkpoint)
     layout = SlotLayout(storage, loaded.config.adapter.num_tokens, loaded.config.joint.dim)
-    slab = StagedSlab(layout, NUM_SLOTS, CPU, STAGING_ROWS) if staged else SharedSlab(layout, NUM_SLOTS)
-    limits = {"max_pairs": MAX_PAIRS, "max_images": MAX_IMAGES}
-    return TorchEngine(loaded, slab=slab, device=CPU, dtype=dtype, **limits, **options)
+    slab = DeviceSlab(layout, NUM_SLOTS, CPU, LazyStream(), STAGING_ROWS) if staged else SharedSlab(layout, NUM_SLOTS)
+    sizes = {"max_pairs": MAX_PAIRS, "max_images": MAX_IMAGES}
+    return TorchEngine(loaded, slab=slab, device=device or TorchDevice(CPU), dtype=dtype, **(sizes | options))
+
+
+def graphed_engine(checkpoint: Path, storage: str, dtype: torch.dtype = torch.float32, **options: Any) -> TorchEngine:
+    """The torch engine as on a GPU: a staging ring, and graphs of a recorded device."""
+    return torch_engine(checkpoint, storage, dtype, staged=True, device=RecordingTorch().device, **options)
 
 
 def constant_engine(checkpoint: Path, storage: str, ms_per_item: float = 0.0) -> Engine:
     return loaded_engine("constant", checkpoint, storage=storage, constant_ms_per_item=ms_per_item)
 
 
-@functools.cache  # opening takes a second, and no test depends on the slots that another has filled
 def tensorrt_engine(checkpoint: Path, storage: str) -> Engine:
     """The TensorRT engine over recorded bindings, which compute in float32 with torch."""
     directory = checkpoint.with_name(f"{checkpoint.name}-{storage}-engine")

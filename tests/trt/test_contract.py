@@ -1,5 +1,7 @@
 """The contract suite over every runtime, storage type and encoder."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,7 @@ from engine_contract import (
     fill_slots,
 )
 from engine_directories import FIRST_LIMIT_S, sample
-from small_engines import constant_engine, onnx_engine, tensorrt_engine, torch_engine
-from torch_recorder import done_again
+from small_engines import constant_engine, graphed_engine, onnx_engine, tensorrt_engine, torch_engine
 from trt.slab.layout import STORAGES
 
 KINDS = {
@@ -21,7 +22,7 @@ KINDS = {
     "constant": constant_engine,
     "torch": torch_engine,
     "torch-bf16": lambda checkpoint, storage: torch_engine(checkpoint, storage, torch.bfloat16),
-    "torch-graphs": lambda checkpoint, storage: torch_engine(checkpoint, storage, record=done_again),
+    "torch-graphs": graphed_engine,
     "torch-staged": lambda checkpoint, storage: torch_engine(checkpoint, storage, staged=True),
 }
 
@@ -43,7 +44,12 @@ def engine(request, checkpoints):
     kind, storage, variant = request.param
     if kind == "onnx":
         return onnx_engine(sample(request.getfixturevalue("tmp_path_factory"), variant))
-    return KINDS[kind](checkpoints / variant, storage)
+    return opened(kind, checkpoints / variant, storage)
+
+
+@functools.cache  # no test depends on the slots that another has filled
+def opened(kind, checkpoint, storage):
+    return KINDS[kind](checkpoint, storage)
 
 
 class TestEveryEngine(EngineContract):

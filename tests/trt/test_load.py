@@ -5,7 +5,8 @@ import torch
 
 from small_engines import CPU, loaded_engine, torch_engine
 from trt.contract import EngineMismatch, EngineUnavailable
-from trt.runtimes.torch_engine import TorchEngine, fastest_dtype
+from trt.runtimes.torch_device import fastest_dtype
+from trt.runtimes.torch_engine import TorchEngine
 
 
 def test_the_torch_engine_computes_in_the_fastest_type_of_the_processor(checkpoint):

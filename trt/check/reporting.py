@@ -12,9 +12,10 @@ from trt.check.pairs import HeldPairs, logits_of
 from trt.contract import Engine
 from trt.manifest import ParityReport
 from trt.parity import Thresholds, compare
+from trt.runtimes.torch_device import TorchDevice
 from trt.runtimes.torch_engine import TorchEngine
-from trt.slab.host import SharedSlab
 from trt.slab.layout import SlotLayout
+from trt.slab.torch_slab import SharedSlab
 
 _MAX_PAIRS, _MAX_IMAGES = 256, 4
 
@@ -28,7 +29,7 @@ def torch_reference(checkpoint: Checkpoint, storage: str, num_slots: int) -> Tor
         slab=SharedSlab(layout, num_slots),
         max_pairs=_MAX_PAIRS,
         max_images=_MAX_IMAGES,
-        device=torch.device("cpu"),
+        device=TorchDevice(torch.device("cpu")),
         dtype=torch.float32,
     )
 

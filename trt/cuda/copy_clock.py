@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from trt.contract import DeviceCopies
 
 
-class Event(Protocol):
+class TimingEvent(Protocol):
     """A mark in a stream of the device (`torch.cuda.Event`)."""
 
     def record(self) -> None: ...
@@ -29,10 +29,10 @@ class Event(Protocol):
 class CopyClock:
     """The copies of one call."""
 
-    def __init__(self, make_event: Callable[[], Event]) -> None:
+    def __init__(self, make_event: Callable[[], TimingEvent]) -> None:
         self._make_event = make_event
-        self._to_device: list[tuple[Event, Event]] = []
-        self._to_host: list[tuple[Event, Event]] = []
+        self._to_device: list[tuple[TimingEvent, TimingEvent]] = []
+        self._to_host: list[tuple[TimingEvent, TimingEvent]] = []
 
     def start(self) -> None:
         """A new call begins."""
@@ -46,7 +46,7 @@ class CopyClock:
     def to_host(self) -> Iterator[None]:
         yield from self._timed(self._to_host)
 
-    def _timed(self, marks: list[tuple[Event, Event]]) -> Iterator[None]:
+    def _timed(self, marks: list[tuple[TimingEvent, TimingEvent]]) -> Iterator[None]:
         began, ended = self._make_event(), self._make_event()
         began.record()
         yield
@@ -58,7 +58,7 @@ class CopyClock:
         return DeviceCopies(_seconds(self._to_device), _seconds(self._to_host))
 
 
-def _seconds(marks: list[tuple[Event, Event]]) -> float:
+def _seconds(marks: list[tuple[TimingEvent, TimingEvent]]) -> float:
     for _, ended in marks:
         ended.synchronize()
     return sum(began.elapsed_time(ended) for began, ended in marks) / 1000

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edje.model.edje import Edje
-from protocols.quantize import INT4_GROUP
+from protocols.quantize import restore
 from trt.graphs import Precision
 from trt.slab.layout import SlotLayout
 
@@ -89,21 +89,22 @@ class PairPart(nn.Module):
 
 
 def stored_to_tokens(layout: SlotLayout, tokens: Tensor, scales: Tensor | None) -> Tensor:
-    """What `trt.runtimes.dequantize.dequantise` gives, by arithmetic in float32 alone: float32 (p, m, d).
+    """Stored numbers to tokens by arithmetic in float32 alone: float32 (p, m, d).
 
-    No bits are looked at: TensorRT casts uint8 to float32 and does nothing else with it.
+    Bits are not reinterpreted: TensorRT casts uint8 to float32 and does nothing else with it.
     """
     values = tokens.float()
     if scales is None:
         return values
-    num_tokens, dim = layout.num_tokens, layout.token_dim
-    if layout.storage == "int8":  # two's complement
-        signed = values - 256.0 * (values >= 128.0).float()
-        return signed.view(-1, num_tokens, dim) * scales[:, :, None]
-    upper = torch.floor(values / 16.0)
-    halves = torch.stack((values - 16.0 * upper, upper), dim=-1) - 8.0  # the lower half of a byte comes first
-    groups = halves.view(-1, num_tokens, dim // INT4_GROUP, INT4_GROUP)
-    return (groups * scales.float()[:, :, :, None]).view(-1, num_tokens, dim)
+    if layout.storage == "int8":
+        values = values - 256.0 * (values >= 128.0).float()  # two's complement
+    restored: Tensor = restore(
+        layout.storage,
+        values.view(-1, layout.num_tokens, values.shape[1] // layout.num_tokens),
+        scales.float(),
+        torch.stack,
+    )
+    return restored
 
 
 class Float32Norm(nn.Module):

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from edje.config import EdjeConfig
 from trt.contract import QueryStates, check_images, check_pairs, check_texts
 from trt.identity import engine_digest, engine_info
-from trt.slab.layout import HostSlab, SlotLayout
+from trt.slab.host import HostSlab
+from trt.slab.layout import SlotLayout
 
 #: Odd 64-bit constants with well-mixed bits (the golden ratio, and splitmix64's second).
 _MIX_SLOT = np.uint64(0x9E3779B97F4A7C15)

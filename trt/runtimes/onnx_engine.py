@@ -28,7 +28,8 @@ from trt.contract import (
 from trt.graphs import GRAPH_NAMES, TEXT_TOKENS, GraphName, graphs_of
 from trt.identity import engine_digest, engine_info
 from trt.manifest import Manifest, check_files
-from trt.slab.layout import HostSlab, SlotLayout
+from trt.slab.host import HostSlab
+from trt.slab.layout import SlotLayout
 
 #: Says nothing about what it does not mind; errors come as exceptions.
 _LOG_FATAL = 4

@@ -1,4 +1,4 @@
-"""The few sizes that a plan is run at, and how the texts and pairs of a call are laid out in them.
+"""The few sizes that a plan or a CUDA graph is run at, and how the texts and pairs of a call are laid out in them.
 
 A CUDA graph holds for one size of everything, so texts are padded to a length bucket and pairs to a number of pairs.
 Knows numbers only.
@@ -31,15 +31,15 @@ class Buckets:
 
 
 def length_buckets(ranges: Sequence[Range]) -> Buckets:
-    """Where the profiles end: what texts are padded to."""
+    """The upper ends of the profiles, to which texts are padded."""
     return Buckets(tuple(sorted({each.max for each in ranges})))
 
 
 def count_buckets(ranges: Sequence[Range], most: int, *, steps: int, fixed: bool) -> Buckets:
-    """Sizes for up to `most` images, queries or pairs at once, or up to what the profiles take if that is less.
+    """Sizes for up to `most` images, queries or pairs at once, or up to the profiles' largest if that is less.
 
-    `steps` of them lead up to the end of each profile: more are less padding, and longer to warm up. `fixed` leaves
-    the largest alone: whatever comes runs at one size, and so is computed the same way.
+    The end of each profile is reached in `steps` steps: more steps are less padding and a longer warm-up. `fixed` keeps
+    only the largest size, so that every call is computed in the same way.
     """
     reached = {each.max * step // steps for each in ranges for step in range(1, steps + 1)}
     sizes = sorted(size for size in reached if any(size in each for each in ranges))
@@ -47,12 +47,20 @@ def count_buckets(ranges: Sequence[Range], most: int, *, steps: int, fixed: bool
     return Buckets((largest,) if fixed else tuple(size for size in sizes if size <= largest))
 
 
+def halving_buckets(smallest: int, largest: int) -> Buckets:
+    """`largest`, and below it powers of two from `smallest` on with the sizes halfway between: at most a third is
+    padding beyond the smallest size."""
+    powers = [1 << power for power in range(largest.bit_length() + 1)]
+    sizes = {size for power in powers for size in (power, power * 3 // 2) if smallest <= size < largest}
+    return Buckets((*sorted(sizes), largest))
+
+
 @dataclass(frozen=True, slots=True)
 class TextBlock:
-    """Texts that are padded to the same length and computed together."""
+    """Texts that are padded to the same length and encoded together."""
 
     text_tokens: int  # a length bucket
-    texts: NDArray[np.int64]  # their numbers in the call, at most as many as a plan takes
+    texts: NDArray[np.int64]  # their numbers in the call, at most as many as one run takes
 
 
 def text_blocks(lengths: NDArray[np.int64], buckets: Buckets, max_queries: int) -> list[TextBlock]:
@@ -68,11 +76,11 @@ def text_blocks(lengths: NDArray[np.int64], buckets: Buckets, max_queries: int) 
 
 @dataclass(frozen=True, slots=True)
 class PairPiece:
-    """Pairs that are scored together: all of one block's texts."""
+    """Pairs that are scored together: their texts are all in one block."""
 
     block: int
     pairs: NDArray[np.int64]  # their numbers in the call
-    rows: NDArray[np.int32]  # for each, its text's place in the block
+    rows: NDArray[np.int32]  # of each, the index of its text in the block
 
 
 def pair_pieces(
@@ -89,3 +97,17 @@ def pair_pieces(
         for start in range(0, len(pairs), max_pairs):
             piece = pairs[start : start + max_pairs]
             yield PairPiece(number, piece, row_of[pair_query[piece]])
+
+
+def padded_texts(
+    text_ids: Sequence[Sequence[int]], block: TextBlock, num_rows: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """A block's texts as `(num_rows, text tokens)` ids padded with zeros, and `(num_rows,)` lengths.
+
+    Rows without a text have length 1: a text without tokens has nothing to attend to.
+    """
+    ids, lengths = np.zeros((num_rows, block.text_tokens), np.int32), np.ones(num_rows, np.int32)
+    for row, text in enumerate(block.texts.tolist()):
+        ids[row, : len(text_ids[text])] = text_ids[text]
+        lengths[row] = len(text_ids[text])
+    return ids, lengths

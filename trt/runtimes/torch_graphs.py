@@ -1,137 +1,215 @@
-"""Pairs scored by CUDA graphs in torch: work of one size, recorded once and replayed from then on.
+"""Scoring in torch by recorded work: every size is recorded once as a CUDA graph, and replayed from then on.
 
 Below some hundred pairs a forward pass takes longer to launch, kernel by kernel, than to compute. A graph holds for one
-text length and one number of pairs on the same memory: texts keep their length, pairs are filled up to the next of a
-few numbers. Knows no model and no slab; recording is given, so that everything else can be tried without a GPU.
+size of everything on the same memory: texts are padded to a length bucket under a mask, texts and pairs are filled up
+to the next of a few numbers. A call uploads and downloads once. Recording is given (`TorchDevice`), so that everything
+else runs on a processor too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from trt.runtimes.static_shapes import Buckets
+from trt.contract import EngineBroken, GraphCounts
+from trt.runtimes.static_shapes import Buckets, TextBlock, halving_buckets, padded_texts, pair_pieces, text_blocks
+from trt.runtimes.torch_device import TorchDevice, Transfers
+from trt.runtimes.torch_model import ServedModel, TextRows
+from trt.text_lengths import lengths_up_to
 
 log = logging.getLogger(__name__)
 
-
-class Replay(Protocol):
-    """Recorded work."""
-
-    def __call__(self) -> Tensor:
-        """Do it again on whatever its memory holds now; the result stays until the next time."""
-
-
-#: Runs work and records it. Raises `RuntimeError` for work that cannot be recorded.
-Record = Callable[[Callable[[], Tensor]], Replay]
-#: `(P, T, d)` texts, `(P,)` slots and `(P,)` scores of the first stage, or None -> `(P,)` logits.
-Score = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+#: Texts and pairs of every run with fixed sizes.
+FIXED_TEXTS, FIXED_PAIRS = 8, 64
+#: Texts in one run of the text layers, at most: a micro-batch has some tens of requests.
+MAX_TEXTS = 64
+MIN_PAIRS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """What a graph holds for."""
+class EncodedBlock:
+    """The texts of a block on the device, and their lengths."""
 
-    num_pairs: int
-    text_tokens: int
-    has_scores: bool
+    layout: TextBlock
+    texts: TextRows  # (texts, text tokens, ...)
+    lengths: Tensor  # int32 (texts,)
 
 
-def pair_buckets(max_pairs: int) -> Buckets:
-    """Numbers of pairs to fill up to: powers of two from 16 and their halfway points, so at most a third is filling."""
-    sizes = {size for power in range(4, max_pairs.bit_length() + 1) for size in (1 << power, 3 << (power - 1))}
-    return Buckets((*sorted(size for size in sizes if size < max_pairs), max_pairs))
+@dataclass(frozen=True, slots=True)
+class GraphedQueries:
+    """The texts of one call."""
+
+    blocks: list[EncodedBlock]
+    num_texts: int
 
 
 class GraphedScoring:
-    """Scores groups of pairs of one text length. Used from one thread."""
+    """Texts and pairs of a call at a few fixed sizes. Used from one thread, with the device current."""
 
     def __init__(
         self,
-        score: Score,
-        record: Record,
+        model: ServedModel,
+        device: TorchDevice,
+        transfers: Transfers,
         *,
-        buckets: Buckets,
+        max_pairs: int,
         max_text_tokens: int,
-        token_dim: int,
-        device: torch.device,
-        record_at: int,
+        fixed: bool,
     ) -> None:
-        """A size is recorded when it is met the `record_at`th time: one that never comes back is not worth it."""
-        self._score = score
-        self._record = record
-        self._buckets = buckets
-        self._record_at = record_at
-        most = buckets.largest
-        self._texts = torch.zeros(most * max_text_tokens * token_dim, device=device)
-        self._slots = torch.zeros(most, dtype=torch.int32, device=device)
-        self._scores = torch.zeros(most, device=device)
-        self._num_met: Counter[Size] = Counter()
-        self._recorded: dict[Size, Replay | None] = {}  # None: it cannot be
+        """`fixed` leaves one number of texts and one of pairs, so that a logit does not depend on the batch."""
+        assert device.record is not None, "only for a device that records"
+        self._model = model
+        self._record = device.record
+        self._transfers = transfers
+        self._reads_first_stage = model.config.joint.first_stage is not None
+        largest = min(max_pairs, model.num_hot_images or max_pairs)
+        self._text_tokens = Buckets(lengths_up_to(max_text_tokens))
+        self._texts = Buckets((FIXED_TEXTS,)) if fixed else halving_buckets(1, min(max_pairs, MAX_TEXTS))
+        self._pairs = Buckets((min(FIXED_PAIRS, largest),)) if fixed else halving_buckets(MIN_PAIRS, largest)
+        self._replays: dict[tuple[str, int, int], Callable[[], None]] = {}
+        self._num_uncaptured = 0
 
-    @property
-    def num_recorded(self) -> int:
-        return sum(replay is not None for replay in self._recorded.values())
+        def numbers(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=model.device)
 
-    def __call__(self, states: Tensor, rows: Tensor, slots: Tensor, scores: Tensor | None) -> Tensor:
-        """(P,) logits of the texts `states[rows]` against `slots`; they stay until the next call.
+        longest, most = self._text_tokens.largest, self._pairs.largest
+        # What graphs of texts read and write.
+        self._ids, self._id_lengths = numbers(self._texts.largest * longest), numbers(self._texts.largest) + 1
+        self._encoded = model.empty_texts(1, self._texts.largest * longest)
+        # What graphs of pairs read and write. Every pair may have its own text.
+        self._read_texts, self._read_lengths = model.empty_texts(1, most * longest), numbers(most) + 1
+        self._rows, self._slots, self._hot_rows = numbers(most), numbers(most), numbers(most)
+        self._scores, self._logits = (torch.zeros(most, device=model.device) for _ in range(2))
+        self._all_logits = torch.zeros(max_pairs, device=model.device)
 
-        All T tokens of each (Q, T, d) text count. At most as many pairs as the largest bucket.
-        """
-        num_pairs, (text_tokens, dim) = len(rows), states.shape[1:]
-        size = Size(self._buckets.smallest_for(num_pairs), text_tokens, scores is not None)
-        texts = self._texts[: size.num_pairs * text_tokens * dim].view(size.num_pairs, text_tokens, dim)
-        torch.index_select(states, 0, rows, out=texts[:num_pairs])
-        # Filling keeps what was there: texts and slots of earlier calls, which are as good as any.
-        self._slots[:num_pairs] = slots
-        filled_slots = self._slots[: size.num_pairs]
-        filled_scores = None
-        if scores is not None:
-            self._scores[:num_pairs] = scores
-            filled_scores = self._scores[: size.num_pairs]
-        replay = self._replay_of(size, lambda: self._score(texts, filled_slots, filled_scores))
-        return replay()[:num_pairs]
+    def graph_counts(self) -> GraphCounts:
+        return GraphCounts(len(self._replays) - self._num_uncaptured, self._num_uncaptured)
 
-    def _replay_of(self, size: Size, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """How to do work of this size: its graph, or the work itself."""
-        self._num_met[size] += 1
-        if size not in self._recorded and self._num_met[size] >= self._record_at:
+    def warm_up(self) -> None:
+        """Record every size that a call can have. Raises `EngineBroken` if the graphs do not fit in memory."""
+        for text_tokens in self._text_tokens.sizes:
+            for num_texts in self._texts.sizes:
+                self._text_work(text_tokens, num_texts)
+            for num_pairs in self._pairs.sizes:
+                self._pair_work(text_tokens, num_pairs)
+
+    def encode_queries(self, text_ids: Sequence[Sequence[int]]) -> GraphedQueries:
+        lengths = np.array([len(ids) for ids in text_ids], np.int64)
+        layouts = text_blocks(lengths, self._text_tokens, self._texts.largest)
+        padded = [padded_texts(text_ids, each, self._texts.smallest_for(len(each.texts))) for each in layouts]
+        if not layouts:
+            return GraphedQueries([], 0)
+        uploaded = self._transfers.upload(np.concatenate([part.reshape(-1) for pair in padded for part in pair]))
+        blocks, start = [], 0
+        for layout, (ids, _) in zip(layouts, padded, strict=True):
+            num_rows, num_texts = len(ids), len(layout.texts)
+            middle, stop = start + ids.size, start + ids.size + num_rows
+            self._ids[: ids.size].copy_(uploaded[start:middle])
+            self._id_lengths[:num_rows].copy_(uploaded[middle:stop])
+            self._text_work(layout.text_tokens, num_rows)()
+            texts = _views(self._encoded, num_texts, layout.text_tokens).map(Tensor.clone)
+            blocks.append(EncodedBlock(layout, texts, uploaded[middle : middle + num_texts]))
+            start = stop
+        return GraphedQueries(blocks, len(text_ids))
+
+    def score_pairs(
+        self,
+        queries: GraphedQueries,
+        pair_query: NDArray[np.int32],
+        pair_slot: NDArray[np.int32],
+        first_stage: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32]:
+        self._model.derive_match_rows(pair_slot)
+        layouts = [block.layout for block in queries.blocks]
+        pieces = list(pair_pieces(layouts, queries.num_texts, pair_query, self._pairs.largest))
+        logits = np.empty(len(pair_query), np.float32)
+        if not pieces:
+            return logits
+        order = np.concatenate([piece.pairs for piece in pieces])
+        scores = np.full(len(order), np.nan, np.float32) if first_stage is None else first_stage[order]
+        packed = [np.concatenate([piece.rows for piece in pieces]), pair_slot[order], scores.view(np.int32)]
+        uploaded = self._transfers.upload(np.stack(packed))
+        num_scored, loaded = 0, -1
+        for piece in pieces:
+            block, num_pairs = queries.blocks[piece.block], len(piece.pairs)
+            if piece.block != loaded:
+                self._load(block)
+                loaded = piece.block
+            part = slice(num_scored, num_scored + num_pairs)
+            # What fills a size up keeps its former values, which are valid numbers; its logits are not read.
+            self._rows[:num_pairs].copy_(uploaded[0, part])
+            self._slots[:num_pairs].copy_(uploaded[1, part])
+            self._scores[:num_pairs].copy_(uploaded[2, part].view(torch.float32))
+            if self._model.num_hot_images:
+                hot_rows = self._model.derive_keys_values(pair_slot[piece.pairs])
+                self._hot_rows[:num_pairs].copy_(self._transfers.upload(hot_rows))
+            self._pair_work(block.layout.text_tokens, self._pairs.smallest_for(num_pairs))()
+            self._all_logits[part].copy_(self._logits[:num_pairs])
+            num_scored += num_pairs
+        logits[order] = self._transfers.download(self._all_logits[:num_scored])
+        return logits
+
+    def _load(self, block: EncodedBlock) -> None:
+        """Bring a block's texts to the memory that the graphs of pairs read."""
+        num_texts = len(block.layout.texts)
+        views = _views(self._read_texts, num_texts, block.layout.text_tokens)
+        for target, source in zip(views.tensors, block.texts.tensors, strict=True):
+            target.copy_(source)
+        self._read_lengths[:num_texts].copy_(block.lengths)
+
+    def _text_work(self, text_tokens: int, num_texts: int) -> Callable[[], None]:
+        ids = self._ids[: num_texts * text_tokens].view(num_texts, text_tokens)
+        targets = _views(self._encoded, num_texts, text_tokens)
+
+        def encode() -> None:
+            rows = self._model.encode_texts(ids, self._id_lengths[:num_texts])
+            for target, source in zip(targets.tensors, rows.tensors, strict=True):
+                target.copy_(source)
+
+        return self._recorded(("texts", text_tokens, num_texts), encode)
+
+    def _pair_work(self, text_tokens: int, num_pairs: int) -> Callable[[], None]:
+        texts = _views(self._read_texts, self._pairs.largest, text_tokens)
+        rows = self._rows[:num_pairs]
+
+        def score() -> None:
+            picked = texts.map(lambda tensor: tensor.index_select(0, rows))
+            logits = self._model.score(
+                picked,
+                self._slots[:num_pairs],
+                self._read_lengths.index_select(0, rows),
+                self._scores[:num_pairs] if self._reads_first_stage else None,
+                self._hot_rows[:num_pairs] if self._model.num_hot_images else None,
+            )
+            self._logits[:num_pairs].copy_(logits)
+
+        return self._recorded(("pairs", text_tokens, num_pairs), score)
+
+    def _recorded(self, size: tuple[str, int, int], work: Callable[[], None]) -> Callable[[], None]:
+        """The graph of a size, or the work itself where it cannot be recorded."""
+        if size not in self._replays:
+            what, text_tokens, number = size
             try:
-                self._recorded[size] = self._record(work)
+                self._replays[size] = self._record(work)
             except RuntimeError as error:
-                log.warning("%s runs without a CUDA graph: %s", size, str(error).splitlines()[0])
-                self._recorded[size] = None
-        return self._recorded.get(size) or work
+                reason = str(error).splitlines()[0]
+                if isinstance(error, torch.OutOfMemoryError) or "out of memory" in reason:
+                    raise EngineBroken(
+                        f"no memory for the CUDA graph of {number} {what} of {text_tokens} text tokens: ask for fewer "
+                        f"slots or fewer pairs in a batch ({reason})"
+                    ) from error
+                log.warning("%d %s of %d text tokens run without a CUDA graph: %s", number, what, text_tokens, reason)
+                self._replays[size] = work
+                self._num_uncaptured += 1
+        return self._replays[size]
 
 
-class CudaRecorder:
-    """Records on a CUDA device; all graphs share one pool of memory, because none runs beside another."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, work: Callable[[], Tensor]) -> Replay:
-        with torch.cuda.device(self._device):
-            # Once on a stream of its own: libraries set themselves up at their first run, which a graph cannot hold.
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                work()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads fill the slab meanwhile: only what this one calls is forbidden to wait.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = work()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
+def _views(flat: TextRows, num_texts: int, num_tokens: int) -> TextRows:
+    """The first rows of flat memory (1, n, width) as texts (num_texts, num_tokens, width)."""
+    return flat.map(lambda rows: rows[0, : num_texts * num_tokens].view(num_texts, num_tokens, -1))

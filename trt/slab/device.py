@@ -1,85 +1,54 @@
-"""The token slab in device memory: filled from pinned rows on a stream of its own, gathered on the one that computes.
+"""The token slab of the TensorRT runtime, in device memory through pycuda.
 
-Neither waits for the other on the host: a gather waits on the device for what was published before it.
-Knows bytes only.
+Slots are filled on the slab's own stream and gathered on the stream that computes. Knows bytes only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pycuda.driver as cuda
-from numpy.typing import NDArray
 
 from trt.cuda.context import NON_BLOCKING, CudaDevice
 from trt.cuda.kernels import RowCopier
 from trt.cuda.memory import device_memory, pinned_memory
 from trt.slab.layout import SlotLayout
-from trt.slab.staging import StagingRing, runs
-
-#: 100 MB of pinned memory at 24.6 kB an image: a request of 1,000 candidates on each of four fetching threads.
-STAGING_ROWS = 4096
+from trt.slab.staging import STAGING_ROWS, StagedSlab
 
 
-class CudaSlab:
-    """Empty slots are all zero. `stage` and `publish` run on one thread, `gather` on another."""
+class CudaSlab(StagedSlab[cuda.Event]):
+    """Empty slots are all zero."""
 
     def __init__(
         self, device: CudaDevice, copier: RowCopier, layout: SlotLayout, num_slots: int, num_rows: int = STAGING_ROWS
     ) -> None:
-        """`num_rows` staging rows at most, and no more than slots: of an engine without slots nothing is staged.
-
-        Raises `EngineUnavailable` if the slots or the rows do not fit.
-        """
-        self.layout = layout
-        self.num_slots = num_slots
+        """Raises `EngineUnavailable` if the slots or the staging rows do not fit in memory."""
+        super().__init__(layout, num_slots, num_rows)
         self._device = device
         self._copier = copier
-        num_rows = min(num_rows, num_slots)
-        self._ring = StagingRing[cuda.Event](num_rows)
-        self._published: cuda.Event | None = None
-        remedy = f"no memory for {num_slots} slots and {num_rows} staging rows: ask for fewer"
+        remedy = f"no memory for {num_slots} slots and {self.num_rows} staging rows: ask for fewer"
         with device.current():
             self._stream = cuda.Stream(NON_BLOCKING)
             self._tokens = device_memory(num_slots * layout.token_bytes, remedy)
             self._scales = device_memory(num_slots * layout.scale_bytes, remedy)
-            self._row_tokens = pinned_memory((num_rows, layout.token_bytes), np.uint8, remedy)
-            self._row_scales = pinned_memory((num_rows, layout.scale_bytes), np.uint8, remedy)
-            self._row_slots = pinned_memory((num_rows,), np.int32, remedy)
-
-    def stage(self, slots: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[int]]:
-        """Rows of pinned memory; waits only where a copy of what they held before is not over."""
-        rows, marks = self._ring.take(len(slots))
-        with self._device.current():
-            for mark in marks:
-                mark.synchronize()
-        return self._row_tokens.array, self._row_scales.array, rows
-
-    def publish(self, slots: Sequence[int], rows: Sequence[int]) -> None:
-        """Have the device fetch these rows, and return at once."""
-        if not slots:
-            return
-        self._row_slots.array[list(rows)] = slots
-        with self._device.current():
-            stretches = runs(rows)
-            for stretch in stretches:
-                self._fetch(stretch)
-            published = cuda.Event(cuda.event_flags.DISABLE_TIMING)
-            published.record(self._stream)
-            for stretch in stretches:
-                self._ring.hold(stretch, published)
-            self._published = published
+            self._row_addresses = (0, 0, 0)
+            if self.num_rows > 0:
+                tokens = pinned_memory((self.num_rows, layout.token_bytes), np.uint8, remedy)
+                scales = pinned_memory((self.num_rows, layout.scale_bytes), np.uint8, remedy)
+                slots = pinned_memory((self.num_rows,), np.int32, remedy)
+                self.row_tokens, self.row_scales, self.row_slots = tokens.array, scales.array, slots.array
+                self._row_addresses = (tokens.address, scales.address, slots.address)
 
     def wait_for_published(self, stream: cuda.Stream) -> None:
-        """Have the stream wait, on the device, for everything that is published by now."""
-        if self._published is not None:
-            stream.wait_for_event(self._published)
+        """Have the stream wait, on the device, for the last publication."""
+        if self.published is not None:
+            stream.wait_for_event(self.published)
 
     def gather(self, slots: int, num_pairs: int, tokens: int, scales: int, stream: cuda.Stream) -> None:
-        """Enqueue the copy of the slots' content to `tokens` and `scales`, side by side; all of them addresses.
+        """Enqueue the copy of slots to `tokens` and `scales`, in the order of `slots`; all of these are addresses.
 
-        `slots` holds `num_pairs` int32. Without scales in the storage type, `scales` is not written.
+        `slots` holds `num_pairs` int32. A storage type without scales leaves `scales` as it is.
         """
         for source, target, row_bytes in (
             (self._tokens, tokens, self.layout.token_bytes),
@@ -90,19 +59,27 @@ class CudaSlab:
                     int(source), target, num_rows=num_pairs, row_bytes=row_bytes, source_rows=slots, stream=stream
                 )
 
-    def _fetch(self, rows: range) -> None:
-        # The kernel reads pinned rows over the bus by itself: nothing is copied twice, and of what was staged only
-        # what is wanted travels.
+    def _current(self) -> AbstractContextManager[None]:
+        return self._device.current()
+
+    def _copy_rows(self, rows: range) -> None:
+        # The kernel reads the pinned rows over the bus: no second copy, and unpublished rows do not travel.
+        tokens, scales, slots = self._row_addresses
         for source, target, row_bytes in (
-            (self._row_tokens, self._tokens, self.layout.token_bytes),
-            (self._row_scales, self._scales, self.layout.scale_bytes),
+            (tokens, self._tokens, self.layout.token_bytes),
+            (scales, self._scales, self.layout.scale_bytes),
         ):
             if row_bytes > 0:
                 self._copier.copy(
-                    source.address + rows.start * row_bytes,
+                    source + rows.start * row_bytes,
                     int(target),
                     num_rows=len(rows),
                     row_bytes=row_bytes,
-                    target_rows=self._row_slots.address + rows.start * self._row_slots.array.itemsize,
+                    target_rows=slots + rows.start * self.row_slots.itemsize,
                     stream=self._stream,
                 )
+
+    def _record_event(self) -> cuda.Event:
+        event = cuda.Event(cuda.event_flags.DISABLE_TIMING)
+        event.record(self._stream)
+        return event

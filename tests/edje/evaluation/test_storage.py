@@ -14,8 +14,9 @@ from edje.evaluation.errors import StorageImpossible
 from edje.evaluation.storage import store_tokens
 from protocols.blob import BlobLayout, decode_blobs
 from protocols.quantize import StorageType
-from trt.runtimes.dequantize import dequantise
-from trt.slab.layout import HostSlab, SlotLayout
+from trt.slab.host import HostSlab
+from trt.slab.layout import SlotLayout
+from trt.slab.torch_slab import dequantize
 
 STORAGES = get_args(StorageType)
 
@@ -30,7 +31,7 @@ def test_the_tokens_equal_those_of_the_engines_dequantisation(storage, seed, siz
     slab = HostSlab(SlotLayout(storage, 4, 32), num_slots=3)
     decode_blobs(BlobLayout("digest", 4, 32, storage), stored.blobs, slab.tokens, slab.scales, [0, 1, 2])
 
-    seen = dequantise(slab.layout, torch.from_numpy(slab.tokens), torch.from_numpy(slab.scales)).numpy()
+    seen = dequantize(slab.layout, torch.from_numpy(slab.tokens), torch.from_numpy(slab.scales)).numpy()
 
     assert stored.tokens.dtype == np.float32
     assert (stored.tokens == seen).all()

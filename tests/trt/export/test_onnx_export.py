@@ -20,8 +20,8 @@ from trt.export.onnx_export import ExportFailed, check_graph, export_graph
 from trt.export.operators import check_operators
 from trt.graphs import GRAPH_NAMES, graphs_of
 from trt.manifest import read_manifest
-from trt.runtimes.dequantize import dequantise
 from trt.slab.layout import STORAGES, SlotLayout
+from trt.slab.torch_slab import dequantize
 
 pytestmark = pytest.mark.timeout(FIRST_LIMIT_S)
 
@@ -184,7 +184,7 @@ def test_stored_bytes_become_the_tokens_that_the_torch_engine_sees(storage):
     raw = torch.from_numpy(random.integers(0, 256, (5, layout.token_bytes), dtype=np.uint8))
     scales = torch.from_numpy(random.random((5, layout.scale_bytes // (4 if storage == "int8" else 2) or 1)))
     typed = scales.to(torch.float32 if storage == "int8" else torch.float16)
-    expected = dequantise(layout, raw, typed.view(torch.uint8))
+    expected = dequantize(layout, raw, typed.view(torch.uint8))
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(storage)
 
     if half is not None:

@@ -23,9 +23,10 @@ from trt.contract import EngineBroken, EngineMismatch, EngineUnavailable
 from trt.graphs import graphs_of
 from trt.load import load_engine, open_tensorrt
 from trt.manifest import BuiltOn, digest_file
+from trt.runtimes.torch_device import TorchDevice
 from trt.runtimes.torch_engine import TorchEngine
-from trt.slab.host import SharedSlab
 from trt.slab.layout import STORAGES, SlotLayout
+from trt.slab.torch_slab import SharedSlab
 
 SIZES = {"num_slots": 24, "max_pairs": 48, "max_images": 12}
 #: Texts of every length bucket (8, 32, 63), and more than one run of the query graph takes.
@@ -81,7 +82,7 @@ def scored(engine, first_stage=None):
 def torch_engine(checkpoint, storage):
     loaded = load_checkpoint(checkpoint)
     layout = SlotLayout(storage, loaded.config.adapter.num_tokens, loaded.config.joint.dim)
-    sizes = {"max_pairs": 48, "max_images": 12, "device": torch.device("cpu"), "dtype": torch.float32}
+    sizes = {"max_pairs": 48, "max_images": 12, "device": TorchDevice(torch.device("cpu")), "dtype": torch.float32}
     return filled(TorchEngine(loaded, slab=SharedSlab(layout, 24), **sizes))
 
 

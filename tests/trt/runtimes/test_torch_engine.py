@@ -1,4 +1,4 @@
-"""The torch engine: precision, stored tokens, first-stage scores, staging and recorded graphs."""
+"""The torch engine: precision, stored tokens, first-stage scores, and staging."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from engine_contract import (
 )
 from protocols.quantize import quantize
 from small_engines import STAGING_ROWS, constant_engine, torch_engine
-from torch_recorder import done_again
 from trt.contract import EngineBroken, LimitExceeded
 from trt.slab.layout import STORAGES
 
@@ -25,16 +24,6 @@ from trt.slab.layout import STORAGES
 STORAGE_TOLERANCE = {"fp16": 0.005, "bf16": 0.04, "int8": 0.06, "int4": 1.3}
 #: How far bf16 layers may move a logit from float32 layers, in the same unit: 0.14 without AVX512.
 BF16_TOLERANCE = 0.2
-
-
-def test_scoring_that_comes_back_is_recorded_once_for_each_text_length(checkpoint, pixels):
-    engine = torch_engine(checkpoint, "int8", record=done_again)
-    fill_slots(engine, range(12), engine.encode_images(pixels)[0])
-
-    scores = [all_scores(engine, [DOG, CAT], 12) for _ in range(3)]
-
-    assert engine.num_graphs == 2
-    np.testing.assert_allclose(scores[1:], scores[:1] * 2, atol=1e-5)
 
 
 scored = pytest.mark.parametrize("variant", ["tiny-scored", *(f"{name}-scored" for name in LATE_FUSION)])
@@ -120,7 +109,7 @@ def test_bf16_layers_score_close_to_float32_layers(checkpoints, pixels, variant)
 
 @pytest.mark.parametrize("variant", ["tiny", *LATE_FUSION])
 def test_layers_compute_in_the_engines_precision_and_all_else_in_float32(checkpoints, variant):
-    joint = torch_engine(checkpoints / variant, "int8", torch.bfloat16)._model.joint
+    joint = torch_engine(checkpoints / variant, "int8", torch.bfloat16)._model.edje.joint
 
     in_layers, others = set(), set()
     for name, parameter in joint.named_parameters():
@@ -133,7 +122,7 @@ def test_layers_compute_in_the_engines_precision_and_all_else_in_float32(checkpo
 def test_the_text_layers_run_once_per_query(checkpoints, pixels, variant):
     engine, seen = torch_engine(checkpoints / variant, "int8"), []
     fill_slots(engine, range(12), engine.encode_images(pixels)[0])
-    engine._model.joint.text_layers[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    engine._model.edje.joint.text_layers[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
 
     queries = engine.encode_queries([DOG, CAT])
     for slot in range(12):
@@ -198,7 +187,7 @@ def test_a_device_out_of_memory_means_the_process_must_end(checkpoint, monkeypat
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(engine._model, "score", out_of_memory)
+    monkeypatch.setattr(engine._model.edje, "score", out_of_memory)
 
     with pytest.raises(EngineBroken, match="out of memory"):
         all_scores(engine, [DOG], 1)

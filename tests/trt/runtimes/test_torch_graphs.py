@@ -1,113 +1,144 @@
-"""Scoring by graphs in torch: the logits are those without them, whatever is filled up, and what comes back is kept."""
+"""Scoring by recorded work: the logits of scoring without it, every size recorded before the first call."""
 
-from __future__ import annotations
-
+import itertools
 import logging
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torch_recorder import done_again
-from trt.runtimes.torch_graphs import GraphedScoring, Size, pair_buckets
+from engine_contract import CAT, DOG, LATE_FUSION, MAX_PAIRS, NUM_SLOTS, all_scores, fill_slots, numbers
+from small_engines import torch_engine
+from torch_recorder import RecordingTorch
+from trt.contract import EngineBroken, GraphCounts
+from trt.runtimes.static_shapes import halving_buckets
+from trt.text_lengths import TEXT_LENGTHS
 
-MAX_PAIRS, MAX_TEXT, DIM = 40, 6, 2
-CPU = torch.device("cpu")
-generator = torch.Generator().manual_seed(0)
-SLAB = torch.rand(30, generator=generator)
-STATES = torch.rand(5, MAX_TEXT, DIM, generator=generator)
-
-
-def score(texts, slots, scores):
-    """Depends on all that a pair has."""
-    logits = texts.sum((1, 2)) + SLAB[slots]
-    return logits if scores is None else logits + scores
+TEXTS = [DOG, CAT, [2, *range(30, 60), 3], [2, 3], [2, *range(30, 45), 3], [2] * 63]
+#: Texts of every bucket of 63 tokens times numbers of texts and of pairs up to 48.
+NUM_SIZES = 8 * (len(halving_buckets(1, MAX_PAIRS).sizes) + len(halving_buckets(16, MAX_PAIRS).sizes))
 
 
-def graphed(record=done_again, record_at=2):
-    return GraphedScoring(
-        score,
-        record,
-        buckets=pair_buckets(MAX_PAIRS),
-        max_text_tokens=MAX_TEXT,
-        token_dim=DIM,
-        device=CPU,
-        record_at=record_at,
-    )
+@pytest.fixture
+def recording():
+    return RecordingTorch()
 
 
-groups = st.tuples(
-    st.integers(1, MAX_TEXT),
-    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 29)), min_size=1, max_size=MAX_PAIRS),
-    st.booleans(),
+@pytest.fixture
+def graphed(checkpoint, recording):
+    return torch_engine(checkpoint, "int8", staged=True, device=recording.device)
+
+
+@pytest.fixture(scope="module", params=["tiny", *LATE_FUSION, "tiny-scored", "tiny-maxsim-scored"])
+def both(request, checkpoints):
+    """The same slots in an engine that scores directly and in one that replays."""
+    checkpoint = checkpoints / request.param
+    engines = [
+        torch_engine(checkpoint, "int8"),
+        torch_engine(checkpoint, "int8", staged=True, device=RecordingTorch().device),
+    ]
+    random = np.random.default_rng(0)
+    info = engines[0].info
+    for start in range(0, NUM_SLOTS, 12):
+        tokens = random.normal(size=(12, info.num_visual_tokens, info.token_dim)).astype(np.float32)
+        for engine in engines:
+            fill_slots(engine, range(start, start + 12), tokens)
+    return engines
+
+
+pairs = st.lists(
+    st.tuples(st.integers(0, len(TEXTS) - 1), st.integers(0, NUM_SLOTS - 1)), min_size=1, max_size=MAX_PAIRS
 )
 
 
-@settings(deadline=None)  # the first product takes long
-@given(st.lists(groups, min_size=1, max_size=12))
-def test_every_group_gets_the_logits_of_its_own_pairs(given_groups):
-    scoring = graphed()
-    for text_tokens, pairs, has_scores in given_groups:
-        rows, slots = (torch.tensor(column, dtype=torch.int32) for column in zip(*pairs, strict=True))
-        scores = torch.arange(len(pairs), dtype=torch.float32) if has_scores else None
-        states = STATES[:, :text_tokens]
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs=pairs, with_scores=st.booleans())
+def test_every_pair_gets_its_logit_whatever_fills_its_size(both, pairs, with_scores):
+    query, slot = (numbers(*column) for column in zip(*pairs, strict=True))
+    scores = np.linspace(0, 1, len(pairs), dtype=np.float32) if with_scores else None
 
-        found = scoring(states, rows, slots, scores)
+    direct, graphed = (each.score_pairs(each.encode_queries(TEXTS), query, slot, scores) for each in both)
 
-        torch.testing.assert_close(found, score(states[rows], slots, scores))
+    np.testing.assert_allclose(graphed, direct, atol=1e-5)
 
 
-def ask(scoring, num_pairs, text_tokens=3):
-    numbers = torch.zeros(num_pairs, dtype=torch.int32)
-    return scoring(STATES[:, :text_tokens], numbers, numbers, None)
+def test_warming_up_records_every_size_and_a_call_records_none(graphed, recording, pixels):
+    graphed.warm_up()
+    assert graphed.graph_counts() == GraphCounts(NUM_SIZES, 0)
+
+    fill_slots(graphed, range(12), graphed.encode_images(pixels)[0])
+    all_scores(graphed, TEXTS[:4], 12)
+    all_scores(graphed, [[2] * 63], 3)
+
+    assert recording.num_recorded == NUM_SIZES
+    assert recording.num_replayed > 0
 
 
-def test_a_size_is_recorded_when_it_comes_back():
-    recorded = []
+def test_texts_of_one_bucket_are_encoded_and_scored_together(graphed, recording):
+    graphed.warm_up()
 
-    def record(work):
-        recorded.append(work)
-        return done_again(work)
+    all_scores(graphed, [[2] * length for length in (17, 18, 19, 20, 21)], 5)
 
-    scoring = graphed(record)
-    ask(scoring, 17)
-    assert recorded == []
-
-    ask(scoring, 20)  # filled up to the same number of pairs
-    ask(scoring, 24)
-
-    assert (len(recorded), scoring.num_recorded) == (1, 1)
-    ask(scoring, 25)
-    ask(scoring, 17, text_tokens=4)
-    assert len(recorded) == 1
+    assert recording.num_replayed == 2
 
 
-def test_with_fixed_sizes_nothing_runs_without_being_recorded():
-    scoring = graphed(record_at=1)
-    ask(scoring, 5)
-    assert scoring.num_recorded == 1
+def test_no_memory_for_a_graph_ends_the_process(graphed, recording):
+    recording.fault = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(EngineBroken, match="no memory for the CUDA graph of 1 texts of 8 text tokens: ask for fewer"):
+        graphed.warm_up()
 
 
-def test_what_cannot_be_recorded_runs_as_it_is_and_is_told_once(caplog):
-    def refused(work):
-        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+def test_work_that_cannot_be_recorded_is_run_and_counted(graphed, recording, checkpoint, pixels, caplog):
+    recording.fault = RuntimeError("operation not permitted when stream is capturing\nmore")
+    direct = torch_engine(checkpoint, "int8")
+    for engine in (graphed, direct):
+        fill_slots(engine, range(12), direct.encode_images(pixels)[0])
 
-    scoring = graphed(refused)
     with caplog.at_level(logging.WARNING):
-        found = [ask(scoring, 3) for _ in range(4)]
+        found = all_scores(graphed, [DOG], 12)
 
-    assert scoring.num_recorded == 0
-    torch.testing.assert_close(found[3], found[0])
-    (told,) = caplog.messages
-    assert str(Size(16, 3, False)) in told
-    assert told.endswith("capturing")
+    np.testing.assert_allclose(found, all_scores(direct, [DOG], 12), atol=1e-5)
+    assert graphed.graph_counts() == GraphCounts(0, 2)
+    assert "16 pairs of 8 text tokens run without a CUDA graph: operation not permitted" in caplog.text
 
 
-@pytest.mark.parametrize("max_pairs", [1, 8, 16, 17, 48, 256, 1000, 1024])
-def test_at_most_a_third_is_filling(max_pairs):
-    buckets = pair_buckets(max_pairs)
+def test_with_fixed_sizes_a_logit_is_the_same_in_every_batch(checkpoint, recording, pixels):
+    engine = torch_engine(checkpoint, "int8", staged=True, device=recording.device, fixed_buckets=True)
+    fill_slots(engine, range(12), engine.encode_images(pixels)[0])
+    engine.warm_up()
+    together = all_scores(engine, [DOG, CAT], 12)[0]
+    queries = engine.encode_queries([DOG])
 
-    assert buckets.largest == max_pairs
-    for num_pairs in range(16, max_pairs + 1):
-        assert num_pairs <= buckets.smallest_for(num_pairs) < 1.5 * num_pairs
+    alone = [engine.score_pairs(queries, numbers(0), numbers(slot))[0] for slot in range(12)]
+
+    assert engine.graph_counts() == GraphCounts(2 * len(TEXT_LENGTHS), 0)
+    np.testing.assert_allclose(together, alone, atol=1e-6)  # a processor's kernels depend on a row's index
+
+
+def test_copies_are_timed_by_events_of_the_engines_device(graphed, pixels):
+    fill_slots(graphed, range(3), graphed.encode_images(pixels[:3])[0])
+    all_scores(graphed, [DOG], 3)
+
+    copies = graphed.last_copies()
+
+    assert (copies.to_device_s, copies.to_host_s) == pytest.approx((0.25e-3, 0.25e-3))
+
+
+def test_a_processor_has_no_graphs_and_no_copies(checkpoint):
+    engine = torch_engine(checkpoint, "int8")
+
+    assert engine.graph_counts() is None
+    assert engine.last_copies() is None
+
+
+@given(st.integers(1, 40), st.integers(1, 2_000))
+def test_sizes_end_at_the_largest_and_at_most_a_third_is_padding(smallest, largest):
+    sizes = halving_buckets(smallest, largest).sizes
+
+    assert sizes[-1] == largest
+    assert sorted(set(sizes)) == list(sizes)
+    for below, above in itertools.pairwise(sizes):
+        assert (above - below - 1) / above <= 1 / 3

@@ -14,7 +14,7 @@ from recorded_engine import recorded_modules
 from recording_cuda import Gpu
 from trt.contract import EngineBroken, EngineUnavailable, LimitExceeded
 from trt.slab.layout import STORAGES, SlotLayout
-from trt.slab.staging import StagingRing, runs
+from trt.slab.staging import StagingRing, adjacent
 
 NUM_SLOTS, NUM_ROWS = 12, 8
 
@@ -127,11 +127,14 @@ def test_more_rows_than_the_ring_holds_are_refused(cuda):
         make_slab(cuda, SlotLayout("int8", 4, 32)).stage(range(NUM_ROWS + 1))
 
 
-def test_a_slab_without_slots_is_there_to_be_left_alone(cuda):
+def test_a_slab_without_slots_pins_nothing(cuda):
     with cuda.device.current():
         copier = cuda.kernels.RowCopier(cuda.device.compute_capability)
 
-    assert cuda.slab.CudaSlab(cuda.device, copier, SlotLayout("int8", 4, 32), 0).num_slots == 0
+    slab = cuda.slab.CudaSlab(cuda.device, copier, SlotLayout("int8", 4, 32), 0)
+
+    assert slab.num_slots == 0
+    assert "pagelocked_empty" not in cuda.gpu.calls
 
 
 @pytest.mark.parametrize("call", ["mem_alloc", "pagelocked_empty"])
@@ -186,23 +189,23 @@ def test_contexts_are_current_for_as_long_as_a_call_and_nest(cuda):
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=40), st.integers(7, 9))
-def test_a_ring_gives_neighbours_and_asks_to_wait_for_whatever_is_still_read(counts, num_rows):
+def test_a_ring_gives_adjacent_rows_and_the_events_of_those_still_read(counts, num_rows):
     ring, read = StagingRing[int](num_rows), {}
 
-    for mark, count in enumerate(counts):
-        rows, marks = ring.take(count)
+    for event, count in enumerate(counts):
+        rows, events = ring.take(count)
         assert len(rows) == count
         assert 0 <= rows.start <= rows.stop <= num_rows
-        assert {read.pop(row) for row in rows if row in read} <= set(marks) | {None}
-        for row in [row for row, other in read.items() if other in marks]:
-            read[row] = None  # over, and may be waited for no more
-        ring.hold(rows, mark)
-        read.update(dict.fromkeys(rows, mark))
+        assert {read.pop(row) for row in rows if row in read} <= set(events) | {None}
+        for row in [row for row, other in read.items() if other in events]:
+            read[row] = None  # its event has passed
+        ring.hold(rows, event)
+        read.update(dict.fromkeys(rows, event))
 
 
 @given(st.sets(st.integers(0, 40)))
-def test_runs_are_stretches_of_neighbours(rows):
-    found = runs(list(rows))
+def test_adjacent_rows_share_a_range(rows):
+    found = adjacent(list(rows))
 
     assert [row for each in found for row in each] == sorted(rows)
     assert all(one.stop < other.start for one, other in itertools.pairwise(found))

@@ -786,9 +786,10 @@ class RealEngine:
         from edje.model.weights import load_checkpoint
         from edje.text import Tokenizer
         from protocols.blob import BlobLayout, blob_key, encode_blob
+        from trt.runtimes.torch_device import TorchDevice
         from trt.runtimes.torch_engine import TorchEngine
-        from trt.slab.host import SharedSlab
         from trt.slab.layout import SlotLayout
+        from trt.slab.torch_slab import SharedSlab
 
         first_stage = FirstStageScoreConfig(mean=0.3, std=0.1) if reads_first_stage else None
         config = replace(VARIANTS[variant], joint=replace(VARIANTS[variant].joint, first_stage=first_stage))
@@ -797,7 +798,7 @@ class RealEngine:
         self.layout = BlobLayout(digest, config.adapter.num_tokens, config.joint.dim, "int8")
         slab = SharedSlab(SlotLayout("int8", self.layout.num_tokens, self.layout.token_dim), 64)
         self.engine = TorchEngine(
-            loaded, slab=slab, max_pairs=32, max_images=1, device=torch.device("cpu"), dtype=torch.float32
+            loaded, slab=slab, max_pairs=32, max_images=1, device=TorchDevice(torch.device("cpu")), dtype=torch.float32
         )
         self.encode_batch = Tokenizer.load(folder).encode_batch
         random = np.random.default_rng(0)
