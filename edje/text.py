@@ -40,10 +40,12 @@ class EncodedText:
         """The number of ids without [CLS] and [SEP]."""
         return len(self.ids) - 2
 
-    @property
-    def is_understood(self) -> bool:
-        """Whether any word piece of the text is in the vocabulary: not for spaces, `???` or an unknown script."""
-        return self.num_pieces > self.num_unknown
+    def is_understood(self, text: str) -> bool:
+        """Whether a word piece of `text`, which gave these ids, is in the vocabulary and is more than punctuation.
+
+        False for spaces, `???`, an emoji or an unknown script.
+        """
+        return self.num_unknown < self.num_pieces and any(map(str.isalnum, text))
 
 
 class Tokenizer:

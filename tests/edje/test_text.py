@@ -146,14 +146,23 @@ def test_words_name_the_positions_of_their_pieces(tokenizer):
 def test_a_text_without_a_known_piece_is_not_understood(tokenizer, text):
     [encoded] = tokenizer.encode_batch([text])
 
-    assert not encoded.is_understood
+    assert not encoded.is_understood(text)
 
 
 @pytest.mark.parametrize("text", ["dog", "🐕 dog", "d", "собака", "5"])
 def test_a_text_with_a_known_piece_is_understood(tokenizer, text):
     [encoded] = tokenizer.encode_batch([text])
 
-    assert encoded.is_understood
+    assert encoded.is_understood(text)
+
+
+def test_punctuation_is_not_understood_even_where_the_vocabulary_has_it():
+    tokenizer = Tokenizer(character_tokenizer().to_str(), parse_without_canonical_captions())
+
+    [encoded] = tokenizer.encode_batch(["???"])
+
+    assert encoded.num_unknown < encoded.num_pieces
+    assert not encoded.is_understood("???")
 
 
 @pytest.mark.parametrize("canonical", [True, False])

@@ -155,7 +155,7 @@ def warnings_about(request: Request, encoded: Sequence[EncodedText]) -> list[tup
     A text is not understood if none of its pieces is known, or if it has no letter and no digit.
     """
     num_texts = len(encoded)
-    understood = [_is_understood(text, each) for text, each in zip(request.texts, encoded, strict=True)]
+    understood = [each.is_understood(text) for text, each in zip(request.texts, encoded, strict=True)]
     num_cut = sum(each.is_cut for each in encoded)
     found: list[tuple[str, str]] = []
     if request.direction == "text-to-image":
@@ -177,7 +177,3 @@ def warnings_about(request: Request, encoded: Sequence[EncodedText]) -> list[tup
     if num_cut:
         found.append(("candidates_cut", f"{num_cut} of {num_texts} candidate texts are longer than the model reads"))
     return found
-
-
-def _is_understood(text: str, encoded: EncodedText) -> bool:
-    return encoded.num_unknown < encoded.num_pieces and any(map(str.isalnum, text))
