@@ -7,6 +7,7 @@ UV      := $(VENV)/bin/uv
 LOCK    := requirements/everything.txt
 # The lock holds the CUDA build of torch; another build (UV_TORCH_BACKEND=cpu) leaves these out and takes its own.
 TORCH   := ^(torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==
+CLIENTS := build/clients
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
 # The system's certificates, so that everything also works behind a proxy that inspects TLS.
@@ -17,7 +18,7 @@ export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo search test test-pythons test-tensorrt test-gpu test-kubernetes test-autoscaling check docs up bench soak quality lock clean
+.PHONY: help demo search test test-clients test-pythons test-tensorrt test-gpu test-kubernetes test-autoscaling check docs up bench soak quality lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +31,10 @@ test: $(READY) ## Every test, against a real Kafka and a real Redis
 
 test-pythons: $(READY) ## The tests that need no server, on every other Python from 3.11 on that is installed
 	@$(PYTHON) tests/support/every_python.py
+
+test-clients: $(READY) $(CLIENTS)/.ready ## The gateway called by the SDKs of Cohere, LangChain, Haystack and LiteLLM
+	@$(PYTHON) tests/support/serve_gateway.py $(CLIENTS)/bin/python -m pytest -q -p no:cacheprovider \
+	  --rootdir tests/clients --confcutdir tests/clients -c /dev/null --disable-warnings tests/clients
 
 test-tensorrt: $(READY) ## The TensorRT runtime against the real bindings of TensorRT and CUDA; a C++ compiler needed, no GPU
 	@$(PYTHON) -m pytest -m tensorrt
@@ -91,6 +96,11 @@ $(VENV)/.uv: requirements/uv.txt
 	done; \
 	test -x $(PYTHON) || { echo "no python3 >= 3.11 with the module venv was found (Debian: apt install python3-venv)" >&2; exit 1; }
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/uv.txt
+	@touch $@
+
+$(CLIENTS)/.ready: $(READY) requirements/clients.txt
+	@$(UV) venv --quiet --clear --python $(PYTHON) $(CLIENTS)
+	@$(UV) pip sync --quiet --python $(CLIENTS)/bin/python --require-hashes requirements/clients.txt
 	@touch $@
 
 $(READY): $(VENV)/.uv $(LOCK) pyproject.toml
