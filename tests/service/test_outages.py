@@ -92,9 +92,6 @@ def test_with_the_broker_killed_and_back_nothing_is_lost_and_work_resumes(
     ids += ask_many(service, "after", 5)
 
     def all_answered():
-        nonlocal worker
-        if delivery == "exactly_once" and worker.has_ended("whether a transaction was committed is not known"):
-            worker = service.rerank(**settings)
         replies.pull()
         return set(ids) <= set(replies.by_id())
 
@@ -124,9 +121,11 @@ def test_with_redis_away_images_wait_and_are_indexed_when_it_is_back(make_servic
     eventually(
         lambda: worker.metric("edje_retries_total", kind="store_read") > 0, "the worker has noticed that Redis is away"
     )
+    eventually(lambda: "Connection refused" in worker.get("/readyz")[1], "the worker is not ready and reports why")
     let_pass(AWAY_S)
     redis.start()
     indexed = service.tap(service.topics.images_indexed).wait_ids(images)
+    eventually(lambda: worker.get("/readyz")[0] == 200, "the worker is ready again")
 
     assert [len(indexed[image]) for image in images] == [1] * len(images)
     assert worker.metric("edje_events_total", outcome="ok") == len(images)

@@ -28,8 +28,10 @@ from bus_harness import (
     take,
     values,
 )
+from workers.bus import kafka_internals
 from workers.bus.kafka_internals import clear_exhausted_partition
 from workers.errors import TooLarge, TopicRefused, Transient
+from workers.partitions import Marker
 from workers.ports import Commit, Outgoing, Partition
 
 BIG = b"x" * 100_000
@@ -543,3 +545,54 @@ def test_a_member_has_joined_once_it_has_its_share_of_the_partitions(bus):
     inbox = bus.inbox(bus.topic("in"))
 
     eventually(inbox.joined)
+
+
+@pytest.mark.services
+def test_a_partition_that_is_added_is_read_within_seconds(kafka):
+    topic = kafka.topic("in")
+    inbox, outbox = kafka.inbox(topic), kafka.outbox()
+    send_all(outbox, messages(topic, 1))
+    take(inbox, 1)
+
+    with contextlib.closing(KafkaAdminClient(**kafka.connection)) as admin:
+        admin.create_partitions({topic: 2})
+    eventually(lambda: outbox.send(Outgoing(topic, None, b"added", partition=1)).exception(LIMIT_S) is None)
+    started = time.monotonic()
+
+    assert values(take(inbox, 1)) == [b"added"]
+    assert time.monotonic() - started < 15.0
+
+
+@pytest.mark.services
+def test_a_topic_that_is_deleted_and_created_again_is_read_from_its_beginning_as_a_new_assignment(kafka):
+    topic = kafka.topic("in")
+    partition = Partition(topic, 0)
+    inbox, outbox = kafka.inbox(topic), kafka.outbox()
+    send_all(outbox, messages(topic, 3))
+    records = take(inbox, 3)
+    topic_id = kafka_internals.topic_id(inbox._consumer, topic)
+    inbox.commit({partition: Commit(3, str(Marker(1, 0, topic_id)))}).result(LIMIT_S)
+
+    with contextlib.closing(KafkaAdminClient(**kafka.connection)) as admin:
+        admin.delete_topics([topic])
+    eventually(lambda: is_created(kafka, "in"))
+    again = kafka.outbox()
+    send_all(again, messages(topic, 5, start=10))
+    found: dict[bytes, int] = {}
+
+    def has_all() -> bool:
+        open_all(inbox)
+        while (record := inbox.take()) is not None:
+            found[record.value] = max(record.epoch, found.get(record.value, 0))
+        return set(found) >= {b"%d" % number for number in range(10, 15)}
+
+    eventually(has_all)
+    assert all(epoch > records[0].epoch for value, epoch in found.items() if int(value) >= 10)
+
+
+def is_created(kafka: KafkaBus, name: str) -> bool:
+    try:
+        kafka.topic(name)
+    except Exception:  # the deletion is not complete yet
+        return False
+    return True
