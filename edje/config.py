@@ -112,7 +112,7 @@ class JointConfig:
 class PreprocessConfig:
     """Preprocessing of images and captions.
 
-    Every image is resized to a square without cropping, whatever the tower's published preprocessing does.
+    Every image is resized to a square without cropping, even where the tower's published preprocessing crops.
     """
 
     __pydantic_config__ = _CLOSED

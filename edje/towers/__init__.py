@@ -1,1 +1,1 @@
-"""Vision towers: our own ViT, and those of transformers, timm and ONNX behind one interface."""
+"""Vision towers: the local ViT, and those of transformers, timm and ONNX behind one interface."""

@@ -1,4 +1,4 @@
-"""Vision towers that are ONNX graphs. ONNX Runtime computes them on the CPU, on whatever device the model is."""
+"""Vision towers that are ONNX graphs. ONNX Runtime runs them on the CPU, also if the model is on another device."""
 
 from __future__ import annotations
 
