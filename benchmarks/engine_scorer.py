@@ -55,10 +55,7 @@ def engine_scorer(split: EncodedSplit, runtime: Runtime, device: str) -> Scorer:
             part = slice(start, start + MAX_PAIRS)
             names, numbers = np.unique(captions[part], return_inverse=True)
             queries = engine.encode_queries([tokenizer.encode(split.captions[name]) for name in names])
-            first_stage = split.similarity[captions[part], images[part]] if engine.info.reads_first_stage else None
-            logits[part] = engine.score_pairs(
-                queries, numbers.astype(np.int32), images[part].astype(np.int32), first_stage
-            )
+            logits[part] = engine.score_pairs(queries, numbers.astype(np.int32), images[part].astype(np.int32))
         return logits
 
     return score

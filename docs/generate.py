@@ -38,6 +38,7 @@ COMMANDS = (
     "edje.init",
     "edje.train",
     "edje.evaluate",
+    "edje.calibrate",
     "edje.convert",
     "trt.build.__main__",
     "trt.inspect",

@@ -51,7 +51,6 @@ class JointRecipe(_Closed):
     text_layers: Count = Field(0, description="Layers that read the text alone, once per query.")
     visual_layers: Count = Field(0, description="Layers that read the visual tokens alone, once per image, offline.")
     match_dim: Count = Field(0, description="Width in which text and visual tokens are compared. 0: not compared.")
-    reads_first_stage: bool = Field(False, description="Whether the logit includes the first stage's score.")
     bert: str | None = Field(
         None,
         description="A BERT that gives weights, sizes and vocabulary: a folder, `package:NAME/folder` or `hub:NAME`. "
@@ -151,7 +150,6 @@ class Phase(_Closed):
     mask_share: Probability = Field(0.5, description="Share of a caption's tokens that the loss `mlm` masks.")
     word_dropout: Probability = Field(0.0, description="Share of a caption's tokens that are masked for all losses.")
     token_dropout: Probability = Field(0.0, description="Share of patch tokens that are set to zero.")
-    score_dropout: Probability = Field(0.1, description="Share of pairs whose first-stage score is withheld.")
     teacher: str | None = Field(
         None, description="Checkpoint of the teacher for the loss `distillation`, with the same tower and vocabulary."
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +107,7 @@ def encode_split(
         )
     lengths = [len(ids) for ids in text_ids]
     num_visual = stored.tokens.shape[1]
-    scorers: dict[str, Callable[[], Scorer]] = {FULL: partial(torch_scorers.joint, similarity)}
+    scorers: dict[str, Callable[[], Scorer]] = {FULL: torch_scorers.joint}
     costs = {FULL: joint_cost(config.joint, lengths, num_visual)}
     if torch_scorers.has_late_interaction:
         scorers[CHEAP] = torch_scorers.late_interaction

@@ -55,7 +55,7 @@ def rank_lists(
     extracted = extract(extractor_of(model, loaded.config), dataset, features, strict=True, console=console)
     stored = store_tokens(encode_images(model, extracted, device), storage, loaded.digest)
     tokenizer = Tokenizer.load(checkpoint)
-    scorer = TorchScorers(model, [tokenizer.encode(text) for text in texts], stored.tokens, device=device).joint(None)
+    scorer = TorchScorers(model, [tokenizer.encode(text) for text in texts], stored.tokens, device=device).joint()
     logits = scorer(*(np.concatenate(part).astype(np.int64) for part in zip(*pairs, strict=True)))
     ends = np.cumsum([len(one.candidates) for one in lists])
     calibration = loaded.config.calibration

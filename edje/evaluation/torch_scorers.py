@@ -25,7 +25,7 @@ BATCH_CAPTIONS = 256
 #: Token similarities held at a time: 64 MB.
 _MATRIX_VALUES = 16_000_000
 
-_ScorePairs = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_ScorePairs = Callable[[Tensor, Tensor], Tensor]
 
 
 class TorchScorers:
@@ -58,15 +58,13 @@ class TorchScorers:
     def has_late_interaction(self) -> bool:
         return self._match is not None
 
-    def joint(
-        self, similarity: NDArray[np.float32] | None
-    ) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
-        """A scorer that returns the model's logits; `similarity` (captions, images) is for a head that reads it."""
+    def joint(self) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
+        """A scorer that returns the model's logits."""
 
-        def score(text: Tensor, visual: Tensor, first_stage: Tensor | None) -> Tensor:
-            return self._model.score(text, visual, None, first_stage)
+        def score(text: Tensor, visual: Tensor) -> Tensor:
+            return self._model.score(text, visual, None)
 
-        return lambda captions, images: self._by_length(score, captions, images, similarity)
+        return lambda captions, images: self._by_length(score, captions, images)
 
     def late_interaction(self) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
         """A scorer that returns the late interaction alone; requires `has_late_interaction`."""
@@ -76,11 +74,11 @@ class TorchScorers:
         with torch.no_grad():
             projected = match.project_visual(self._tokens)  # once per image, and texts once per batch, not per pair
 
-        def score(text: Tensor, visual: Tensor, first_stage: Tensor | None) -> Tensor:
+        def score(text: Tensor, visual: Tensor) -> Tensor:
             return match.compare(text, visual, None)
 
         return lambda captions, images: self._by_length(
-            score, captions, images, None, visual=projected, prepare_text=match.project_text
+            score, captions, images, visual=projected, prepare_text=match.project_text
         )
 
     @torch.no_grad()
@@ -105,7 +103,6 @@ class TorchScorers:
         score: _ScorePairs,
         captions: NDArray[np.int64],
         images: NDArray[np.int64],
-        similarity: NDArray[np.float32] | None,
         *,
         visual: Tensor | None = None,
         prepare_text: Callable[[Tensor], Tensor] = lambda text: text,
@@ -121,8 +118,7 @@ class TorchScorers:
                 texts, text_of_pair = np.unique(captions[some], return_inverse=True)
                 states = self._encoded(length, texts)[self._on_device(self._rows[texts])]
                 text = prepare_text(states)[self._on_device(text_of_pair)]
-                first = None if similarity is None else self._on_device(similarity[captions[some], images[some]])
-                scores[some] = score(text, by_image[self._on_device(images[some])], first).float().cpu().numpy()
+                scores[some] = score(text, by_image[self._on_device(images[some])]).float().cpu().numpy()
         return scores
 
     def _encoded(self, length: int, captions: NDArray[np.int64]) -> Tensor:

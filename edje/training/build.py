@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from edje.checkpoint import read_tokenizer_json
-from edje.config import EdjeConfig, FirstStageScoreConfig, JointConfig, PreprocessConfig
+from edje.config import EdjeConfig, JointConfig, PreprocessConfig
 from edje.features.extraction import extractor_of
 from edje.first_stage.load import load_first_stage
 from edje.imports.bert import load_bert
@@ -190,5 +190,4 @@ def _joint_config(recipe: Recipe, shape: BertShape | None, vocab_size: int, sep_
         visual_layers=joint.visual_layers,
         match_dim=joint.match_dim,
         # Set after the first stage is trained or fitted, by `TrainingModel.standardise`.
-        first_stage=FirstStageScoreConfig(mean=0.0, std=1.0) if joint.reads_first_stage else None,
     )

@@ -33,7 +33,6 @@ _BATCH_IMAGES = 64
 class DevRetrieval:
     """The dev split as a task of each direction, with the scorers of its (caption, image) pairs."""
 
-    similarity: NDArray[np.float32]  # (captions, images), from the first stage
     tasks: Mapping[Direction, RetrievalTask]
     queries: NDArray[np.int64]  # the captions that are queries of text-to-image
     scorers: TorchScorers
@@ -41,7 +40,7 @@ class DevRetrieval:
 
     def model_scorer(self, direction: Direction) -> Scorer:
         """The model's logits of (query, candidate) pairs."""
-        return self._directed(self.scorers.joint(self.similarity), direction)
+        return self._directed(self.scorers.joint(), direction)
 
     def late_interaction_scorer(self, direction: Direction) -> Scorer:
         """The late interaction alone; requires a model that has one."""
@@ -72,7 +71,6 @@ def dev_retrieval(
     similarity = (texts @ images[rows].T).astype(np.float32)
     queries = np.unique(np.linspace(0, len(captions) - 1, min(num_captions, len(captions))).astype(np.int64))
     return DevRetrieval(
-        similarity,
         {
             "text-to-image": text_to_image(similarity[queries], image_of_caption[queries]),
             "image-to-text": image_to_text(similarity, image_of_caption),

@@ -99,11 +99,7 @@ class PhaseData:
         sampler = None
         if _PAIR_LOSSES & phase.losses.keys():
             assert self._embeddings is not None  # the recipe ensures it
-            sampler, statistics = negative_sampler(
-                phase.negatives, self._embeddings, captions, positives, self._recipe.k
-            )
-            if self._trained.reads_first_stage:
-                self._trained.standardise(*statistics())
+            sampler = negative_sampler(phase.negatives, self._embeddings, captions, positives)
         return BatchBuilder(
             captions=captions,
             positives=positives,

@@ -94,8 +94,6 @@ class Run:
             check_inputs(saved, self.inputs)
             position = saved.position
             restore_module(saved, self.trained.module, constant=self.trained.constant)
-            if position.score_statistics is not None:
-                self.trained.standardise(*position.score_statistics)
         total_step = position.total_step - position.step
         # A skipped phase keeps its number, which seeds the random draws of the others.
         for number, phase in enumerate(self.recipe.phase):
@@ -240,7 +238,7 @@ class Run:
             num_lines = 0 if metrics is None else metrics.num_lines
             save_state(
                 self.folders.state,
-                replace(position, num_lines=num_lines, score_statistics=self.trained.score_statistics),
+                replace(position, num_lines=num_lines),
                 self.inputs,
                 recipe_digest(self.recipe),
                 self.trained.module,

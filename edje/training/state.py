@@ -70,7 +70,6 @@ class RunPosition:
     num_captions: _Number = 0  # usable captions of the phase
     num_lines: _Number = 0  # lines of metrics written
     validations: ValidationHistory = ValidationHistory()
-    score_statistics: tuple[float, float] | None = None  # mean and deviation by which the head standardises scores
 
 
 @dataclass(frozen=True, slots=True)

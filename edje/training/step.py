@@ -108,7 +108,7 @@ class TrainingStep(nn.Module):
         else:
             text = batch.text_states
         if "itm" in wanted or "distillation" in wanted:
-            logits = self._pair_logits(self.model, text, visual, batch, phase.score_dropout)
+            logits = self._pair_logits(self.model, text, visual, batch)
             if "itm" in wanted:
                 losses["itm"] = itm_loss(*_by_direction(logits, len(batch.sample_caption), batch.num_negatives))
             if "distillation" in wanted:
@@ -147,15 +147,12 @@ class TrainingStep(nn.Module):
         is_masked = is_word & (torch.rand(ids.shape, device=ids.device) < (share if self.training else 0.0))
         return ids.masked_fill(is_masked, self._mask_id), is_masked
 
-    def _pair_logits(self, model: Edje, text: Tensor, visual: Tensor, batch: Batch, score_dropout: float) -> Tensor:
+    def _pair_logits(self, model: Edje, text: Tensor, visual: Tensor, batch: Batch) -> Tensor:
         """The logits of the pairs (P,), -inf for pairs that do not exist."""
         exists = batch.pair_caption >= 0
         captions, images = batch.pair_caption[exists], batch.pair_image[exists]
-        scores = batch.pair_score[exists]
-        if self.training and score_dropout:
-            scores = scores.masked_fill(torch.rand_like(scores) < score_dropout, torch.nan)
         lengths = batch.text_lengths[captions]
-        logits = model.score(text[captions], visual[images], lengths, scores).float()
+        logits = model.score(text[captions], visual[images], lengths).float()
         return logits.new_full(exists.shape, -torch.inf).masked_scatter(exists, logits)
 
     @torch.no_grad()
@@ -163,7 +160,7 @@ class TrainingStep(nn.Module):
         teacher = self._teacher
         assert teacher is not None  # the recipe ensures it
         text = teacher.encode_queries(batch.text_ids, batch.text_lengths)
-        return self._pair_logits(teacher, text, teacher.encode_patches(patches), batch, 0.0)
+        return self._pair_logits(teacher, text, teacher.encode_patches(patches), batch)
 
     def _late_interaction_loss(self, text: Tensor, visual: Tensor, batch: Batch) -> Tensor:
         joint = self.model.joint

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from edje.config import EdjeConfig, FirstStageScoreConfig
+from edje.config import EdjeConfig
 from edje.data.dataset import Dataset, LabelledSource
 from edje.features.extraction import Extractor, extractor_of
 from edje.files import draft_directory
@@ -54,39 +51,6 @@ class TrainingModel:
         if recipe.start is not None:
             load_start(module, recipe.start, built.tokenizer_json)
         self.module = module.to(devices.device)
-
-    @property
-    def reads_first_stage(self) -> bool:
-        """Whether the head reads first-stage scores."""
-        return self.config.joint.first_stage is not None
-
-    @property
-    def score_statistics(self) -> tuple[float, float] | None:
-        """Mean and deviation by which the head standardises first-stage scores, if it reads them."""
-        first_stage = self.config.joint.first_stage
-        return None if first_stage is None else (first_stage.mean, first_stage.std)
-
-    def standardise(self, mean: float, std: float) -> None:
-        """Set the mean and deviation by which the head standardises first-stage scores."""
-        head = self.model.joint.score_input
-        assert head is not None  # the caller has checked `reads_first_stage`
-        head.mean, head.std = mean, std
-        first_stage = FirstStageScoreConfig(mean=mean, std=std, hidden_dim=head.fc1.out_features)
-        self.config = replace(self.config, joint=replace(self.config.joint, first_stage=first_stage))
-
-    @property
-    def gain(self) -> float:
-        """The weight of a standardised first-stage score in the logit."""
-        head = self.model.joint.score_input
-        assert head is not None  # the caller has checked `reads_first_stage`
-        return head.gain.item()
-
-    @gain.setter
-    def gain(self, gain: float) -> None:
-        head = self.model.joint.score_input
-        assert head is not None
-        with torch.no_grad():
-            head.gain.fill_(gain)
 
     def set_phase(self, phase: Phase) -> None:
         """Let the module compute this phase's losses. Raises `RecipeError` for a teacher that does not fit."""

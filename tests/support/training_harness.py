@@ -63,7 +63,6 @@ dim = 16
 num_heads = 2
 hidden_dim = 32
 num_layers = 2
-reads_first_stage = true
 
 [first_stage]
 kind = "dual"

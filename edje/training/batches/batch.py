@@ -33,7 +33,6 @@ class Batch:
     sample_image: Tensor  # (B,)
     pair_caption: Tensor  # (P,), -1 where the pair does not exist
     pair_image: Tensor  # (P,)
-    pair_score: Tensor  # (P,) first-stage scores, NaN where unknown
     image_is_positive: Tensor  # bool (B, G)
     caption_is_positive: Tensor  # bool (B, G)
     sample_offset: int
@@ -71,12 +70,8 @@ class BatchBuilder:
         device = self.device
         ids, lengths = self.captions.padded(plan.captions)
         images, pooled = self.images.batch(plan.images, views)
-        scores = np.full(len(plan.pair_caption), np.nan, np.float32)
         caption_embeddings = None
         if self.embeddings is not None:
-            exists = plan.pair_caption >= 0
-            pairs = plan.captions[plan.pair_caption[exists]], plan.images[plan.pair_image[exists]]
-            scores[exists] = self.embeddings.pair_scores(*pairs)
             wanted = self.embeddings.captions[plan.captions[plan.sample_caption]]
             caption_embeddings = torch.from_numpy(wanted).to(device)
         other_sample, grounding_labels = self._grounding(plan)
@@ -90,7 +85,6 @@ class BatchBuilder:
             sample_image=torch.from_numpy(plan.sample_image).to(device),
             pair_caption=torch.from_numpy(plan.pair_caption).to(device),
             pair_image=torch.from_numpy(plan.pair_image).to(device),
-            pair_score=torch.from_numpy(scores).to(device),
             image_is_positive=torch.from_numpy(plan.image_is_positive).to(device),
             caption_is_positive=torch.from_numpy(plan.caption_is_positive).to(device),
             sample_offset=plan.sample_offset,

@@ -20,16 +20,11 @@ from edje.training.batches.negatives import NegativeSampler, Positives, batch_ne
 from edje.training.first_stage.search import (
     cross_fit,
     embed,
-    hard_negative_images,
     hard_negatives,
     retrieved_positives,
-    score_statistics,
     search_pools,
 )
 from edje.training.first_stage.vector_cache import Half
-
-#: Captions that give the statistics of scores where the corpus is not searched for all captions.
-_STATISTICS_CAPTIONS = 5000
 
 
 def create_first_stage(recipe: Recipe, config: EdjeConfig, device: torch.device) -> FirstStageEncoder:
@@ -96,35 +91,17 @@ def embed_split(
 
 
 def negative_sampler(
-    wanted: Negatives,
-    embeddings: FirstStageEmbeddings,
-    captions: Captions,
-    positives: Positives,
-    num_candidates: int,
-) -> tuple[NegativeSampler, Callable[[], tuple[float, float]]]:
-    """The sampler of negatives, and a function for the mean and deviation of the scores that reranking meets.
-
-    These scores are of each caption's image and at least `num_candidates` hard negatives. Raises `RecipeError` if the
-    first stage retrieves no caption's image.
-    """
+    wanted: Negatives, embeddings: FirstStageEmbeddings, captions: Captions, positives: Positives
+) -> NegativeSampler:
+    """The sampler of negatives. Raises `RecipeError` if the first stage retrieves no caption's image."""
     top_k = wanted.top_k or wanted.per_sample
-    if wanted.source == "corpus":
-        best_images, best_captions = hard_negatives(embeddings, captions, positives, top_k)
-        retrieves = retrieved_positives(embeddings, captions, best_images, best_captions)
-        rows = np.flatnonzero(retrieves[0])
-        if not len(rows):
-            raise RecipeError(
-                f"negatives: no training caption's image is among its first stage's top {top_k} candidates, so there "
-                "is nothing to rerank. Raise negatives.top_k in the recipe, or train the first stage longer"
-            )
-        return (
-            corpus_negatives(best_images, best_captions, retrieves, wanted.per_sample),
-            lambda: score_statistics(embeddings, captions, rows, best_images[rows]),
+    if wanted.source == "batch":
+        return batch_negatives(embeddings.similarity, positives, wanted.per_sample, top_k)
+    best_images, best_captions = hard_negatives(embeddings, captions, positives, top_k)
+    retrieves = retrieved_positives(embeddings, captions, best_images, best_captions)
+    if not retrieves[0].any():
+        raise RecipeError(
+            f"negatives: no training caption's image is among its first stage's top {top_k} candidates, so there "
+            "is nothing to rerank. Raise negatives.top_k in the recipe, or train the first stage longer"
         )
-
-    def statistics() -> tuple[float, float]:
-        rows = np.unique(np.linspace(0, len(captions) - 1, _STATISTICS_CAPTIONS).astype(np.int64))
-        kept = hard_negative_images(embeddings, captions, positives, rows, max(top_k, num_candidates))
-        return score_statistics(embeddings, captions, rows, kept)
-
-    return batch_negatives(embeddings.similarity, positives, wanted.per_sample, top_k), statistics
+    return corpus_negatives(best_images, best_captions, retrieves, wanted.per_sample)

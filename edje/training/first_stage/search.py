@@ -1,4 +1,4 @@
-"""Searches a split by the first stage's embeddings: hard negatives, retrieved positives and the spread of scores.
+"""Searches a split by the first stage's embeddings: hard negatives and retrieved positives.
 
 Also embeds the split, with cross-fitting where the first stage is fitted in closed form.
 """
@@ -136,16 +136,6 @@ def retrieved_positives(
     worst_scores = embeddings.pair_scores(worst_caption[unknown], captions.images[unknown])
     retrieves_caption[unknown] = own[unknown] > worst_scores
     return retrieves_image, retrieves_caption
-
-
-def score_statistics(
-    embeddings: FirstStageEmbeddings, captions: Captions, rows: Ints, best_images: Ints
-) -> tuple[float, float]:
-    """Mean and standard deviation of the scores of some captions (Q,) with their images and hard negatives (Q, M)."""
-    exists = best_images != MISSING
-    negatives = embeddings.pair_scores(np.repeat(rows, exists.sum(axis=1)), best_images[exists])
-    scores = np.concatenate((negatives, embeddings.pair_scores(rows, captions.images[rows])))
-    return float(scores.mean()), max(float(scores.std()), 1e-6)
 
 
 def _by_fold(embeddings: FirstStageEmbeddings, captions: Captions) -> list[tuple[Ints, Ints]]:

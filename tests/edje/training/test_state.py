@@ -30,7 +30,7 @@ def states(tmp_path):
     """States of steps 10 and 20."""
     folder = tmp_path / "state"
     for step in (10, 20):
-        save_state(folder, RunPosition(0, step, step, score_statistics=(0.1, 0.2)), INPUTS, "r1", linear(step), None)
+        save_state(folder, RunPosition(0, step, step), INPUTS, "r1", linear(step), None)
     return folder
 
 
@@ -47,7 +47,7 @@ def test_the_latest_state_is_found(states):
     restore_module(saved, module)
 
     assert damaged == []
-    assert saved.position == RunPosition(0, 20, 20, score_statistics=(0.1, 0.2))
+    assert saved.position == RunPosition(0, 20, 20)
     assert (module.weight == 20).all()
 
 

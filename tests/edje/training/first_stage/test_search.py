@@ -28,7 +28,6 @@ from edje.training.first_stage.search import (
     hard_negative_images,
     hard_negatives,
     retrieved_positives,
-    score_statistics,
     search_pools,
 )
 
@@ -174,7 +173,7 @@ def test_a_first_stage_that_retrieves_no_positive_is_refused():
         RecipeError,
         match=r"no training caption's image is among its first stage's top 1 candidates.* Raise negatives\.top_k",
     ):
-        negative_sampler(wanted, embeddings, captions, positives_of(captions), 1)
+        negative_sampler(wanted, embeddings, captions, positives_of(captions))
 
 
 def test_more_negatives_than_top_k_are_refused():
@@ -212,20 +211,6 @@ def test_a_large_corpus_is_searched_in_chunks_with_the_same_result(monkeypatch, 
     np.testing.assert_array_equal(whole[1], pieces[1])
     np.testing.assert_array_equal(some, whole[0][[1, 20, 35]])
     np.testing.assert_array_equal(retrieved_positives(embeddings, captions, *pieces), retrieves)
-
-
-def test_score_statistics_are_those_of_all_retrieved_pairs():
-    rng = np.random.default_rng(0)
-    images = np.arange(4).repeat(2)
-    captions, embeddings = captions_of(images, np.arange(8)), embeddings_of(images, 4, rng)
-    rows, kept = np.array([0, 5]), np.array([[1, 3], [0, MISSING]])
-
-    mean, std = score_statistics(embeddings, captions, rows, kept)
-
-    scores = [
-        embeddings.captions[row] @ embeddings.images[image] for row, image in [(0, 1), (0, 3), (5, 0), (0, 0), (5, 2)]
-    ]
-    assert (mean, std) == pytest.approx((np.mean(scores), np.std(scores)), abs=1e-6)
 
 
 def test_pools_have_the_wanted_size_and_keep_groups_together():
