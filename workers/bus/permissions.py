@@ -67,9 +67,15 @@ def _check_topic(topic: str, described: Mapping[str, Any], operations: Collectio
 
 
 def _check_group(admin: KafkaAdminClient, group_id: str) -> None:
-    with translating():
-        described = admin.describe_groups([group_id], include_authorized_operations=True).get(group_id) or {}
+    refused = kafka_errors.GroupAuthorizationFailedError
+    try:
+        with translating():
+            described = admin.describe_groups([group_id], include_authorized_operations=True).get(group_id) or {}
+    except Misconfigured as error:
+        if not isinstance(error.__cause__, refused):
+            raise
+        described = {"error": refused.__name__}
     allowed = described.get("authorized_operations") or []
-    is_refused = kafka_errors.GroupAuthorizationFailedError.__name__ in (described.get("error") or "")
+    is_refused = refused.__name__ in (described.get("error") or "")
     if is_refused or (allowed and "READ" not in allowed and _ALL not in allowed):
         raise Misconfigured(f"Kafka refuses this worker: it may not READ the group {group_id}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 
 import pytest
 
+import workers.bus.connection
 from certificates import Authority
-from workers.bus.connection import kafka_connection
-from workers.errors import Misconfigured
+from workers.bus.connection import check_reachable, kafka_connection
+from workers.errors import Misconfigured, Transient
 from workers.settings import KafkaSettings
 
 
@@ -67,3 +69,29 @@ def test_a_key_is_opened_with_its_password_alone_and_nobody_is_asked_for_one(aut
         with pytest.raises(Misconfigured, match=f"key {locked}") as told:
             kafka_connection(settings(**given, **wrong), "edje")
         assert "sesame" not in str(told.value)
+
+
+def test_brokers_that_do_not_answer_are_one_sentence_that_names_the_variable():
+    with pytest.raises(
+        Transient, match=r"no Kafka broker accepts a connection \(127.0.0.1:1: .*\); check KAFKA_BROKERS"
+    ):
+        check_reachable(KafkaSettings(kafka_brokers="127.0.0.1:1,nonsense"))
+
+
+def test_forgotten_brokers_are_named_as_forgotten(monkeypatch):
+    monkeypatch.delenv("KAFKA_BROKERS", raising=False)
+    settings = KafkaSettings()
+
+    monkeypatch.setattr(workers.bus.connection.socket, "create_connection", refuse)
+
+    with pytest.raises(Transient, match="KAFKA_BROKERS is not set"):
+        check_reachable(settings)
+
+
+def refuse(*address, **options):
+    raise ConnectionRefusedError("connection refused")
+
+
+def test_one_broker_that_accepts_is_enough():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        check_reachable(KafkaSettings(kafka_brokers=f"127.0.0.1:1,127.0.0.1:{server.getsockname()[1]}"))

@@ -15,9 +15,10 @@ import workers.bus.topics
 from bus_harness import LIMIT_S, KafkaBus, eventually, messages, send_all, take, values
 from delivery_harness import Counted
 from services import KafkaServer
+from workers.bus.permissions import check_access
 from workers.bus.reader import KafkaReader
 from workers.delivery import UndeliveredLimits
-from workers.errors import TopicRefused, Transient
+from workers.errors import Misconfigured, TopicRefused, Transient
 from workers.exactly_once import ExactlyOnce
 from workers.partitions import Partitions
 from workers.ports import Commit, Finished, Outgoing, Partition
@@ -249,3 +250,80 @@ def test_headers_that_other_clients_may_write_are_read(kafka):
     assert (before.value, odd.value, after.value) == (b"0", b"1", b"2")
     assert odd.headers == (("gr\ufffd\ufffde", b"1"), ("null", b""), ("traceparent", b"t"), ("\ufffd", b""))
     assert [record.headers for record in read] == [before.headers, odd.headers, after.headers]
+
+
+def check(kafka: KafkaBus, *, reads=(), writes=(), group: str = "group") -> None:
+    """Try what a worker needs, again while the brokers are not ready."""
+
+    def attempt() -> bool:
+        try:
+            check_access(kafka.connection, reads=reads, writes=writes, group_id=kafka.prefix + group)
+        except Transient:
+            return False
+        return True
+
+    eventually(attempt)
+
+
+def test_a_worker_that_may_use_its_topics_and_its_group_passes(kafka):
+    check(kafka, reads=[kafka.topic("in")], writes=[kafka.topic("out")])
+
+
+def test_a_missing_topic_is_named_before_the_worker_is_ready(kafka):
+    with pytest.raises(Misconfigured, match=f"the topic {kafka.prefix}nowhere does not exist: create it"):
+        check(kafka, reads=[kafka.topic("in")], writes=[kafka.prefix + "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("allowed", "sentence"),
+    [
+        (ACLOperation.DESCRIBE, "it may not READ the topic"),
+        (ACLOperation.ALTER_CONFIGS, "it may not describe the topic"),
+    ],
+)
+def test_a_missing_permission_to_read_is_named_before_the_worker_is_ready(kafka, allowed, sentence):
+    topic = kafka.topic("in")
+    allow_only(kafka, topic, allowed)
+
+    with pytest.raises(Misconfigured, match=sentence):
+        check(kafka, reads=[topic])
+
+
+def test_a_missing_permission_to_write_is_named_before_the_worker_is_ready(kafka):
+    topic = kafka.topic("out")
+    allow_only(kafka, topic, ACLOperation.READ)
+
+    with pytest.raises(Misconfigured, match=f"it may not WRITE the topic {topic}"):
+        check(kafka, reads=[kafka.topic("in")], writes=[topic])
+
+
+def test_a_group_that_belongs_to_others_is_named_before_the_worker_is_ready(kafka):
+    pattern = ResourcePattern(ResourceType.GROUP, kafka.prefix + "theirs")
+    with contextlib.closing(KafkaAdminClient(**kafka.connection)) as admin:
+        admin.create_acls([ACL("User:other", "*", ACLOperation.READ, ACLPermissionType.ALLOW, pattern)])
+
+    with pytest.raises(Misconfigured, match="it may not READ the group"):
+        check(kafka, reads=[kafka.topic("in")], group="theirs")
+
+
+def test_a_partition_that_a_reply_names_and_the_topic_does_not_have_refuses_that_reply_alone(kafka):
+    topic = kafka.topic("out")
+    outbox, (transactions, offsets) = kafka.outbox(), transactions_of(kafka)
+    wrong = Outgoing(topic, b"key", b"", partition=7)
+
+    assert isinstance(outbox.send(wrong).exception(LIMIT_S), TopicRefused)
+    with pytest.raises(TopicRefused) as refused:
+        transactions.publish([*messages(topic, 1), wrong], offsets)
+
+    assert refused.value.message_number == 1
+    send_all(outbox, messages(topic, 1, start=5))
+    assert values(take(kafka.inbox(topic, group="readers"), 1)) == [b"5"]
+
+
+def test_a_dead_letter_with_neither_key_nor_value_is_published(kafka):
+    topic = kafka.topic("dlq")
+
+    send_all(kafka.outbox(), [Outgoing(topic, None, None, (("dead-letter-topic", b"in"),))])
+
+    (letter,) = take(kafka.inbox(topic), 1)
+    assert (letter.value, letter.headers) == (None, (("dead-letter-topic", b"in"),))
