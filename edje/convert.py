@@ -41,6 +41,7 @@ from protocols.validation import first_problem
 
 #: The model that their joint encoder started from; its tokenizer is theirs.
 MINILM = "hub:microsoft/MiniLM-L12-H384-uncased"
+#: Files of weights; the second kind is used where a folder or repository holds none of the first.
 _WEIGHTS = ("*.pth", "*.safetensors")
 _PARTS = TypeAdapter(dict[str, object])
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
@@ -190,6 +191,15 @@ def read_tower_config(path: Path) -> TowerConfig:
         raise AuthorsError(f"{path} describes no SigLIP tower: {first_problem(error, root='the file')}") from error
 
 
+def _find_weights(source: str) -> Path:
+    """The local path of the only file of weights in a source. Raises `SourceError`."""
+    for pattern in _WEIGHTS:
+        path = find_source(source, [pattern])
+        if path.is_file() or any(path.glob(pattern)):
+            return only_file(path, pattern)
+    raise SourceError(f"{source} holds no file {' or '.join(_WEIGHTS)}: give the path of the authors' file")
+
+
 def _tokenizer(source: str | None) -> Path:
     """The path of the tokenizer; without a source, of MiniLM's."""
     try:
@@ -279,7 +289,7 @@ def main(
             raise CheckpointExists(f"{checkpoint} exists: remove it or choose another folder")
         words = _tokenizer(tokenizer)
         digest, imported = convert(
-            only_file(find_source(source, _WEIGHTS), _WEIGHTS),
+            _find_weights(source),
             checkpoint,
             words,
             tower=None if vision_config is None else read_tower_config(vision_config),

@@ -83,19 +83,14 @@ def hub_folder(
     return Path(folder)
 
 
-def only_file(path: Path, patterns: Sequence[str]) -> Path:
-    """The only file in a folder that matches one of the patterns; a path of a file is returned as it is.
-
-    Raises `SourceError`.
-    """
+def only_file(path: Path, pattern: str) -> Path:
+    """The only file in a folder that matches the pattern, or the path itself if it is a file. Raises `SourceError`."""
     if not path.is_dir():
         return path
-    found = sorted(file for pattern in patterns for file in path.glob(pattern))
+    found = sorted(path.glob(pattern))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise SourceError(
-            f"{path} should hold one file {' or '.join(patterns)} and holds {names}: give the file's path"
-        )
+        raise SourceError(f"{path} should hold one file {pattern} and holds {names}: give the file's path")
     return found[0]
 
 

@@ -495,6 +495,24 @@ def test_a_safetensors_file_with_the_authors_names_is_read(name, authors, conver
     assert load_checkpoint(tmp_path / "ours").digest == load_checkpoint(converted).digest
 
 
+def test_a_folder_of_weights_may_hold_one_safetensors_file(authors, tmp_path, vocabulary):
+    (tmp_path / "weights").mkdir()
+    tensors = {each: tensor.contiguous().clone() for each, tensor in authors.weights().items()}
+    (tmp_path / "weights" / "some.safetensors").write_bytes(safetensors.torch.save(tensors))
+
+    done = run(tmp_path / "weights", tmp_path / "ours", "--tokenizer", vocabulary, *HEADS)
+
+    assert done.exit_code == 0, done.output
+
+
+def test_a_folder_without_weights_is_refused(tmp_path, vocabulary):
+    (tmp_path / "weights").mkdir()
+
+    message = refusal(tmp_path / "weights", tmp_path / "ours", "--tokenizer", vocabulary)
+
+    assert "holds no file *.pth or *.safetensors" in message
+
+
 @pytest.mark.parametrize("content", [b"", b"a letter", bytes(8) + b"{}"])
 def test_a_broken_safetensors_file_is_refused_with_the_cause(content, tmp_path, vocabulary):
     (tmp_path / "some.safetensors").write_bytes(content)
