@@ -170,6 +170,24 @@ class ReportsGraphs(Protocol):
         ...
 
 
+@runtime_checkable
+class ExplainsPairs(Protocol):
+    """A scorer that can return the similarities behind a late interaction."""
+
+    def can_explain(self) -> bool:
+        """Whether the loaded model has a late interaction."""
+        ...
+
+    def token_similarities(
+        self, text_ids: Sequence[Sequence[int]], pair_query: NDArray[np.int32], pair_slot: NDArray[np.int32]
+    ) -> list[NDArray[np.float32]]:
+        """Return for each pair the cosines of its text tokens with its visual tokens, `(text tokens, m)`.
+
+        Raises `LimitExceeded` like `score_pairs`.
+        """
+        ...
+
+
 class Engine(ImageEncoder, PairScorer, Protocol):
     """Both halves over one checkpoint."""
 

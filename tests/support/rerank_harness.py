@@ -29,6 +29,7 @@ from workers.metrics import Metrics
 from workers.ports import Finished, Headers, Interval, Outgoing, Partition, Record
 from workers.rerank.admission import AdmissionLimits
 from workers.rerank.batching import MicroBatcher
+from workers.rerank.explaining import Words
 from workers.rerank.fetching import Read
 from workers.rerank.invalidation import Invalidation
 from workers.rerank.job import RerankBounds, RerankJob
@@ -82,7 +83,10 @@ def blob_of(number: int, layout: BlobLayout = LAYOUT) -> bytes:
 class Engine:
     """Scores by `logit_of`, and adds the first stage's score where it reads that; notes what each call was given."""
 
-    def __init__(self, num_slots: int, max_pairs: int, *, reads_first_stage: bool = False) -> None:
+    def __init__(
+        self, num_slots: int, max_pairs: int, *, reads_first_stage: bool = False, explains: bool = False
+    ) -> None:
+        self._explains = explains
         self.slab = HostSlab(SlotLayout("fp16", LAYOUT.num_tokens, LAYOUT.token_dim), num_slots)
         self.info = EngineInfo(
             "constant", "m1", "e1", 2, 4, "fp16", 8, MAX_TEXT_TOKENS, 1, max_pairs, num_slots, reads_first_stage
@@ -90,6 +94,19 @@ class Engine:
         self.calls: list[int] = []
         self.first_stage: list[np.ndarray | None] = []
         self.error: Exception | None = None
+
+    def can_explain(self) -> bool:
+        return self._explains
+
+    def token_similarities(
+        self, texts: Sequence[Sequence[int]], pair_query: np.ndarray, pair_slot: np.ndarray
+    ) -> list[np.ndarray]:
+        """A thousandth of the text id, and a tenth of the image's number, in the second visual token."""
+        images = self.slab.tokens.view(np.float16)[pair_slot, 0].astype(float)
+        return [
+            np.stack((np.array(texts[q]) / 1000, np.full(len(texts[q]), v / 10)), axis=1).astype(np.float32)
+            for q, v in zip(pair_query, images, strict=True)
+        ]
 
     def warm_up(self) -> None:
         """Always warm."""
@@ -114,6 +131,15 @@ class Engine:
         images = self.slab.tokens.view(np.float16)[pair_slot, 0].astype(float)
         logits = np.array([logit_of(texts[q], v) for q, v in zip(pair_query, images, strict=True)], np.float32)
         return logits if first_stage is None else logits + np.where(np.isnan(first_stage), 0, first_stage)
+
+
+def words_of(text: str) -> list[tuple[str, list[int]]]:
+    """The words of a text, and the positions of their pieces: one piece per character, [CLS] first."""
+    words, position = [], 1
+    for word in text[: MAX_TEXT_TOKENS - 2].split(" "):
+        words.append((word, list(range(position, position + len(word)))))
+        position += len(word) + 1
+    return [(word, pieces) for word, pieces in words if word]
 
 
 class InlineExecutor(Executor):
@@ -195,6 +221,7 @@ class Rig:
         reads_first_stage: bool = False,
         layout: BlobLayout = LAYOUT,
         encode_batch: EncodeBatch = encode_texts,
+        words: Words = words_of,
         text_executor: Executor | None = None,
         tokenizer_cache_size: int = 100,
         calibration: Calibration | None = None,
@@ -261,6 +288,7 @@ class Rig:
             ),
             metrics=self.metrics,
             spans=spans,
+            words=words,
             wall_clock=lambda: WALL_START + self.now - START,
         )
         self.finished: list[Finished] = []

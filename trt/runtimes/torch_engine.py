@@ -137,6 +137,27 @@ class TorchEngine:
         with self._on_device():
             return self._scoring.match_pairs(encoded, pair_query, pair_slot)
 
+    def can_explain(self) -> bool:
+        return self._model.has_late_interaction
+
+    def token_similarities(
+        self, text_ids: Sequence[Sequence[int]], pair_query: NDArray[np.int32], pair_slot: NDArray[np.int32]
+    ) -> list[NDArray[np.float32]]:
+        check_texts(self.info, text_ids, self._config.joint.vocab_size)
+        check_pairs(self.info, pair_query, pair_slot, len(text_ids))
+        found: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(pair_query)
+        with self._on_device():
+            self.slab.wait_for_published()
+            for number, ids in enumerate(text_ids):
+                pairs = np.flatnonzero(pair_query == number)
+                text = torch.tensor([list(ids)], device=self._device.device)
+                slots = torch.tensor(pair_slot[pairs], device=self._device.device)
+                for pair, cosines in zip(
+                    pairs.tolist(), to_numpy(self._model.token_similarities(text, slots)), strict=True
+                ):
+                    found[pair] = cosines
+        return found
+
     def last_copies(self) -> DeviceCopies | None:
         """By events of the device; None on a CPU, which copies nothing."""
         with self._device.current():

@@ -120,6 +120,16 @@ class ServedModel:
         match = None if self._match is None else self._match.project_text(states)
         return TextRows(states if self.config.joint.num_layers else None, match)
 
+    @property
+    def has_late_interaction(self) -> bool:
+        return self._match is not None
+
+    def token_similarities(self, text_ids: Tensor, slots: Tensor) -> Tensor:  # (1, T), (P,) -> (P, T, m)
+        """Cosines of the tokens of one text with the visual tokens of each slot; for models with a late interaction."""
+        assert self._match is not None, "the model has no late interaction"
+        text = self._match.project_text(self.edje.encode_queries(text_ids, None).float())
+        return text @ self._match.project_visual(self._tokens(slots)).transpose(1, 2)
+
     def derive_match_rows(self, slots: NDArray[np.int32]) -> None:
         """Compute the rows of the late interaction for the slots whose content is new."""
         if self._match_rows is None or not len(slots):

@@ -47,7 +47,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
     layout = BlobLayout(info.model_digest, info.num_visual_tokens, info.token_dim, settings.storage)
     bus = BusSpans(shared.tracer, topic=shared.topics.rerank_requests, group_id=settings.group_id)
     spans = RerankSpans(shared.tracer, bus, info.engine_digest)
-    landing = Landing(shared.wake)
+    landing, tokenizer = Landing(shared.wake), Tokenizer.load(settings.checkpoint)
     tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
     fetcher = BlobFetcher(
         store, shared.retry("store_read"), settings.fetch_threads, metrics.fetch_seconds, shared.clock
@@ -77,7 +77,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         num_visual_tokens=info.num_visual_tokens,
         landing=landing,
         texts=TextEncoder(
-            Tokenizer.load(settings.checkpoint).encode_batch,
+            tokenizer.encode_batch,
             executor=tokenizing,
             landing=landing,
             cache_size=settings.tokenizer_cache_size,
@@ -101,6 +101,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         ),
         metrics=metrics,
         spans=spans,
+        words=tokenizer.words,
         wall_clock=time.time,
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from edje.calibration import Direction
 from edje.first_stage_scores import FAULT_MESSAGES, standardise
 from protocols.encoding import JSON, MSGPACK, EventError, content_type_of, decode
-from protocols.events import RerankRequest, WarningInfo
+from protocols.events import RerankRequest
 from protocols.fields import MAX_PARTITION, TOPIC_NAME
 from protocols.salvage import salvage, salvage_id
 from workers.errors import Poison
@@ -149,5 +149,4 @@ def _read_first_stage(request: Request, event: RerankRequest) -> None:
         values = values[first]
     request.first_stage = values
     if scores.fault is not None:
-        code = f"first_stage_scores_{scores.fault}"
-        request.warnings.append(WarningInfo(code=code, message=FAULT_MESSAGES[scores.fault]))
+        request.warn(f"first_stage_scores_{scores.fault}", FAULT_MESSAGES[scores.fault])

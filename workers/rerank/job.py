@@ -8,23 +8,28 @@ loop's clock is an argument.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edje.text import EncodedText
 from protocols.encoding import CANCEL_HEADER
-from protocols.events import WarningInfo
 from workers.errors import Poison, as_internal_error
 from workers.landing import Landing
 from workers.metrics import Metrics
 from workers.ports import Finished, Partition, Record
 from workers.rerank.admission import AdmissionLimits, open_request, read_request, salvage_address
-from workers.rerank.batching import MicroBatcher
+from workers.rerank.batching import MicroBatcher, bucket_of
+from workers.rerank.explaining import Words, explanations_of, pairs_to_explain
 from workers.rerank.fairness import FairQueue
 from workers.rerank.invalidation import Invalidation
 from workers.rerank.loading import SlabLoader
+from workers.rerank.ranking import NotFinite
 from workers.rerank.replies import Replies
-from workers.rerank.request import Deadlines, Piece, Request, cut
+from workers.rerank.request import Deadlines, Piece, Request, cut, piece_of
 from workers.rerank.scoring import Backlog, BatchScorer
 from workers.rerank.spans import RerankSpans
 from workers.rerank.texts import TextEncoder, warnings_about
@@ -62,6 +67,7 @@ class RerankJob:
         replies: Replies,
         metrics: Metrics,
         spans: RerankSpans,
+        words: Words,
         wall_clock: Callable[[], float],
     ) -> None:
         """`landing` is the one that texts, loader and scorer use."""
@@ -77,10 +83,12 @@ class RerankJob:
         self._replies = replies
         self._metrics = metrics
         self._spans = spans
+        self._words = words
         self._wall_clock = wall_clock
         self._backlog = Backlog()
         self._open: dict[tuple[Partition, int], Request] = {}
         self._queue: FairQueue[Piece] = FairQueue()
+        self._explaining: deque[Piece] = deque()  # ready for the engine
         self._deadlines = Deadlines()
         self._finished: list[Finished] = []
         self._num_inflight_pairs = 0
@@ -182,9 +190,8 @@ class RerankJob:
     def _queue_pieces(self, request: Request, encoded: Sequence[EncodedText], now: float) -> None:
         if request.direction == "text-to-image" and encoded and encoded[0].num_pieces == 0:
             raise Poison("query_empty", "the query has no words that the model could read")
-        request.warnings += [
-            WarningInfo(code=code, message=message) for code, message in warnings_about(request, encoded)
-        ]
+        for code, message in warnings_about(request, encoded):
+            request.warn(code, message)
         request.text_ids = [text.ids for text in encoded]
         pieces = cut(request, piece_pairs=self._bounds.piece_pairs, num_visual_tokens=self._num_visual_tokens)
         request.num_open_pieces = request.num_unready_pieces = len(pieces)
@@ -222,15 +229,24 @@ class RerankJob:
     def _take_loaded(self, now: float) -> None:
         for piece in self._loader.take_ready():
             request = piece.request
-            request.fetched_at = max(now, piece.read_at)  # a store may answer within a turn, which has one `now`
             request.num_unready_pieces -= 1
             piece.leave_out_missing()
+            if not piece.explains:
+                request.fetched_at = max(now, piece.read_at)  # a store may answer within a turn, which has one `now`
             if request.is_closed or piece.num_pairs == 0:
                 self._end(piece, now)
+            elif piece.explains:
+                self._explaining.append(piece)
             else:
                 self._batcher.add(piece, piece.rank, now)
 
     def _start_batches(self, now: float) -> None:
+        while self._explaining and self._scorer.has_room():
+            piece = self._explaining.popleft()
+            if piece.request.is_closed:
+                self._end(piece, now)
+            else:
+                self._scorer.submit_explanation(piece)
         while self._scorer.has_room():
             more_is_coming = len(self._queue) > 0 or self._loader.num_fetching > 0
             batch = self._batcher.take(now, more_is_coming=more_is_coming)
@@ -267,6 +283,19 @@ class RerankJob:
                 self._end(piece, now)
                 start = stop
 
+        for piece, similarities in self._scorer.take_explained():
+            self._explain(piece, similarities, now)
+            self._end(piece, now)
+
+    def _explain(self, piece: Piece, similarities: Sequence[NDArray[np.float32]], now: float) -> None:
+        request = piece.request
+        if request.is_closed:
+            return
+        try:
+            request.explanations = explanations_of(request, piece.pairs, similarities, self._words)
+        except Exception as error:
+            self._fail(request, error, now)
+
     def _end(self, piece: Piece, now: float) -> None:
         """Free the slots of a piece, and answer its request if it was the last one."""
         self._loader.release(piece)
@@ -282,13 +311,41 @@ class RerankJob:
 
     def _answer(self, request: Request, now: float) -> None:
         try:
+            if request.explain and request.ranking is None and self._start_explanation(request):
+                return
             self._finish(request, self._replies.ranked(request, now))
         except Exception as error:
             self._fail(request, error, now)
 
+    def _start_explanation(self, request: Request) -> bool:
+        """Queue a piece that explains the best results; False if there is none to explain, or no way to."""
+        if not self._scorer.can_explain():
+            request.warn("explanation_unavailable", "this model or this engine cannot explain its scores")
+            return False
+        try:
+            request.ranking = self._replies.rank(request)
+        except NotFinite:
+            return False  # `ranked` writes the error reply
+        pairs = pairs_to_explain(request, self._num_visual_tokens)
+        if len(pairs) == 0:
+            return False
+        bucket = bucket_of(max(len(request.text_ids[request.text_of_pair(pair)]) for pair in pairs.tolist()))
+        piece = piece_of(request, pairs, bucket, self._num_visual_tokens, explains=True)
+        request.num_open_pieces += 1
+        request.num_unready_pieces += 1
+        request.num_open_tokens += piece.num_tokens
+        self._num_inflight_tokens += piece.num_tokens
+        self._queue.push([piece], [piece.num_tokens], priority=request.priority)
+        self._made_room = True
+        return True
+
     def _expire(self, request: Request, now: float) -> None:
         try:
-            self._finish(request, self._replies.expired(request, now))
+            if request.ranking is None:
+                self._finish(request, self._replies.expired(request, now))
+            else:  # scored in time, only the explanation is late
+                request.warn("explanation_late", "the deadline passed before the results were explained")
+                self._finish(request, self._replies.ranked(request, now))
         except Exception as error:
             self._fail(request, error, now)
 

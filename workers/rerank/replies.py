@@ -13,7 +13,7 @@ import structlog
 
 from edje.calibration import Calibration
 from protocols.encoding import CONTENT_TYPE_HEADER, encode, encode_response
-from protocols.events import ErrorInfo, RerankResponse, Status, WarningInfo
+from protocols.events import ErrorInfo, RerankResponse, Status
 from protocols.fields import MAX_ERROR_MESSAGE_CHARS
 from workers.dead_letters import DeadLetters
 from workers.errors import Poison, Refused, TooLarge
@@ -110,12 +110,10 @@ class Replies:
         absent = np.flatnonzero(~request.scored).tolist()
         missing = list(dict.fromkeys(map(request.image_of_pair, absent)))
         if missing and len(missing) == len(request.images):
-            request.warnings.append(
-                WarningInfo(
-                    code="all_images_missing",
-                    message=f"the store has usable tokens of none of the {len(missing)} images under model "
-                    f"{self._model}: index them with this model",
-                )
+            request.warn(
+                "all_images_missing",
+                f"the store has usable tokens of none of the {len(missing)} images under model {self._model}: index "
+                "them with this model",
             )
         return missing
 

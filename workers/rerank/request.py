@@ -73,6 +73,10 @@ class Request:
         """Whether the deadline has passed."""
         return self.deadline is not None and now >= self.deadline
 
+    def warn(self, code: str, message: str) -> None:
+        """Add a warning to the reply."""
+        self.warnings.append(WarningInfo(code=code, message=message))
+
     def image_of_pair(self, pair: int) -> str:
         return self.images[pair if len(self.images) > 1 else 0]
 

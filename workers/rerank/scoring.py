@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from trt.contract import DeviceCopies, PairScorer, ReportsCopies
+from trt.contract import DeviceCopies, ExplainsPairs, PairScorer, ReportsCopies
 from workers.landing import Landing
 from workers.ports import Interval
 from workers.rerank.request import Piece
@@ -58,8 +58,10 @@ class BatchScorer:
         self._landing = landing
         self._clock = clock
         self._executor = executor
+        self._explainer = engine if isinstance(engine, ExplainsPairs) and engine.can_explain() else None
         self._num_running = 0
         self._scored: list[ScoredBatch] = []
+        self._explained: list[tuple[Piece, Sequence[NDArray[np.float32]]]] = []
 
     def has_room(self) -> bool:
         return self._num_running < MAX_BATCHES
@@ -68,6 +70,28 @@ class BatchScorer:
         """Score a batch. The landing's turn raises any exception of the engine: it ends the worker."""
         self._num_running += 1
         self._landing.start(self._executor, partial(self._score, pieces), self._land)
+
+    def can_explain(self) -> bool:
+        return self._explainer is not None
+
+    def submit_explanation(self, piece: Piece) -> None:
+        """Compute the similarities of a piece's pairs."""
+        self._num_running += 1
+        self._landing.start(self._executor, partial(self._explain, piece), partial(self._land_explanation, piece))
+
+    def _explain(self, piece: Piece) -> Sequence[NDArray[np.float32]]:
+        assert self._explainer is not None  # `can_explain` is asked first
+        texts, pair_query, pair_slot = batch_arrays([piece])
+        return self._explainer.token_similarities(texts, pair_query, pair_slot)
+
+    def _land_explanation(self, piece: Piece, similarities: Sequence[NDArray[np.float32]]) -> None:
+        self._num_running -= 1
+        self._explained.append((piece, similarities))
+
+    def take_explained(self) -> list[tuple[Piece, Sequence[NDArray[np.float32]]]]:
+        """Return the pieces whose similarities are computed, `(text tokens, visual tokens)` of each pair."""
+        explained, self._explained = self._explained, []
+        return explained
 
     def _land(self, batch: ScoredBatch) -> None:
         self._num_running -= 1

@@ -191,3 +191,22 @@ def test_a_device_out_of_memory_means_the_process_must_end(checkpoint, monkeypat
 
     with pytest.raises(EngineBroken, match="out of memory"):
         all_scores(engine, [DOG], 1)
+
+
+def test_the_best_cosines_of_an_explained_pair_are_its_late_interaction(checkpoints, pixels):
+    engine = torch_engine(checkpoints / "tiny-maxsim", "int8")
+    fill_slots(engine, range(12), engine.encode_images(pixels)[0])
+    match = load_checkpoint(checkpoints / "tiny-maxsim").model.joint.match
+    pair_query, pair_slot = np.int32([0, 1, 0]), np.int32([3, 5, 7])
+
+    found = engine.token_similarities([DOG, CAT], pair_query, pair_slot)
+
+    logits = engine.score_pairs(engine.encode_queries([DOG, CAT]), pair_query, pair_slot)
+    scale, bias = match.log_scale.exp().item(), match.bias.item()
+    assert [each.shape[0] for each in found] == [len(DOG), len(CAT), len(DOG)]
+    np.testing.assert_allclose([scale * each.max(axis=1).mean() + bias for each in found], logits, atol=0.05)
+    assert all(np.abs(each).max() <= 1 + 1e-5 for each in found)
+
+
+def test_a_model_without_a_late_interaction_cannot_explain(checkpoints):
+    assert not torch_engine(checkpoints / "tiny", "int8").can_explain()

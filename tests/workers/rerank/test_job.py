@@ -800,7 +800,8 @@ class RealEngine:
         self.engine = TorchEngine(
             loaded, slab=slab, max_pairs=32, max_images=1, device=TorchDevice(torch.device("cpu")), dtype=torch.float32
         )
-        self.encode_batch = Tokenizer.load(folder).encode_batch
+        tokenizer = Tokenizer.load(folder)
+        self.encode_batch, self.words = tokenizer.encode_batch, tokenizer.words
         random = np.random.default_rng(0)
         tokens = random.standard_normal((40, self.layout.num_tokens, self.layout.token_dim)).astype(np.float32)
         self.blobs = {
@@ -892,3 +893,23 @@ def test_a_withdrawal_of_an_unknown_or_answered_request_changes_nothing():
 
     assert rig.reply().status == "ok"
     assert rig.is_idle()
+
+
+@pytest.mark.parametrize("variant", ENCODERS)
+def test_a_model_with_a_late_interaction_explains_its_best_results(tmp_path, variant):
+    real = RealEngine(tmp_path / "checkpoint", variant, reads_first_stage=False)
+    rig = Rig(engine=real.engine, layout=real.layout, encode_batch=real.encode_batch, words=real.words, num_slots=64)
+    rig.store.put_many(real.blobs)
+    rig.send({**ONE, "explain": True})
+    rig.run()
+
+    reply = rig.reply()
+    if not real.engine.can_explain():
+        assert [warning.code for warning in reply.warnings] == ["explanation_unavailable"]
+        return
+    assert [word.word for word in reply.results[0].explanation] == ["a", "dog", "runs", "on", "a", "beach"]
+    for result in reply.results[:10]:
+        for word in result.explanation:
+            assert len(word.similarities) == real.layout.num_tokens
+            assert max(map(abs, word.similarities)) <= 1
+    assert reply.results[0].explanation != reply.results[-2].explanation
