@@ -132,7 +132,7 @@ class ExactlyOnce:
         self._end_flight()
 
     def _replace(self, error: Refused) -> bool:
-        """Put another message in place of the refused one, and publish at once; False if there is none."""
+        """Replace the refused message and publish at once; False if there is no replacement."""
         refused = _messages(self._batch)[error.message_number]
         replacement = refused.instead(error)
         if replacement is None:

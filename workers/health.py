@@ -30,7 +30,7 @@ MAX_CONNECTIONS = 32
 
 
 class Health:
-    """What is known about a worker's state. Safe to use from any thread; time is an argument."""
+    """The state of a worker. Safe to use from any thread; time is an argument."""
 
     def __init__(self, *, waits_for: Iterable[str], stall_limit_s: float) -> None:
         """`waits_for` are the conditions, in words, that must all be met before the worker is ready."""

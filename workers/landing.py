@@ -35,11 +35,11 @@ class Landing:
     def watch(
         self, future: Future[R], then: Callable[[R], None], failed: Callable[[Exception], None] | None = None
     ) -> None:
-        """Like `start`, for a task that somebody else runs. Without `failed`, `turn` raises the exception."""
+        """Like `start`, for a task that is running already. Without `failed`, `turn` raises the exception."""
         self.num_pending += 1
 
         def ended(future: Future[R]) -> None:
-            # Runs on the task's thread: hand over and wake, nothing else.
+            # Runs on the task's thread: queue the callback and wake, nothing else.
             self._ended.append(lambda: self._land(future, then, failed))
             self._wake()
 

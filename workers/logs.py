@@ -1,8 +1,8 @@
-"""Sets up logging: one line for each event, for people or as JSON, ours and the libraries' alike.
+"""Sets up logging: one line for each event, for people or as JSON, for this program and its libraries.
 
-The parts of a worker log through `structlog.get_logger(__name__)` and give a line its ids as they write it
-(`log.warning("…", request_id=…, trace_id=…)`), so that a request costs nothing while nothing is said about it.
-Knows no setting by name; what must not be seen is given by value.
+Modules log through `structlog.get_logger(__name__)` and pass the ids with each line
+(`log.warning("…", request_id=…, trace_id=…)`), so that a request without a line costs nothing. Knows no setting by
+name: secrets are passed as values.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def set_up_logs(
     secrets: Iterable[str] = (),
     out: TextIO | None = None,
 ) -> None:
-    """Send every log line of the process to `out` (standard error), errors that nobody catches included.
+    """Send every log line of the process to `out` (standard error), uncaught errors included.
 
-    `secrets` are replaced by stars wherever they turn up, and so is any password in an address.
+    `secrets` are masked wherever they occur, and so is any password in an address.
     """
     stream = out or sys.stderr
     shared: list[Processor] = [
@@ -63,7 +63,7 @@ def set_up_logs(
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            # For our lines and for the libraries': what they share is added here and not where a line is written.
+            # What all lines share is added here, for this program's lines and for those of libraries.
             processors=[*shared, structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
             foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
         )
@@ -78,7 +78,7 @@ def set_up_logs(
 
 
 def _hiding(mask: SecretMask) -> Processor:
-    """Masks the values of a line and makes them what every renderer can write."""
+    """Return a processor that masks the values of a line and converts them to what every renderer can write."""
 
     def hidden(value: Any) -> Any:
         match value:
@@ -99,7 +99,7 @@ def _hiding(mask: SecretMask) -> Processor:
 
 
 def _log_uncaught() -> None:
-    """Errors that end the process or a thread become log lines too, with the traceback as one field."""
+    """Log errors that end the process or a thread, with the traceback as one field."""
     log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
     def process(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

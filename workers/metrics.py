@@ -1,8 +1,8 @@
-"""What a worker counts and times, as Prometheus instruments in a registry of its own.
+"""The Prometheus instruments of a worker, in one registry.
 
-Each instrument is an attribute; the methods are the words in which the rest of a worker speaks about them, so that a
-hot path costs one call. What is called how is `workers.telemetry.names`; knows nothing of how the numbers are served
-(`workers.health`) or exported (`workers.telemetry.metric_export`).
+Each instrument is an attribute; each method updates the instruments of one event in one call. Names and meanings are in
+`workers.telemetry.names`. Knows nothing of how the numbers are served (`workers.health`) or exported
+(`workers.telemetry.metric_export`).
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from workers.telemetry.names import Metric
 
 T = TypeVar("T", Counter, Histogram)
 
-#: What was tried again.
+#: Kinds of repeated attempts.
 RetryKind = Literal["connect", "publish", "commit", "store_read", "store_write", "image_fetch", "index_write"]
-#: What a message came to; `dead_letter` also where an error reply went out with it.
+#: Outcomes of a message; `dead_letter` also if an error reply went out with it.
 Outcome = Literal["ok", "partial", "expired", "error", "dead_letter", "skipped", "superseded", "removed"]
-#: Stages of an image on its way into the store.
+#: Stages of an image until it is stored.
 IngestStage = Literal["fetch", "look_up", "decode", "encode", "store"]
-#: The trace of a sampled request, to lead from a slow bucket to one that fell into it.
+#: The trace of a sampled request, which links a histogram bucket to one of its requests.
 Exemplar = dict[str, str]
 
-#: Values of one label. Ours are words from the code; should one ever come from outside, the rest are counted as this.
+#: Most values of one label; further ones are counted as `OTHER`.
 MAX_LABEL_VALUES = 64
 OTHER = "other"
 
 
 class ByLabel(Generic[T]):
-    """The children of an instrument with one label, each bound on first use, their number bounded."""
+    """The children of an instrument with one label, created on first use and bounded in number."""
 
     def __init__(self, instrument: T) -> None:
         self._instrument: T = instrument
@@ -54,7 +54,7 @@ class ByLabel(Generic[T]):
 
 
 class _KnownGauge(Collector):
-    """A gauge that is not exposed while nobody knows its value: 0 would be a claim."""
+    """A gauge that is absent while its value is unknown."""
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
@@ -68,7 +68,7 @@ class _KnownGauge(Collector):
 
 
 class Metrics:
-    """All instruments of a worker; ingest and rerank use those that concern them."""
+    """All instruments; each kind of worker uses its part."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
@@ -161,7 +161,7 @@ class Metrics:
     def count_reply(
         self, status: str, *, seconds: float | None, num_pairs: int, exemplar: Exemplar | None = None
     ) -> None:
-        """`seconds` is None where the request never got as far as being timed."""
+        """Count a reply; `seconds` is None if the request was refused before it was timed."""
         self.replies[status].inc()
         if num_pairs:
             self.pairs.inc(num_pairs)
@@ -192,7 +192,7 @@ class Metrics:
         self.image_seconds[stage].observe(seconds, exemplar)
 
     def count_evictions(self, num_evicted: int) -> None:
-        """`num_evicted` is the number since the worker's start."""
+        """Count evictions; `num_evicted` is the total since the worker's start."""
         self.slab_evictions.inc(num_evicted - self._num_evicted)
         self._num_evicted = num_evicted
 
@@ -209,7 +209,7 @@ class Metrics:
         self.blob_bytes.inc(num_bytes)
 
     def set_lag(self, lag: Mapping[Partition, int]) -> None:
-        """Replace the lag of all partitions; one that went to another worker is no longer shown."""
+        """Replace the lag of all partitions; a partition of another worker is removed."""
         for partition in self._lagging - lag.keys():
             self.lag.remove(partition.topic, str(partition.number))
         for partition, num_events in lag.items():

@@ -44,7 +44,7 @@ class Marker(NamedTuple):
 
     @classmethod
     def parse(cls, metadata: str) -> Marker:
-        """Read metadata; that of other programs counts as none."""
+        """Read metadata; metadata of other programs count as absent."""
         match = _METADATA.fullmatch(metadata)
         return cls() if match is None else cls(int(match[1]), int(match[2]), match[3])
 

@@ -1,8 +1,8 @@
-"""Reads settings from the environment, once, and refuses what it does not know.
+"""Reads settings from the environment, once, and refuses unknown variables with the worker's prefix.
 
 A variable with a worker's own prefix must be one of its settings. What a platform injects is left alone: Kubernetes
 announces a Service named `rerank` or `kafka` as `RERANK_PORT=tcp://…` or `KAFKA_SERVICE_HOST`, and images of Kafka
-bring their own `KAFKA_*`. Of such shared names only those close to one of ours are told, as a warning.
+bring their own `KAFKA_*`. Of such shared names only those similar to a setting are reported, as a warning.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ S = TypeVar("S", bound=BaseSettings)
 _SERVICE_LINK = re.compile(r"\w*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 _SHARED_PREFIXES = ("KAFKA_", "REDIS_")
-#: Similar enough for a slip of the keys or an abbreviation; KAFKA_HEAP_OPTS is not to be taken for one.
+#: Similar enough for a typing error or an abbreviation, and too different for KAFKA_HEAP_OPTS.
 _SIMILARITY = 0.8
 
 
 def read_settings(kind: type[S]) -> S:
-    """The settings from the environment. Raises `Misconfigured` that tells everything wrong, a line each."""
+    """Return the settings of the environment. Raises `Misconfigured` with one line for each fault."""
     names = variable_names(kind)
     faults = [*_unknown(kind, names.values(), os.environ)]
     settings: S | None = None
@@ -45,13 +45,13 @@ def read_settings(kind: type[S]) -> S:
 
 
 def variable_names(kind: type[BaseSettings]) -> dict[str, str]:
-    """The environment variable of each setting."""
+    """Return the environment variable of each setting."""
     prefix = kind.model_config.get("env_prefix", "")
     return {name: str(field.validation_alias or f"{prefix}{name}").upper() for name, field in kind.model_fields.items()}
 
 
 def near_misses(kind: type[BaseSettings]) -> list[str]:
-    """A sentence for each shared variable that is set, unknown, and close to one that is known."""
+    """Return a sentence for each shared variable that is set, unknown, and similar to a setting."""
     known = list(variable_names(kind).values())
     return [
         f"{name} is not a setting; {suggestion}"
@@ -64,7 +64,7 @@ def near_misses(kind: type[BaseSettings]) -> list[str]:
 
 
 def secrets_of(settings: BaseSettings) -> list[str]:
-    """Every secret among the settings, to be kept out of the log; of an address the password alone."""
+    """Return every secret of the settings, to be masked in the log; of an address only its passwords."""
     values = (getattr(settings, name) for name in type(settings).model_fields)
     return [found for value in values if isinstance(value, SecretStr) for found in secrets_in(value.get_secret_value())]
 

@@ -39,13 +39,18 @@ class KafkaSettings(BaseSettings):
     )
 
     kafka_brokers: Words = Field(
-        ("localhost:9092",), min_length=1, validation_alias="KAFKA_BROKERS", description="Brokers to begin with."
+        ("localhost:9092",),
+        min_length=1,
+        validation_alias="KAFKA_BROKERS",
+        description="Addresses of some brokers of the cluster.",
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
-        "PLAINTEXT", validation_alias="KAFKA_SECURITY_PROTOCOL", description="TLS, SASL, both or neither."
+        "PLAINTEXT",
+        validation_alias="KAFKA_SECURITY_PROTOCOL",
+        description="Whether connections use TLS, SASL, both or neither.",
     )
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(
-        None, validation_alias="KAFKA_SASL_MECHANISM", description="How to log in, for SASL protocols."
+        None, validation_alias="KAFKA_SASL_MECHANISM", description="Mechanism of the login, for SASL protocols."
     )
     kafka_sasl_username: str | None = Field(
         None, validation_alias="KAFKA_SASL_USERNAME", description="User, for SASL protocols."
@@ -54,16 +59,18 @@ class KafkaSettings(BaseSettings):
         None, validation_alias="KAFKA_SASL_PASSWORD", description="Password, for SASL protocols."
     )
     kafka_ssl_cafile: Path | None = Field(
-        None, validation_alias="KAFKA_SSL_CAFILE", description="Certificates to trust; none: the system's."
+        None,
+        validation_alias="KAFKA_SSL_CAFILE",
+        description="File of trusted certificates; default: those of the system.",
     )
     kafka_ssl_certfile: Path | None = Field(
-        None, validation_alias="KAFKA_SSL_CERTFILE", description="This client's own certificate."
+        None, validation_alias="KAFKA_SSL_CERTFILE", description="File of the client's certificate."
     )
     kafka_ssl_keyfile: Path | None = Field(
-        None, validation_alias="KAFKA_SSL_KEYFILE", description="The key of the client's certificate."
+        None, validation_alias="KAFKA_SSL_KEYFILE", description="File of the key of the client's certificate."
     )
     kafka_ssl_password: SecretStr | None = Field(
-        None, validation_alias="KAFKA_SSL_PASSWORD", description="The password of the client's key."
+        None, validation_alias="KAFKA_SSL_PASSWORD", description="Password of the client's key."
     )
 
     @check(mode="after")
@@ -92,30 +99,39 @@ class KafkaSettings(BaseSettings):
 class ServiceSettings(KafkaSettings):
     """The settings of every process of the service."""
 
-    topic_prefix: str = Field("", description="Put in front of every topic name.")
+    topic_prefix: str = Field("", description="Prefix of every topic name.")
     max_message_bytes: PositiveBytes = Field(
         ByteSize(MIB), description="Largest message to publish, at most the broker's message.max.bytes."
     )
-    http_host: str = Field("127.0.0.1", description="Where health and metrics are served; 0.0.0.0 for a pod's probes.")
-    http_port: int = Field(8080, ge=0, le=65535, description="Port of both; 0: a free one, told in the log.")
-    stall_limit_s: PositiveFloat = Field(10.0, description="A loop that has not turned for so long is not alive.")
-    drain_grace_s: NonNegativeFloat = Field(20.0, description="After SIGTERM, for what is in work.")
-    log_format: Literal["console", "json"] = Field("console", description="Lines for people or for machines.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that is logged.")
-    span_file: Path | None = Field(None, description="Spans go here too, a line each; a file per process.")
+    http_host: str = Field(
+        "127.0.0.1", description="Address that serves health and metrics; 0.0.0.0 for the probes of a pod."
+    )
+    http_port: int = Field(8080, ge=0, le=65535, description="Port of both; 0 takes a free one, which is logged.")
+    stall_limit_s: PositiveFloat = Field(
+        10.0, description="Seconds without a turn of the loop after which the worker counts as dead."
+    )
+    drain_grace_s: NonNegativeFloat = Field(20.0, description="Seconds after SIGTERM to finish the messages in work.")
+    log_format: Literal["console", "json"] = Field(
+        "console", description="Format of log lines: for people or for machines."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
+    span_file: Path | None = Field(
+        None, description="File that spans are written to, one per line; each process needs its own."
+    )
     span_file_bytes: PositiveBytes = Field(
-        ByteSize(64 * MIB), description="A full span file becomes <name>.1, in place of the one before."
+        ByteSize(64 * MIB),
+        description="Size at which the span file is renamed to <name>.1, replacing the previous one.",
     )
     otlp_endpoint: SecretStr | None = Field(
         None,
         validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
-        description="Collector for spans and metrics, OTLP over HTTP; none: neither is sent.",
+        description="Collector for spans and metrics, OTLP over HTTP; without it neither is sent.",
     )
     otlp_traces_endpoint: SecretStr | None = Field(
-        None, validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", description="Whole address for spans alone."
+        None, validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", description="Complete address for spans only."
     )
     otlp_metrics_endpoint: SecretStr | None = Field(
-        None, validation_alias="OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", description="Whole address for metrics alone."
+        None, validation_alias="OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", description="Complete address for metrics only."
     )
     otel_sdk_disabled: str = Field(
         "false", validation_alias="OTEL_SDK_DISABLED", description="true: record and send neither spans nor metrics."
@@ -197,18 +213,26 @@ class WorkerSettings(ServiceSettings):
     """The settings of every worker that reads a topic as a member of a consumer group."""
 
     delivery: Literal["at_least_once", "exactly_once"] = Field(
-        "at_least_once", description="Whether a crash may repeat an outcome, or each is a transaction."
+        "at_least_once",
+        description="at_least_once: a crash may repeat an outcome; exactly_once: outcomes and offsets are one "
+        "transaction.",
     )
-    commit_interval_ms: PositiveFloat = Field(100.0, description="Offsets are committed this often.")
-    transaction_interval_ms: PositiveFloat = Field(50.0, description="A transaction this often, with exactly_once.")
+    commit_interval_ms: PositiveFloat = Field(
+        100.0, description="Milliseconds between offset commits, with at_least_once."
+    )
+    transaction_interval_ms: PositiveFloat = Field(
+        50.0, description="Milliseconds between transactions, with exactly_once."
+    )
     session_timeout_ms: int = Field(
         10_000,
         ge=1_500,
-        description="A worker not heard of for so long is taken for dead: its partitions go to others, its open "
-        "transaction is aborted.",
+        description="Milliseconds without a heartbeat after which a worker counts as dead: its partitions go to "
+        "others, its open transaction is aborted.",
     )
-    revoke_grace_s: NonNegativeFloat = Field(5.0, description="Before a partition is given back, for its messages.")
-    max_poll_records: PositiveInt = Field(500, description="Records of one poll.")
+    revoke_grace_s: NonNegativeFloat = Field(
+        5.0, description="Seconds to finish the messages of a partition before it is given back."
+    )
+    max_poll_records: PositiveInt = Field(500, description="Most records of one poll.")
     max_undelivered_messages: PositiveInt = Field(
         10_000, description="Outcomes that wait for the broker before reading pauses."
     )
@@ -308,7 +332,7 @@ class IngestSettings(EngineSettings):
     model_config = SettingsConfigDict(env_prefix="INGEST_")
 
     group_id: str = Field("edje-ingest", min_length=1, description="Consumer group.")
-    http_port: int = Field(8081, ge=0, le=65535, description="Port of both; 0: a free one, told in the log.")
+    http_port: int = Field(8081, ge=0, le=65535, description="Port of both; 0 takes a free one, which is logged.")
     allowed_schemes: Words = Field(("https", "http"), description="Of http, https, file, s3 and gs, those to read.")
     allowed_hosts: Words = Field(
         (), description="Hosts and buckets to read from, *.example.com too; none: any public host and no bucket."

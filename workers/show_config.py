@@ -1,6 +1,6 @@
-"""Shows every setting: its variable, its value, where that came from and what it means. Secrets are masked.
+"""Lists every setting: its variable, value, source and meaning. Secrets are masked.
 
-Knows no particular setting.
+Knows no individual setting.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from rich.table import Table
 from workers.read_settings import variable_names
 from workers.secrets import mask_setting
 
-#: Wide enough for a pipe or a file that one setting stays on one line.
+#: Width for a pipe or a file: each setting stays on one line.
 UNBOUNDED_WIDTH = 240
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One setting as it is shown."""
+    """One row of the list."""
 
     name: str
     value: str
@@ -48,7 +48,7 @@ def show_config(settings: BaseSettings, out: TextIO, layout: Literal["table", "j
 
 
 def shown(settings: BaseSettings) -> Iterator[Shown]:
-    """The settings in order of definition."""
+    """Yield the settings in the order of their definition."""
     names = variable_names(type(settings))
     for field, info in type(settings).model_fields.items():
         yield Shown(

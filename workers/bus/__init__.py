@@ -1,1 +1,1 @@
-"""Kafka behind the ports of `workers.ports`: the only package that knows kafka-python, and its in-memory twin."""
+"""Kafka behind the ports of `workers.ports`: the only package that imports kafka-python, and the in-memory twin."""

@@ -157,7 +157,9 @@ class AssignedPartitions:
             for topic in {partition.topic for partition in self._entries}:
                 known, current = self._topic_ids.get(topic), topic_id(self._consumer, topic)
                 if current and known and current != known:
-                    log.warning("the topic was deleted and created again; reading begins anew", topic=topic)
+                    log.warning(
+                        "the topic was deleted and created again; reading begins at its oldest record", topic=topic
+                    )
                     closed |= {partition for partition in self._entries if partition.topic == topic}
                 if current:
                     self._topic_ids[topic] = current
@@ -185,7 +187,7 @@ class AssignedPartitions:
         try:
             ends = self._consumer.end_offsets(assigned, timeout_ms=int(LIMIT_S * 1000)) if assigned else {}
         except kafka_errors.KafkaTimeoutError:
-            return True  # what was found before stays
+            return True  # the last result stays valid
         unread = {}
         for partition, end in ends.items():
             position = self._consumer.position(partition, timeout_ms=0)

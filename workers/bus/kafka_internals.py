@@ -267,7 +267,7 @@ def _await_coordinator(producer: KafkaProducer, request: Any, limit_s: float) ->
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
-#: The header of an empty record that stands in for records that cannot be read; its value is the reason.
+#: The header of an empty record that replaces unreadable records; its value is the reason.
 UNREADABLE_HEADER = "unreadable"
 
 
@@ -281,7 +281,7 @@ class PollBudget:
 
 
 class PollIsFull(Exception):
-    """A poll has used up its budget: what it has taken is returned, and the next poll raises this once."""
+    """A poll has used up its budget: it returns the records it has taken, and the next poll raises this once."""
 
 
 def install_tolerant_records(consumer: KafkaConsumer, budget: PollBudget) -> None:
@@ -289,7 +289,7 @@ def install_tolerant_records(consumer: KafkaConsumer, budget: PollBudget) -> Non
 
     kafka-python takes a header name that is not UTF-8 for a corrupt record, never returns from a poll after a batch
     that it cannot read, and unpacks a compressed batch whatever its size. Here such a name gets replacement characters,
-    as in Java's client, and one empty record with `UNREADABLE_HEADER` stands in for what cannot be read.
+    as in Java's client, and one empty record with `UNREADABLE_HEADER` replaces records that cannot be read.
     """
     consumer._fetcher.PartitionRecords = partial(_PartitionRecords, budget)
 
@@ -398,7 +398,7 @@ class _Batch(DefaultRecordBatch):  # type: ignore[misc]
             return self._stand_in(self._unreadable)
 
     def _stand_in(self, reason: str) -> DefaultRecord:
-        """One empty record in place of the rest of the batch, which may have a hundred million records."""
+        """One empty record that replaces the rest of the batch, which may have a hundred million records."""
         if self._next_record_index >= self.records_count:
             raise StopIteration
         self._next_record_index = self._num_records = self.records_count

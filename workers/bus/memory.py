@@ -1,6 +1,7 @@
-"""The in-memory twin of Kafka: a broker, an inbox and outboxes that keep the same promises without a network.
+"""The in-memory twin of Kafka: a broker, an inbox, a follower and outboxes with the same contracts, without a network.
 
-For unit tests and for trying a job without a broker. One process, no threads; a message is there as soon as it is sent.
+For unit tests and for trying a job without a broker. One process, no threads; a message can be read as soon as it is
+sent.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ class MemoryBroker:
     def __init__(
         self, *, num_partitions: int = 1, max_message_bytes: int = 1 << 20, refused_topics: Collection[str] = ()
     ) -> None:
-        """`refused_topics` do not exist, or may not be written to."""
+        """`refused_topics` do not exist or may not be written to."""
         self.num_partitions = num_partitions
         self.max_message_bytes = max_message_bytes
         self.refused_topics = frozenset(refused_topics)
-        #: While True every send, publish and commit fails with `Transient`.
+        #: While True, every send, publish and commit fails with `Transient`.
         self.away = False
         self.committed: dict[tuple[str, Partition], Commit] = {}
         self._logs: dict[Partition, list[Record]] = {}
@@ -43,7 +44,7 @@ class MemoryBroker:
         self._wakes.append(wake)
 
     def check(self, message: Outgoing) -> None:
-        """Raise what a broker would for this message."""
+        """Raise the error with which a broker refuses this message, if it does."""
         if self.away:
             raise Transient("the broker is away")
         if message.topic in self.refused_topics:
@@ -97,7 +98,7 @@ class MemoryInbox:
         self.gain(range(broker.num_partitions) if partitions is None else partitions)
 
     def gain(self, numbers: Collection[int]) -> None:
-        """Be assigned these partitions, as after a rebalance."""
+        """Assign these partitions, as after a rebalance."""
         for number in numbers:
             partition = Partition(self._topic, number)
             committed = self._broker.committed.get((self._group_id, partition))
@@ -107,7 +108,7 @@ class MemoryInbox:
             self._assignments.append(self._assigned[partition])
 
     def lose(self, numbers: Collection[int], *, lost: bool = False) -> None:
-        """Have these partitions revoked; with `lost`, another member owns them already."""
+        """Revoke these partitions; with `lost`, another member owns them already."""
         partitions = frozenset(Partition(self._topic, number) for number in numbers)
         for partition in partitions:
             del self._assigned[partition]

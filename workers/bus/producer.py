@@ -31,7 +31,7 @@ class KafkaOutbox:
             # An idempotent producer of kafka-python 3.0 is beyond repair once the broker has refused one message
             # for its size, and fails every other message with it. A repeated message is allowed here.
             enable_idempotence=False,
-            allow_auto_create_topics=False,  # whoever names a reply topic must not create it
+            allow_auto_create_topics=False,  # naming a reply topic must not create it
             max_request_size=max_message_bytes,
             max_block_ms=MAX_BLOCK_MS,
             linger_ms=linger_ms,
@@ -59,7 +59,7 @@ class KafkaOutbox:
     def _send(self, message: Outgoing, sent: Future[None]) -> None:
         try:
             pending = send_to(self._producer, message)
-        except Exception as error:  # whatever it is, it belongs to this message
+        except Exception as error:  # any error belongs to this message
             self._fail(message, sent, error)
         else:
             pending.add_callback(lambda _: sent.set_result(None))

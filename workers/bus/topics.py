@@ -1,8 +1,8 @@
 """Finds out which topics exist for a producer, and remembers for a while which ones refuse its messages.
 
 A producer of kafka-python blocks on a message to an unknown topic, and fails alike for a topic that does not exist and
-for a broker that is away. Here many topics are looked up at once, on a thread and in short rounds, and the two are told
-apart: if a broker answers and does not name the topic, the topic does not exist.
+for a broker that is away. Here many topics are looked up at once, on a thread and in short rounds, and the two are
+distinguished: if a broker answers and does not name the topic, the topic does not exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ APPEARANCE_S = 2.0
 AWAY_S = 5.0
 #: How long a refusal is remembered.
 REFUSED_S = 30.0
-#: Refusals to remember: whoever may send requests can make up topic names.
+#: Most refusals to remember: requests can contain any topic name.
 MAX_REFUSED = 10_000
 #: Longest wait for the broker in one round. kafka-python limits how often rounds are made.
 ANSWER_S = 0.5

@@ -104,7 +104,7 @@ class KafkaTransactionalOutbox:
 
     def _publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, Commit]) -> None:
         if self._unknown and self._was_committed():
-            return  # what is published again after an unknown end is the same, or a part of it
+            return  # after an unknown end the caller repeats the same messages, or a part of them
         # Before the first message: with a later membership, offsets of partitions that have moved meanwhile would pass.
         membership = self._membership()
         if membership.generation_id < 0:

@@ -1,1 +1,1 @@
-"""What a worker tells of its work: the names, the spans, where they go, and the metrics on their way to a collector."""
+"""Spans and metrics of a worker: their names, how spans are made, and their export."""

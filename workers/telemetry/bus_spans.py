@@ -1,7 +1,7 @@
-"""The spans of what a worker does with its bus: poll, process, send and commit, by the messaging conventions.
+"""The spans of a worker's bus operations (poll, process, send, commit), by OpenTelemetry's messaging conventions.
 
-One poll brings many messages and one commit settles many: such a span belongs to the trace of none of them and links to
-each that is sampled. Used from the loop's thread alone.
+A poll returns and a commit settles many messages: such a span belongs to no message's trace and links to each sampled
+message. Used from the loop's thread only.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _SEND, _COMMIT = _operation("send", "send"), _operation("commit", "settle")
 
 
 class BusSpans:
-    """The spans of one worker's bus."""
+    """Records the bus spans of one worker."""
 
     def __init__(self, tracer: Tracer, *, topic: str, group_id: str) -> None:
-        """`topic` is the one that is consumed."""
+        """`topic` is the consumed topic."""
         self._tracer = tracer
         self._topic = topic
         self._consumes = {names.TOPIC.name: topic, names.GROUP.name: group_id}
         self._poll: Poll | None = None
-        self._polled: list[SpanIds] = []  # who sent the sampled records of that poll
+        self._polled: list[SpanIds] = []  # the producers' spans of the sampled records of that poll
 
     @classmethod
     def off(cls) -> BusSpans:
@@ -41,18 +41,18 @@ class BusSpans:
         return cls(Tracer.off(), topic="", group_id="")
 
     def begin(self, record: Record) -> MessageTrace:
-        """The trace of a record that has been taken."""
+        """Return the trace of a record that has been taken."""
         trace = self._tracer.begin(record.headers)
         if trace.span is not None and record.poll is not None:
             if record.poll is not self._poll:
                 self.flush()
                 self._poll = record.poll
-            # The producer's span, or our own where nobody else has begun the trace.
+            # The producer's span, or this worker's if it has begun the trace.
             self._polled.append(SpanIds(trace.span.trace_id, trace.span.parent_id or trace.span.span_id, None))
         return trace
 
     def flush(self) -> None:
-        """Record the poll whose records have all been taken, as far as anybody knows."""
+        """Record the last poll; call it when no more of its records will be taken."""
         poll, self._poll = self._poll, None
         polled, self._polled = self._polled, []
         if poll is not None:
@@ -72,8 +72,8 @@ class BusSpans:
         links: Sequence[SpanIds] = (),
         attributes: Mapping[str, Any],
     ) -> None:
-        """The processing of one record, up to its outcome; `attributes` are what the job has to say of it."""
-        said = {
+        """Record the processing of one record, up to its outcome; `attributes` are those of the job."""
+        recorded = {
             **_PROCESS,
             **self._consumes,
             names.PARTITION.name: str(record.partition.number),
@@ -82,22 +82,22 @@ class BusSpans:
             **attributes,
         }
         if event_id is not None:
-            said[names.CONVERSATION.name] = event_id
+            recorded[names.CONVERSATION.name] = event_id
         if error is not None:
-            said[names.ERROR_TYPE.name] = error
+            recorded[names.ERROR_TYPE.name] = error
         state = trace.context.state
         self._tracer.record(
-            names.PROCESS, span, interval, said, of=self._topic, state=state, links=links, failed=error is not None
+            names.PROCESS, span, interval, recorded, of=self._topic, state=state, links=links, failed=error is not None
         )
 
     def stages(self, span: SpanIds, stages: Mapping[str, Interval]) -> None:
-        """The stages of one record, under the span of its processing; those of no length are left out."""
+        """Record the stages of one record as children of its processing; stages without a length are left out."""
         for stage, interval in stages.items():
             if interval.ended_at > interval.started_at:
                 self._tracer.record(names.STAGE, child_of(span), interval, {}, of=stage)
 
     def sent(self, message: Outgoing, interval: Interval, error: BaseException | None = None) -> None:
-        """The sending of a message, if it is to be recorded."""
+        """Record the sending of a message, if it is sampled."""
         if message.span is None:
             return
         attributes: dict[str, Any] = {**_SEND, names.TOPIC.name: message.topic}
@@ -109,12 +109,12 @@ class BusSpans:
         self._tracer.record(names.SEND, message.span, interval, attributes, of=message.topic, failed=failed)
 
     def committed(self, settled: Sequence[SpanIds], num_events: int, interval: Interval) -> None:
-        """A commit or transaction, if it settles an event that is recorded; `settled` are those events' spans."""
+        """Record a commit or transaction that settles sampled events; `settled` are their spans."""
         if settled:
             attributes = {**_COMMIT, **self._consumes, names.MESSAGES.name: num_events}
             self._tracer.record(names.COMMIT, root(), interval, attributes, of=self._topic, links=settled)
 
     def refresh(self) -> None:
-        """What has to happen now and then, with traffic or without."""
+        """Flush the last poll and synchronise the clocks; to be called at an interval."""
         self.flush()
         self._tracer.synchronise()

@@ -1,6 +1,6 @@
 """Writes the tables of docs/reference/telemetry.md from the names: `python -m workers.telemetry.document`.
 
-The text around them is written by hand and left as it is; a test holds the document current.
+The text around the tables is written by hand and not touched; a test compares the tables with the code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TABLE = re.compile(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", re.DOTALL)
 
 
 def tables() -> dict[str, str]:
-    """Each table by its name in the document."""
+    """Return each table by its name in the document."""
     request_stages = [(f"`{name}`", meaning) for name, meaning in REQUEST_STAGES.items()]
     published = (f"`{PUBLISH}`", "From the outcome until the broker has all of it. A metric only; the span is `send`.")
     return {
@@ -42,7 +42,7 @@ def tables() -> dict[str, str]:
 
 
 def renewed(text: str) -> str:
-    """The document with its tables as they have to be. Raises `KeyError` for a table that nobody makes."""
+    """Return the document with current tables. Raises `KeyError` for an unknown table."""
     made = tables()
     return _TABLE.sub(lambda match: f"<!-- begin {match[1]} -->\n{made[match[1]]}<!-- end {match[1]} -->", text)
 

@@ -1,4 +1,4 @@
-"""A span that has ended, as the loop's thread hands it over: a row, because making more of it is the exporter's work.
+"""A finished span as a plain tuple: the loop's thread only fills it in, converting it is the exporter's work.
 
 The SDK's span takes ten microseconds more and leaves a dozen objects to the garbage collector (docs/LOG.md).
 """
@@ -19,13 +19,13 @@ class FinishedSpan(NamedTuple):
     """Times are nanoseconds since 1970."""
 
     what: SpanName
-    of: str  # completes the name
+    of: str  # end of the name
     ids: SpanIds
     started_ns: int
     ended_ns: int
     attributes: Mapping[str, Any]
     links: tuple[SpanIds, ...] = ()
-    state: bytes = b""  # the `tracestate` that its message came with
+    state: bytes = b""  # the `tracestate` of its message
     failed: bool = False
 
     @property
@@ -39,10 +39,10 @@ class FinishedSpan(NamedTuple):
 
 
 class SpanExporter(Protocol):
-    """A destination of spans, called from a thread of its own."""
+    """A destination of spans, called from its own thread."""
 
     def export(self, spans: Sequence[FinishedSpan]) -> bool:
-        """Whether the destination has taken them, all of one call; waits for it."""
+        """Send these spans and wait; returns whether the destination has accepted them."""
 
     def shutdown(self) -> None:
-        """End a wait, from any thread; from then on nothing is taken."""
+        """End a wait, from any thread; later spans are not accepted."""

@@ -26,7 +26,7 @@ class SpanName:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """What a span says of itself."""
+    """An attribute of a span."""
 
     name: str
     meaning: str
@@ -110,10 +110,10 @@ ENCODE_BATCH = SpanName(
 ENCODE_QUERIES = SpanName("encode queries", "INTERNAL", "micro-batch", "The texts of a batch, each once.")
 SCORE_PAIRS = SpanName("score pairs", "INTERNAL", "micro-batch", "The pairs of a batch.")
 HOST_TO_DEVICE = SpanName(
-    "host to device", "INTERNAL", "score pairs", "Copying in, where the runtime can tell it apart; placed at the start."
+    "host to device", "INTERNAL", "score pairs", "Copying in, if the runtime measures it; placed at the start."
 )
 DEVICE_TO_HOST = SpanName(
-    "device to host", "INTERNAL", "score pairs", "Copying out, where the runtime can tell it apart; placed at the end."
+    "device to host", "INTERNAL", "score pairs", "Copying out, if the runtime measures it; placed at the end."
 )
 
 # --- attributes -------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ DB_SYSTEM = Attribute("db.system.name", "`redis`.")
 DB_OPERATION = Attribute("db.operation.name", "`MGET` or `PIPELINE SET`.")
 DB_BATCH = Attribute("db.operation.batch.size", "Keys asked for or written.")
 ERROR_TYPE = Attribute("error.type", "The code of an error reply or dead letter, `expired`, or the class of an error.")
-STATUS = Attribute("edje.status", "What the event came to: the status of the reply, `dead_letter`, `ok` or `skipped`.")
+STATUS = Attribute("edje.status", "Outcome of the event: the status of the reply, `dead_letter`, `ok` or `skipped`.")
 CANDIDATES = Attribute("edje.candidates", "Candidates of the request.")
 PAIRS = Attribute("edje.pairs", "Pairs of the request or the micro-batch; equal candidates are one.")
 MISSING = Attribute("edje.missing", "Pairs of the request without usable tokens.")
@@ -140,7 +140,7 @@ REQUEST_IDS = Attribute("edje.request_ids", "The requests that shared the micro-
 IMAGES = Attribute("edje.images", "Images of the batch.")
 IMAGE_IDS = Attribute("edje.image_ids", "The images that shared the batch, sampled or not; the first 100.")
 ENGINE = Attribute("edje.engine_digest", "The engine that scored the micro-batch.")
-ATTEMPTS = Attribute("edje.attempts", "How often it was tried, where more than once.")
+ATTEMPTS = Attribute("edje.attempts", "Number of attempts, if more than one.")
 HTTP_METHOD = Attribute("http.request.method", "The method of an HTTP request.")
 HTTP_ROUTE = Attribute("http.route", "The path of an HTTP request, with names in place of ids.")
 HTTP_STATUS = Attribute("http.response.status_code", "The status of the HTTP answer.")
@@ -156,9 +156,9 @@ _TOKENS = (256, 1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 _FILL = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-EVENTS = Metric("edje_events_total", "counter", "Messages that have their outcome.", ("outcome",))
+EVENTS = Metric("edje_events_total", "counter", "Messages with an outcome.", ("outcome",))
 DEAD_LETTERS = Metric("edje_dead_letters_total", "counter", "Messages dead-lettered, by cause.", ("code",))
-RETRIES = Metric("edje_retries_total", "counter", "Attempts that failed and were made again.", ("kind",))
+RETRIES = Metric("edje_retries_total", "counter", "Failed attempts that were repeated.", ("kind",))
 COMMITS = Metric("edje_commits_total", "counter", "Offset commits and transactions that the broker has recorded.")
 INFLIGHT_EVENTS = Metric("edje_inflight_events", "gauge", "Messages taken and not yet finished.")
 LAG = Metric(
@@ -172,10 +172,10 @@ ENGINE_INFO = Metric(
     "edje_engine_info", "info", "The engine in use.", ("runtime", "model_digest", "engine_digest", "storage")
 )
 SPANS_DROPPED = Metric(
-    "edje_spans_dropped_total", "counter", "Spans given up because their destination was slow, full or away."
+    "edje_spans_dropped_total", "counter", "Spans dropped because their destination was slow, full or away."
 )
 BAD_TRACEPARENTS = Metric(
-    "edje_bad_traceparents_total", "counter", "Messages whose traceparent is none; each begins a trace of its own."
+    "edje_bad_traceparents_total", "counter", "Messages with an invalid traceparent; each starts a new trace."
 )
 STAGE_SECONDS = Metric(
     "edje_stage_seconds", "histogram", "A request in one stage, or publishing any outcome.", ("stage",), _SECONDS
@@ -185,7 +185,7 @@ REPLIES = Metric("edje_replies_total", "counter", "Replies made, by status.", ("
 REPLIES_REPLACED = Metric(
     "edje_replies_replaced_total",
     "counter",
-    "Replies that the broker refused and an error reply took the place of.",
+    "Replies that the broker refused and an error reply replaced.",
 )
 REPLY_WARNINGS = Metric("edje_reply_warnings_total", "counter", "Warnings in replies, by code.", ("code",))
 PAIRS_TOTAL = Metric("edje_pairs_total", "counter", "Pairs in replies that went out with a ranking.")
@@ -221,7 +221,7 @@ SLAB_INVALIDATIONS = Metric(
 )
 SLAB_SLOTS_USED = Metric("edje_slab_slots_used", "gauge", "Slots of the token slab that hold an image.")
 BAD_BLOBS = Metric(
-    "edje_bad_blobs_total", "counter", "Images without a usable blob, by what was wrong: missing, corrupt…", ("reason",)
+    "edje_bad_blobs_total", "counter", "Images without a usable blob, by reason: missing, corrupt…", ("reason",)
 )
 STORE_READ_BYTES = Metric("edje_store_read_bytes_total", "counter", "Bytes of blobs read from the store.")
 

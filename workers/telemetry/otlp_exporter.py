@@ -1,8 +1,8 @@
-"""Sends spans to an OTLP endpoint over HTTP: the SDK's exporter (address, headers, TLS, compression, retries) with an
-encoder that suits our spans.
+"""Sends spans to an OTLP endpoint over HTTP: the SDK's exporter (address, headers, TLS, compression, retries) with a
+faster encoder.
 
-That exporter has no place for another encoder, so its client, which is not public, is used: a test sends spans to a
-real endpoint through it.
+The exporter does not accept another encoder, so its private client is used; a test sends spans to a real endpoint
+through it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from workers.telemetry.otlp_protobuf import encode_request
 
 
 class OtlpExporter:
-    """The exporter to where OTEL_EXPORTER_OTLP_* point."""
+    """Exports to the endpoint that OTEL_EXPORTER_OTLP_* name."""
 
     def __init__(self, resource: Resource) -> None:
         self._resource = resource

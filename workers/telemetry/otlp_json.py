@@ -1,7 +1,4 @@
-"""One span as a line of OTLP in JSON: what the OpenTelemetry Collector's file exporter writes too.
-
-So that whoever reads our files reads the Collector's, and the other way round. Pure.
-"""
+"""One span as a line of OTLP in JSON, the format of the OpenTelemetry Collector's file exporter. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from workers.telemetry.otlp_protobuf import KINDS
 
 
 def span_line(resource: Resource, span: FinishedSpan) -> bytes:
-    """The span with its resource, ended by a line feed."""
+    """Return the span with its resource, ended by a line feed."""
     document = {
         "resourceSpans": [
             {

@@ -1,7 +1,7 @@
-"""Many spans of one worker as an OTLP request in protobuf, for a fraction of what the SDK's encoder takes.
+"""Many spans of one worker as an OTLP request in protobuf, in a fraction of the time of the SDK's encoder.
 
-Exporting shares the interpreter with the loop, so its time is taken from scoring. All spans come from one resource and
-scope, and most attributes were seen before: what stays the same is encoded once (docs/LOG.md has the figures). Pure.
+Exporting shares the interpreter with the loop, so its time is lost to scoring. All spans have one resource and scope,
+and most attributes recur: each of these is encoded once (docs/LOG.md has the figures). Pure.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_KNOWN_ATTRIBUTES = 4096
 
 
 def encode_request(resource: Resource, spans: Sequence[FinishedSpan]) -> bytes:
-    """Spans of one resource as `ExportTraceServiceRequest`."""
+    """Return spans of one resource as an `ExportTraceServiceRequest`."""
     request = ExportTraceServiceRequest()
     of_resource = request.resource_spans.add()
     of_resource.resource.attributes.extend(_attribute(*item) for item in resource.attributes.items())

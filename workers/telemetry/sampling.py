@@ -1,7 +1,7 @@
-"""Which traces are recorded: the SDK's six samplers by their names, decided without its objects.
+"""Decides which traces are recorded: the SDK's six samplers, without its objects.
 
-Every message is asked about, sampled or not, so that the answer has to cost next to nothing; theirs takes as long as
-reading the headers (docs/LOG.md). Pure.
+The decision is made for every message, so it has to be cheap; the SDK's takes as long as reading the headers
+(docs/LOG.md). Pure.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _ID_RANGE: Final = 1 << 64  # a ratio looks at the lower half of a trace's id, a
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What decides about a trace."""
+    """The rule of one sampler."""
 
-    follows_parents: bool  # the producer's say goes before ours
+    follows_parents: bool  # the producer's decision takes precedence
     bound: int  # ids below it are recorded
 
     @classmethod
     def named(cls, name: SamplerName, ratio: float) -> Sampling:
-        """By OTEL_TRACES_SAMPLER and OTEL_TRACES_SAMPLER_ARG; `ratio` counts where the name says so."""
+        """Return the rule for a sampler's name; `ratio` is used by the two ratio samplers."""
         share = {"always_on": 1.0, "always_off": 0.0}.get(name.removeprefix(_PARENT_BASED), ratio)
         return cls(name.startswith(_PARENT_BASED), round(share * _ID_RANGE))
 
     def takes(self, trace_id: int, *, parent_is_sampled: bool | None) -> bool:
-        """Whether to record the trace; `parent_is_sampled` is None where nobody else has begun it."""
+        """Whether to record the trace; `parent_is_sampled` is None for a trace that begins here."""
         if self.follows_parents and parent_is_sampled is not None:
             return parent_is_sampled
         return trace_id % _ID_RANGE < self.bound

@@ -1,7 +1,7 @@
-"""Writes spans to a local file, a line each, for looking at traces without infrastructure (`python -m workers.traces`).
+"""Writes spans to a local file, one per line, to read traces without infrastructure (`python -m workers.traces`).
 
-A full file becomes `<name>.1`, in place of the one before, so that no more than twice its size is ever taken.
-Called from the exporting thread. One process to a file.
+A full file is renamed to `<name>.1`, replacing the previous one, so at most twice its size is used. Called from the
+exporting thread. Each process needs its own file.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ log = structlog.get_logger(__name__)
 
 
 def predecessor_of(path: Path) -> Path:
-    """Where a full file goes."""
+    """Return the path that a full file is renamed to."""
     return path.with_name(f"{path.name}.1")
 
 
 class SpanFile:
-    """The exporter of one file."""
+    """Exports to one file."""
 
     def __init__(self, resource: Resource, path: Path, max_bytes: int) -> None:
-        """Appends to what is there. Raises `Misconfigured` if the file cannot be written."""
+        """Append to an existing file. Raises `Misconfigured` if the file cannot be written."""
         self._resource = resource
         self._path = path
         self._max_bytes = max_bytes

@@ -1,7 +1,7 @@
-"""Takes finished spans without waiting, and exports them from a thread; what finds no room is dropped and counted.
+"""Queues finished spans without waiting and exports them from a thread; spans that find the queue full are dropped.
 
-Batches as the OpenTelemetry specification has them (OTEL_BSP_*). Not the SDK's queue: that one takes its own spans only
-and drops without a word. Knows no destination by name.
+Batches follow the OpenTelemetry specification (OTEL_BSP_*). The SDK's queue accepts only its own spans and does not
+count dropped ones. Knows no destination by name.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """When spans are sent, and how many wait."""
+    """When spans are sent, and how many may wait."""
 
     max_spans: int  # waiting, or being sent
-    max_batch: int  # in one export; so many are sent at once
-    delay_s: float  # fewer are sent this often
+    max_batch: int  # in one export; a full batch is sent at once
+    delay_s: float  # interval at which smaller batches are sent
 
 
 class SpanQueue:
-    """The way to one destination; `put` and `close` are for one thread."""
+    """The queue of one destination; `put` and `close` are for one thread."""
 
     def __init__(self, exporter: SpanExporter, limits: QueueLimits, count_dropped: Callable[[int], None]) -> None:
         """`count_dropped` is called from both threads."""
@@ -37,7 +37,7 @@ class SpanQueue:
         self._count_dropped = count_dropped
         self._waiting: deque[FinishedSpan] = deque()
         self._num_put = 0
-        self._num_left = 0  # exported or lost; written by the exporting thread alone, as `_num_put` is by the other
+        self._num_left = 0  # exported or lost; written by the exporting thread only, `_num_put` by the other
         self._wake = threading.Event()
         self._is_closing = False
         self._has_given_up = False
@@ -54,7 +54,7 @@ class SpanQueue:
             self._wake.set()
 
     def close(self, timeout_s: float) -> None:
-        """Export what is left, as far as the time allows; the rest is dropped and counted."""
+        """Export the remaining spans within the timeout; drop and count the others."""
         self._is_closing = True
         self._wake.set()
         self._thread.join(timeout_s)
@@ -63,7 +63,7 @@ class SpanQueue:
         if self._has_given_up:
             num_lost = self._num_put - self._num_left
             self._count_dropped(num_lost)
-            log.warning("spans are left behind: their destination does not take them", num_spans=num_lost)
+            log.warning("spans dropped at the end: their destination did not accept them in time", num_spans=num_lost)
 
     def _run(self) -> None:
         while not self._is_closing:

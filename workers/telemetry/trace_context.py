@@ -1,8 +1,7 @@
 """Reads and writes the W3C trace context of a message.
 
-Headers only: what is recorded of a trace is `workers.telemetry.tracer`. Done by hand because it is on the path of every
-message: the propagator of the OpenTelemetry API does the same in two to three times the time (a test holds the two
-equal).
+Headers only; spans are made in `workers.telemetry.tracer`. Written by hand because every message passes through: the
+propagator of the OpenTelemetry API takes two to three times as long (a test compares the two).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SAMPLED = 1
 
 
 class TraceContext(NamedTuple):
-    """A place in a trace, as messages carry it: ids in lower-case hexadecimal."""
+    """A span's identity as messages carry it: ids in lower-case hexadecimal."""
 
     trace_id: bytes
     span_id: bytes
@@ -39,7 +38,7 @@ class TraceContext(NamedTuple):
 
 
 def read_context(headers: Headers) -> TraceContext | None:
-    """The context that a message carries; None if it carries none that is valid.
+    """Return the context of a message, None without a valid one.
 
     Of several headers of the name the last counts, as everywhere in Kafka.
     """
@@ -62,23 +61,23 @@ def read_context(headers: Headers) -> TraceContext | None:
 
 
 def names_context(headers: Headers) -> bool:
-    """Whether a message has the header at all, valid or not."""
+    """Whether a message has a `traceparent`, valid or not."""
     return any(name == TRACEPARENT for name, _ in headers)
 
 
 def new_context(flags: int = 0) -> TraceContext:
-    """The beginning of a trace."""
+    """Return the context of a new trace."""
     return TraceContext(b"%032x" % new_id(128), b"%016x" % new_id(64), flags)
 
 
 def context_headers(context: TraceContext) -> Headers:
-    """The headers that carry a context on."""
+    """Return the headers of a context."""
     traceparent = (TRACEPARENT, b"00-%b-%b-%02x" % (context.trace_id, context.span_id, context.flags))
     return (traceparent, (TRACESTATE, context.state)) if context.state else (traceparent,)
 
 
 def trace_id_of(headers: Headers) -> str | None:
-    """The trace that a message belongs to, as 32 hexadecimal digits; None if it names none that is valid."""
+    """Return the trace id of a message as 32 hexadecimal digits, None without a valid one."""
     context = read_context(headers)
     return None if context is None else context.trace_id.decode()
 

@@ -1,8 +1,8 @@
-"""Decides which messages are traced, and makes spans of the times that a worker keeps anyway.
+"""Decides which messages are traced, and makes spans from the times that a worker measures anyway.
 
-Spans are built when everything about them is known, with explicit times; nothing is "current", because the loop works
-on many messages at once. A message that is not sampled costs a look at its headers and no span object. Used from the
-loop's thread alone. Knows nothing of where spans go.
+Spans are built when they have ended, with explicit times; there is no "current" span, because the loop works on many
+messages at once. A message that is not sampled costs only the reading of its headers. Used from the loop's thread only.
+Knows nothing of the destinations of spans.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Attributes = Mapping[str, Any]
 
 
 class MessageTrace(NamedTuple):
-    """The place of a consumed message in its trace; `span` is set only where its processing is recorded."""
+    """The trace of a consumed message; `span` is set only if its processing is recorded."""
 
-    context: TraceContext  # what is published because of the message goes on from here
+    context: TraceContext  # for the messages that answer it
     span: SpanIds | None = None
 
     @property
@@ -38,11 +38,11 @@ class MessageTrace(NamedTuple):
         return self.context.trace_id.decode()
 
     def exemplar(self) -> dict[str, str] | None:
-        """What ties a measurement to the trace, where that is recorded."""
+        """Return the label that links a measurement to the trace, None if it is not sampled."""
         return None if self.span is None else {"trace_id": self.trace_id}
 
     def outgoing(self) -> tuple[Headers, SpanIds | None]:
-        """The trace headers of a message that answers this one, and the ids of the span of its sending."""
+        """Return the trace headers of a message that answers this one, and the ids of the span of its sending."""
         if self.span is None:
             return context_headers(self.context), None
         sent = SpanIds(self.span.trace_id, new_id(64), self.span.span_id)
@@ -50,7 +50,7 @@ class MessageTrace(NamedTuple):
 
 
 class Tracer:
-    """Hands finished spans to `emit`; `Tracer.off()` records none and lets every context pass unchanged."""
+    """Passes finished spans to `emit`; `Tracer.off()` records none and passes every context on unchanged."""
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class Tracer:
         )
 
     def synchronise(self) -> None:
-        """Read both clocks anew: the wall clock may have been set."""
+        """Read both clocks again: the wall clock may have been set."""
         self._epoch_ns = self._wall_ns() - round(self._clock() * 1e9)
 
     def begin(self, headers: Headers) -> MessageTrace:
-        """The trace of a message that has arrived, and whether it is recorded."""
+        """Return the trace of a message that has arrived, and decide whether it is recorded."""
         parent = read_context(headers)
         if parent is None and names_context(headers):
             self._count_bad_context()
@@ -116,8 +116,8 @@ class Tracer:
         links: Sequence[SpanIds] = (),
         failed: bool = False,
     ) -> None:
-        """Hand a span over; `of` completes its name, `failed` marks it as an error."""
-        # The links are copied: their owner may go on with its list while another thread exports the span.
+        """Emit a span; `of` completes its name, `failed` marks it as an error."""
+        # The links are copied: their owner may change its list while another thread exports the span.
         started_ns = self._epoch_ns + round(interval.started_at * 1e9)
         ended_ns = self._epoch_ns + round(interval.ended_at * 1e9)
         self._emit(FinishedSpan(what, of, ids, started_ns, ended_ns, attributes, tuple(links), state, failed))
@@ -129,5 +129,5 @@ def child_of(parent: SpanIds) -> SpanIds:
 
 
 def root() -> SpanIds:
-    """Ids of a span that begins a trace: work for many messages belongs to none of theirs."""
+    """Ids of a span that begins a trace: work for many messages belongs to the trace of no single one."""
     return SpanIds(new_id(128), new_id(64), None)

@@ -1,1 +1,1 @@
-"""Shows where the time of one request went, from a file of spans: `python -m workers.traces`."""
+"""Shows the timings of one request from a file of spans: `python -m workers.traces`."""

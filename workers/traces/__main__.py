@@ -22,9 +22,9 @@ def main(
     file: Annotated[
         list[Path] | None, typer.Option(help="File of spans, *_SPAN_FILE of a worker; several may be given.")
     ] = None,
-    html: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("trace.html"),
+    html: Annotated[Path, typer.Option(help="Path of the HTML page.")] = Path("trace.html"),
 ) -> None:
-    """Show where the time of one request went."""
+    """Show the timings of one request."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     given = file or [Path("spans.jsonl")]
     paths = [path for name in given for path in (predecessor_of(name), name) if path.exists() or path == name]
@@ -34,7 +34,7 @@ def main(
         console.print(f"{error.filename}: {error.strerror}")
         raise typer.Exit(1) from error
     if found.num_bad_lines:
-        console.print(f"{found.num_bad_lines} lines are no spans and were left out")
+        console.print(f"{found.num_bad_lines} lines are not spans and were left out")
     waterfall = waterfall_of(found.spans, request_id)
     if waterfall is None:
         console.print(
@@ -48,7 +48,7 @@ def main(
     except OSError as error:
         console.print(f"{html}: {error.strerror}")
         raise typer.Exit(1) from error
-    console.print(f"The same as a page: {html}")
+    console.print(f"HTML page: {html}")
 
 
 if __name__ == "__main__":

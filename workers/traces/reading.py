@@ -1,4 +1,4 @@
-"""Reads spans from files of OTLP in JSON lines: ours, and those of the OpenTelemetry Collector's file exporter.
+"""Reads spans from files of OTLP in JSON lines, as workers and the OpenTelemetry Collector's file exporter write them.
 
 A file may be cut off in the middle of a line or hold anything at all: a line that is no span is counted and left out.
 Knows nothing of what the spans are about.
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-#: Of one line: a batch of a collector has a few hundred spans.
+#: Longest line: a batch of a collector has a few hundred spans.
 MAX_LINE_BYTES = 16 << 20
 MAX_TEXT_CHARS = 300
 _ID, _TRACE_ID = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{32}")
@@ -45,27 +45,27 @@ class Span:
 
 @dataclass(slots=True)
 class SpanFile:
-    """What some files hold."""
+    """The content of some files."""
 
     spans: list[Span] = field(default_factory=list)
     num_bad_lines: int = 0
 
 
 def read_spans(paths: Iterable[Path]) -> SpanFile:
-    """Every span of the files. Raises `OSError` for a file that cannot be read."""
+    """Return every span of the files. Raises `OSError` for a file that cannot be read."""
     found = SpanFile()
     for path in paths:
         with path.open("rb") as file:
             for line in _lines(file):
                 try:
                     found.spans.extend(_spans(orjson.loads(line)))
-                except (ValueError, TypeError, KeyError, AttributeError):  # whatever it is, it is not what it should be
+                except (ValueError, TypeError, KeyError, AttributeError):  # not a span
                     found.num_bad_lines += 1
     return found
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines that are not empty; one that is too long comes in parts, which are no JSON."""
+    """Yield the lines that are not empty; a line that is too long is split into parts, which are not JSON."""
     while line := file.readline(MAX_LINE_BYTES):
         if line.strip():
             yield line
@@ -119,7 +119,7 @@ def _value(value: Any) -> Value:
 
 
 def _text(text: Any) -> str:
-    """Text that a terminal may be shown: bounded, and nothing in it that steers one."""
+    """Return text that is safe to print: bounded, without control characters."""
     if not isinstance(text, str):
         raise TypeError("not a text")
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:MAX_TEXT_CHARS])

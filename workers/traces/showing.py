@@ -16,18 +16,18 @@ from workers.traces.waterfall import Row, Waterfall
 
 BAR_CHARS = 30
 NUMBER_CHARS = 8
-#: Of the requests that shared a batch.
+#: Most requests listed that shared a batch.
 MAX_NAMED = 12
 
 
 def headline(waterfall: Waterfall) -> str:
-    """Which trace this is."""
+    """Return the sentence that identifies the trace."""
     again = f", the latest of {waterfall.num_traces} traces" if waterfall.num_traces > 1 else ""
     return f"{waterfall.event_id}: trace {waterfall.trace_id}{again}"
 
 
 def shared_sentence(waterfall: Waterfall) -> str:
-    """Whom the request shared its batches with."""
+    """Return the sentence about the requests that shared its batches."""
     others = waterfall.shared_with
     if not others:
         return "It had its batches to itself."

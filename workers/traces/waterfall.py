@@ -17,7 +17,7 @@ Key = tuple[str, str]  # trace and span
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One span in its place; times are milliseconds from the beginning of the request's processing."""
+    """One bar; times are milliseconds from the beginning of the request's processing."""
 
     span: Span
     depth: int
@@ -28,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Waterfall:
-    """All that is known of one request."""
+    """The bars of one request."""
 
     event_id: str
     trace_id: str
@@ -42,12 +42,12 @@ class Waterfall:
 
     @property
     def span_ms(self) -> float:
-        """From the first beginning to the last end; never 0, because bars are parts of it."""
+        """Milliseconds from the first beginning to the last end; never 0, because bars are fractions of it."""
         return max(max(row.start_ms + row.duration_ms for row in self.rows) - self.first_ms, 1e-6)
 
 
 def waterfall_of(spans: Sequence[Span], event_id: str) -> Waterfall | None:
-    """The waterfall of a request (or an image) by its id; None where no span speaks of it."""
+    """Return the waterfall of a request or an image by its id, None without a span of it."""
     processed = [
         span
         for span in spans
@@ -67,7 +67,7 @@ def waterfall_of(spans: Sequence[Span], event_id: str) -> Waterfall | None:
     roots = [
         span
         for span in spans
-        if names.CONVERSATION.name not in span.attributes  # else it is of another message, and so not shared
+        if names.CONVERSATION.name not in span.attributes  # else it belongs to another message
         and span.key not in ours
         and (span.key in linked or any(link in ours or link == producer for link in span.links))
     ]
@@ -82,19 +82,19 @@ def waterfall_of(spans: Sequence[Span], event_id: str) -> Waterfall | None:
 
 
 def _subtree(top: Span, children: Mapping[Key, list[Span]]) -> list[Span]:
-    """A span and what came of it; in one trace there may be other requests beside it."""
+    """Return a span and its descendants; a trace may contain other requests too."""
     found = {top.key: top}
     waiting = [top]
     while waiting:
         for child in children.get(waiting.pop().key, ()):
-            if child.key not in found:  # a file that was tampered with may go round in circles
+            if child.key not in found:  # parents in a manipulated file may form a circle
                 found[child.key] = child
                 waiting.append(child)
     return list(found.values())
 
 
 def _ancestors(processed: Span, spans: Iterable[Span]) -> list[Span]:
-    """What led to the processing."""
+    """Return the ancestors of the processing."""
     trace = {span.span_id: span for span in spans if span.trace_id == processed.trace_id}
     found: dict[str, Span] = {}
     above = trace.get(processed.parent_id or "")
@@ -115,7 +115,7 @@ def _shared_with(spans: Iterable[Span], event_id: str) -> list[str]:
 
 
 def _rows(spans: Sequence[Span], *, processed: Span, roots: set[Key], shared: Iterable[Span]) -> list[Row]:
-    """Depth first, in order of time; `roots` of what is shared stand under the processing that they link to."""
+    """Yield bars depth first, in order of time; shared `roots` come below the processing that they link to."""
     known = {span.key: span for span in spans}
     keys_shared = {span.key for span in shared}
     children: dict[Key | None, list[Span]] = defaultdict(list)

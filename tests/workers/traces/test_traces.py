@@ -178,7 +178,7 @@ def test_the_command_reads_the_file_and_the_one_before_it_and_writes_a_page(file
     assert done.exit_code == 0, done.output
     assert "micro-batch" in done.output
     assert "shared with two" in done.output
-    assert "1 lines are no spans" in done.output
+    assert "1 lines are not spans" in done.output
     assert "micro-batch" in page.read_text()
 
 
