@@ -45,7 +45,7 @@ def _facts(manifest: Manifest) -> Table:
     options, built = manifest.options, manifest.built_on
     table = Table(show_header=False)
     facts = {
-        "engine digest": manifest.engine_digest,
+        **{f"engine digest, {name}": digest for name, digest in manifest.engine_digests().items()},
         "model": f"{manifest.config.name}, {manifest.model_digest}",
         "storage, precision": f"{options.storage}, {options.precision}",
         "at once": f"{options.max_pairs} pairs, {options.max_images} images",
@@ -66,7 +66,6 @@ def _built(manifest: Manifest) -> str:
     more = [
         *(["later TensorRTs of its major version"] if options.version_compatible else []),
         *([f"GPUs: {options.hardware_compatibility}"] if options.hardware_compatibility != "none" else []),
-        *(["weights can be exchanged"] if options.refit else []),
     ]
     return f"TensorRT {built.tensorrt_version}, {built.gpu} (compute capability {major}.{minor})" + "".join(
         f"; {each}" for each in more
@@ -111,7 +110,7 @@ def _layers(directory: Path, manifest: Manifest) -> Table:
             except LayersUnreadable as error:
                 table.add_row(name, "unknown", str(error))
                 continue
-            table.add_row(name, str(len(layers)), attention_in(layers).said)
+            table.add_row(name, str(len(layers)), attention_in(layers).summary)
     return table
 
 

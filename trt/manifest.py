@@ -26,6 +26,7 @@ from trt.graphs import DIMENSIONS, GraphName, Precision
 from trt.identity import engine_digest
 from trt.parity import Agreement, Thresholds
 from trt.profiles import Profile
+from trt.text_lengths import TEXT_LENGTHS
 
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
@@ -75,12 +76,11 @@ class BuildOptions(_Part):
     precision: Precision = "bf16"
     max_pairs: Annotated[int, Field(ge=1)] = 512
     max_images: Annotated[int, Field(ge=1)] = 16
-    length_buckets: tuple[Annotated[int, Field(ge=1)], ...] = (16, 32, 64)
+    length_buckets: tuple[Annotated[int, Field(ge=1)], ...] = TEXT_LENGTHS
     optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
     workspace_gb: Annotated[float, Field(gt=0)] = 4.0
     version_compatible: bool = False
     hardware_compatibility: HardwareCompatibility = "none"
-    refit: bool = False
 
     def as_arguments(self) -> list[str]:
         """The command line that asks for the same: only what differs from the defaults."""
@@ -139,15 +139,29 @@ class Manifest(_Part):
                 raise ValueError(f"the profiles of the {name} graph are not of {', '.join(DIMENSIONS[name])}")
         return self
 
-    @property
-    def engine_digest(self) -> str:
-        """Of everything that can change a score: the model, the graphs, and the plans with where they were built."""
-        built = self.built_on
-        where = () if built is None else (built.tensorrt_version, built.gpu)
-        files = [each for _, part in sorted(self.graphs.items()) for each in (part.onnx, part.weights, part.plan)]
-        digests = [each.sha256 for each in files if each is not None]
-        runtime = "onnx" if built is None else "tensorrt"
-        return engine_digest(self.model_digest, runtime, self.options.storage, self.options.precision, *where, *digests)
+    def engine_digest(self, runtime: Literal["onnx", "tensorrt"], *, fixed_buckets: bool = False) -> str:
+        """The digest of everything that can change a score of this directory in a runtime: what every reply carries.
+
+        It depends on the manifest alone, so `python -m trt.inspect` prints the same on every machine.
+        """
+        details = [self.options.storage, self.options.precision]
+        files = [each for _, part in sorted(self.graphs.items()) for each in (part.onnx, part.weights)]
+        if runtime == "onnx":
+            details.append(self.versions.get("onnxruntime", ""))
+        elif self.built_on is not None:
+            details += [self.built_on.tensorrt_version, self.built_on.gpu]
+            files += [part.plan for _, part in sorted(self.graphs.items())]
+        if fixed_buckets:  # sizes choose kernels, and kernels round
+            details.append("fixed buckets")
+        return engine_digest(self.model_digest, runtime, *details, *(each.sha256 for each in files if each is not None))
+
+    def engine_digests(self) -> dict[str, str]:
+        """The digest of each way in which this directory can be run, by its name."""
+        digests = {"onnx": self.engine_digest("onnx")}
+        if self.built_on is not None:
+            digests["tensorrt"] = self.engine_digest("tensorrt")
+            digests["tensorrt, fixed buckets"] = self.engine_digest("tensorrt", fixed_buckets=True)
+        return digests
 
 
 def read_manifest(directory: Path) -> Manifest:

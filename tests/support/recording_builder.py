@@ -32,7 +32,7 @@ def with_builder(module: ModuleType, recorder: Recorder) -> ModuleType:
         STRONGLY_TYPED = 1
 
     class BuilderFlag(enum.Enum):
-        REFIT, TF32, VERSION_COMPATIBLE, EDITABLE_TIMING_CACHE, ERROR_ON_TIMING_CACHE_MISS, STRICT_NANS = range(6)
+        TF32, VERSION_COMPATIBLE, EDITABLE_TIMING_CACHE, ERROR_ON_TIMING_CACHE_MISS, STRICT_NANS = range(5)
 
     class MemoryPoolType(enum.Enum):
         WORKSPACE = 0

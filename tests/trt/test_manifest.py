@@ -248,8 +248,12 @@ def test_the_engine_digest_changes_with_whatever_can_change_a_score(manifest):
         manifest.model_copy(update={"graphs": {**manifest.graphs, "pair": other_plan}}),
     ]
 
-    assert len({each.engine_digest for each in variants}) == len(variants)
-    assert changed(manifest, workspace_gb=1.0).engine_digest == manifest.engine_digest
+    assert len({each.engine_digest("tensorrt") for each in variants}) == len(variants)
+    assert len(set(manifest.engine_digests().values())) == 3
+    assert changed(manifest, workspace_gb=1.0).engine_digests() == manifest.engine_digests()
+    other_runtime = manifest.model_copy(update={"versions": {"onnxruntime": "2.0"}})
+    assert other_runtime.engine_digest("onnx") != manifest.engine_digest("onnx")
+    assert other_runtime.engine_digest("tensorrt") == manifest.engine_digest("tensorrt")
 
 
 options = st.builds(
@@ -275,9 +279,8 @@ def test_a_command_line_says_only_what_differs_from_the_defaults(options):
 
 
 def test_the_rebuild_command_can_be_typed(manifest):
-    spoken = rebuild_command(changed(manifest, length_buckets=(8, 16), refit=True, storage="int4"))
+    spoken = rebuild_command(changed(manifest, length_buckets=(8, 16), storage="int4"))
 
     assert spoken == (
-        "python -m trt.build CHECKPOINT --out DIR --storage int4 --max-pairs 8 --max-images 2 "
-        "--length-buckets 8,16 --refit"
+        "python -m trt.build CHECKPOINT --out DIR --storage int4 --max-pairs 8 --max-images 2 --length-buckets 8,16"
     )

@@ -58,12 +58,15 @@ def main(
     hardware_compatibility: Annotated[
         HardwareCompatibility, typer.Option(help="The plans also run on other GPUs, more slowly.")
     ] = "none",
-    refit: Annotated[bool, typer.Option("--refit", help="The plans' weights can be exchanged.")] = False,
     timing_cache: Annotated[
         Path | None, typer.Option(help="File with kernel timings, read if it is there and written: faster rebuilds.")
     ] = None,
     error_on_timing_cache_miss: Annotated[
         bool, typer.Option("--error-on-timing-cache-miss", help="Time nothing anew: the same kernels as before.")
+    ] = False,
+    allow_unfused_attention: Annotated[
+        bool,
+        typer.Option("--allow-unfused-attention", help="Also accept plans that compute attention in several kernels."),
     ] = False,
     device: Annotated[str, typer.Option(help="GPU to build on and for: cuda or cuda:N.")] = "cuda",
     onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Export and compare, build no plan.")] = False,
@@ -88,14 +91,17 @@ def main(
         workspace_gb=workspace_gb,
         version_compatible=version_compatible,
         hardware_compatibility=hardware_compatibility,
-        refit=refit,
     )
     asked = {"top1": verify_top1, "tau": verify_tau, "max_error": verify_max_error}
     given = {name: number for name, number in asked.items() if number is not None}
     thresholds = _checked(Thresholds, **(THRESHOLDS[precision].model_dump() | given))
     try:
         refuse_to_overwrite(out, MANIFEST_FILE, replace=force)  # before minutes of work
-        compiler = None if onnx_only else _compiler(options, device, timing_cache, error_on_timing_cache_miss)
+        compiler = (
+            None
+            if onnx_only
+            else _compiler(options, device, timing_cache, error_on_timing_cache_miss, allow_unfused_attention)
+        )
         folder = find_source(checkpoint, _CHECKPOINT_FILES)
         loaded = load_checkpoint(folder)
         held = hold_pairs(loaded.config, Tokenizer.load(folder), verify_texts, verify_images)
@@ -108,7 +114,9 @@ def main(
     show(out, manifest, plain_console())
 
 
-def _compiler(options: BuildOptions, device: str, timing_cache: Path | None, error_on_cache_miss: bool) -> PlanCompiler:
+def _compiler(
+    options: BuildOptions, device: str, timing_cache: Path | None, error_on_cache_miss: bool, allow_unfused: bool
+) -> PlanCompiler:
     try:
         from trt.build.tensorrt_compiler import TensorRtCompiler
     except ImportError as error:
@@ -116,7 +124,13 @@ def _compiler(options: BuildOptions, device: str, timing_cache: Path | None, err
             f"plans need TensorRT and pycuda, which cannot be imported ({error}): on a machine with an NVIDIA GPU "
             "`pip install 'edje-rerank[gpu]'`; elsewhere give --onnx-only and build there from the same checkpoint"
         ) from error
-    return TensorRtCompiler(options, device=device, timing_cache=timing_cache, error_on_cache_miss=error_on_cache_miss)
+    return TensorRtCompiler(
+        options,
+        device=device,
+        timing_cache=timing_cache,
+        error_on_cache_miss=error_on_cache_miss,
+        allow_unfused_attention=allow_unfused,
+    )
 
 
 def _checked(model: type[Any], **fields: object) -> Any:

@@ -89,8 +89,6 @@ class PlanBuilder:
         config.set_flag(tensorrt.BuilderFlag.STRICT_NANS)  # a value that is not finite has to reach the logit
         if options.version_compatible:
             config.set_flag(tensorrt.BuilderFlag.VERSION_COMPATIBLE)
-        if options.refit:
-            config.set_flag(tensorrt.BuilderFlag.REFIT)
         if self._timing_cache is not None:
             self._use_timings(config, self._timing_cache)
         return config

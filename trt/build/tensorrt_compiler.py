@@ -7,27 +7,40 @@ from pathlib import Path
 from rich.progress import Progress
 
 from trt.build.plan_builder import TENSORRT_VERSION, PlanBuilder
-from trt.contract import Engine
+from trt.check.plan_layers import attention_in, read_layers
+from trt.contract import Engine, EngineError
 from trt.cuda.context import CudaDevice, device_ordinal
 from trt.graphs import GRAPH_NAMES, graphs_of
 from trt.load import open_tensorrt
 from trt.manifest import BuildOptions, BuiltOn, Manifest, digest_file
 
 
+class AttentionNotFused(EngineError):
+    """A plan computes an attention in several kernels; the message names the graph and the options."""
+
+
 class TensorRtCompiler:
     """`trt.build.assemble.PlanCompiler` over TensorRT's builder."""
 
     def __init__(
-        self, options: BuildOptions, *, device: str, timing_cache: Path | None, error_on_cache_miss: bool
+        self,
+        options: BuildOptions,
+        *,
+        device: str,
+        timing_cache: Path | None,
+        error_on_cache_miss: bool,
+        allow_unfused_attention: bool,
     ) -> None:
         """Raises `EngineUnavailable` without a GPU."""
         self._device = device
+        # In float32 TensorRT has no fused attention.
+        self._allow_unfused = allow_unfused_attention or options.precision == "fp32"
         self._gpu = CudaDevice(device_ordinal(device))
         with self._gpu.current():
             self._builder = PlanBuilder(options, timing_cache=timing_cache, error_on_cache_miss=error_on_cache_miss)
 
     def build(self, directory: Path, manifest: Manifest, bars: Progress) -> Manifest:
-        """Minutes: every kernel that could serve is timed, for every profile."""
+        """Takes minutes: TensorRT times every possible kernel for every profile. Raises `AttentionNotFused`."""
         options = manifest.options
         specs = graphs_of(manifest.config, options.storage, options.precision)
         graphs = dict(manifest.graphs)
@@ -42,6 +55,12 @@ class TensorRtCompiler:
             plan, layers = directory / f"{name}.plan", directory / f"{name}.layers.json"
             plan.write_bytes(built.plan)
             layers.write_text(built.layers_json, encoding="utf-8")
+            attention = attention_in(read_layers(layers))
+            if attention.num_unfused and not self._allow_unfused:
+                raise AttentionNotFused(
+                    f"the plan of {name} computes attention step by step: {attention.summary}: build with another "
+                    "TensorRT or --optimization-level, or accept a slower engine with --allow-unfused-attention"
+                )
             graphs[name] = part.model_copy(update={"plan": digest_file(plan), "layers": layers.name})
         built_on = BuiltOn(
             tensorrt_version=TENSORRT_VERSION,

@@ -39,19 +39,18 @@ class _Inspected(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
-    """Layers that do a whole attention, and those that do a softmax by itself."""
+class AttentionCount:
+    """Layers that compute a whole attention, and layers that compute only its softmax."""
 
     num_fused: int
-    num_apart: int
+    num_unfused: int
 
     @property
-    def said(self) -> str:
-        """Read off the layers' names, which are TensorRT's own affair: so it says."""
-        if self.num_apart:
-            return (
-                f"NOT FUSED in {self.num_apart} layers (a softmax by itself), fused in {self.num_fused}, by their names"
-            )
+    def summary(self) -> str:
+        """A sentence for people. Layer names are TensorRT's own and may change, so it names them as the source."""
+        if self.num_unfused:
+            unfused = f"NOT FUSED in {self.num_unfused} layers (a softmax by itself)"
+            return f"{unfused}, fused in {self.num_fused}, by their names"
         if self.num_fused:
             return f"fused in {self.num_fused} layers, by their names"
         return "no layer names an attention or a softmax"
@@ -69,9 +68,9 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
     return tuple(Layer(Name=each) if isinstance(each, str) else each for each in inspected.layers)
 
 
-def attention_in(layers: Sequence[Layer]) -> Attention:
+def attention_in(layers: Sequence[Layer]) -> AttentionCount:
     """Count by name and kernel: `_gemm_mha_v2_…`, `fmha_v2_…`, `__myl_…Softmax…`."""
     spoken = [" ".join((each.name, each.kind, each.tactic)).lower() for each in layers]
     fused = [any(word in each for word in _FUSED) for each in spoken]
     apart = [_SOFTMAX in each and not is_fused for each, is_fused in zip(spoken, fused, strict=True)]
-    return Attention(sum(fused), sum(apart))
+    return AttentionCount(sum(fused), sum(apart))

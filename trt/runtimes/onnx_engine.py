@@ -7,6 +7,7 @@ computed in float32 and rounded after each operator (`trt.runtimes.bf16_rounding
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from trt.contract import (
     check_texts,
 )
 from trt.graphs import GRAPH_NAMES, TEXT_TOKENS, GraphName, graphs_of
-from trt.identity import engine_digest, engine_info
+from trt.identity import engine_info
 from trt.manifest import Manifest, check_files
 from trt.slab.host import HostSlab
 from trt.slab.layout import SlotLayout
+
+log = logging.getLogger(__name__)
 
 #: Says nothing about what it does not mind; errors come as exceptions.
 _LOG_FATAL = 4
@@ -67,20 +70,13 @@ class OnnxEngine:
         self._vocab_size = config.joint.vocab_size
         self._bucket_ends = sorted({each.ranges[TEXT_TOKENS].max for each in manifest.graphs["query"].profiles})
         self.slab = HostSlab(self._layout, num_slots)
-        files = [each for name in GRAPH_NAMES for each in (manifest.graphs[name].onnx, manifest.graphs[name].weights)]
+        _warn_of_another_version(manifest)
         self.info = engine_info(
             config,
             self._layout,
             runtime="onnx",
             model_digest=manifest.model_digest,
-            engine_digest=engine_digest(
-                manifest.model_digest,
-                "onnx",
-                options.storage,
-                options.precision,
-                require_package("onnxruntime", "build").__version__,
-                *(each.sha256 for each in files if each is not None),
-            ),
+            engine_digest=manifest.engine_digest("onnx"),
             max_images=max_images,
             max_pairs=max_pairs,
             num_slots=num_slots,
@@ -153,6 +149,18 @@ class OnnxEngine:
             return self._sessions[name].run(None, wanted)  # type: ignore[no-any-return]
         except Exception as error:  # ONNX Runtime's errors have no common root
             raise EngineBroken(f"ONNX Runtime failed in the {name} graph: {str(error)[:300]}") from error
+
+
+def _warn_of_another_version(manifest: Manifest) -> None:
+    """Log if this ONNX Runtime is not the one that was compared with torch: the engine digest names that one."""
+    built, here = manifest.versions.get("onnxruntime"), require_package("onnxruntime", "build").__version__
+    if built != here:
+        log.warning(
+            "this engine was compared with torch in ONNX Runtime %s and runs in %s: logits may differ by rounding; "
+            "build it again here for a digest of its own",
+            built,
+            here,
+        )
 
 
 def _session(path: Path, num_threads: int | None) -> Any:

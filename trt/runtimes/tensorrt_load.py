@@ -21,7 +21,7 @@ from trt.graphs import (
     GraphName,
     graphs_of,
 )
-from trt.identity import engine_digest, engine_info
+from trt.identity import engine_info
 from trt.manifest import Manifest, check_files
 from trt.matching import mismatches, refuse
 from trt.runtimes.static_shapes import Buckets, count_buckets, length_buckets
@@ -69,15 +69,12 @@ def load_tensorrt(
         stream = cuda.Stream(NON_BLOCKING)
         stages = _stages(directory, manifest, stream, max_pairs, max_images, fixed_buckets)
     slab = CudaSlab(gpu, copier, layout, num_slots)
-    digest = manifest.engine_digest
-    if fixed_buckets:  # sizes choose kernels, and kernels round
-        digest = engine_digest(manifest.model_digest, "tensorrt", digest, "fixed buckets")
     info = engine_info(
         config,
         layout,
         runtime="tensorrt",
         model_digest=manifest.model_digest,
-        engine_digest=digest,
+        engine_digest=manifest.engine_digest("tensorrt", fixed_buckets=fixed_buckets),
         max_images=max_images,
         max_pairs=max_pairs,
         num_slots=num_slots,

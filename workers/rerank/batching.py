@@ -11,14 +11,6 @@ import heapq
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-#: Text lengths are rounded up to a multiple of this: with 18 + 64 tokens a bucket pads by less than 5 % on average.
-BUCKET_TOKENS = 8
-
-
-def bucket_of(num_text_tokens: int) -> int:
-    """Return the padded text length of the bucket for texts of this length."""
-    return -(-num_text_tokens // BUCKET_TOKENS) * BUCKET_TOKENS
-
 
 class Batchable(Protocol):
     """The properties of a piece that the batcher reads."""

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from edje.calibration import Direction
 from protocols.events import WarningInfo, WordSimilarities
+from trt.text_lengths import padded_length
 from workers.ports import Record, SpanIds
-from workers.rerank.batching import bucket_of
 from workers.rerank.ranking import Ranking
 from workers.telemetry.tracer import MessageTrace
 
@@ -128,9 +128,9 @@ class Piece:
 def cut(request: Request, *, piece_pairs: int, num_visual_tokens: int) -> list[Piece]:
     """Cut the pairs of a request with text ids into pieces of one length bucket each, in the candidates' order."""
     if len(request.text_ids) == 1:
-        by_bucket = {bucket_of(len(request.text_ids[0])): np.arange(request.num_pairs, dtype=np.int32)}
+        by_bucket = {padded_length(len(request.text_ids[0])): np.arange(request.num_pairs, dtype=np.int32)}
     else:
-        buckets = np.fromiter((bucket_of(len(ids)) for ids in request.text_ids), np.int32, len(request.text_ids))
+        buckets = np.fromiter((padded_length(len(ids)) for ids in request.text_ids), np.int32, len(request.text_ids))
         by_bucket = {int(bucket): np.flatnonzero(buckets == bucket).astype(np.int32) for bucket in np.unique(buckets)}
     return [
         piece_of(request, pairs[start : start + piece_pairs], bucket, num_visual_tokens)

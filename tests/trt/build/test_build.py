@@ -108,11 +108,29 @@ def test_on_a_gpu_plans_are_built_compared_and_described(build, out, recorder):
     check_files(out, manifest, plans=True)
     assert [report.runtime for report in manifest.parity] == ["onnx", "tensorrt"]
     assert (manifest.built_on.gpu, manifest.built_on.tensorrt_version) == ("NVIDIA Recorded", "11.4.0.106")
-    assert manifest.engine_digest in done.stdout
+    assert all(digest in done.stdout for digest in manifest.engine_digests().values())
     assert "fused in 1 layers, by their names" in done.stdout
     assert [len(each._profiles) for each in recorder.configs] == [
         len(manifest.graphs[name].profiles) for name in GRAPH_NAMES
     ]
+
+
+def test_a_plan_whose_attention_is_not_fused_is_no_engine_unless_it_is_allowed(build, out, recorder, monkeypatch):
+    compiler = importlib.import_module("trt.build.tensorrt_compiler")
+    softmax = compiler.read_layers.__globals__["Layer"](Name="softmax_7", LayerType="kgen")
+    monkeypatch.setattr(compiler, "read_layers", lambda path: (softmax,))
+    init = compiler.TensorRtCompiler.__init__
+
+    def in_half_precision(self, options, **settings):  # the sample is in float32, which is not checked
+        init(self, options.model_copy(update={"precision": "bf16"}), **settings)
+
+    monkeypatch.setattr(compiler.TensorRtCompiler, "__init__", in_half_precision)
+
+    refused, allowed = build(), build("--allow-unfused-attention")
+
+    assert (refused.exit_code, allowed.exit_code) == (1, 0)
+    assert "the plan of image computes attention step by step: NOT FUSED in 1 layers" in refused.stderr
+    assert "--allow-unfused-attention" in refused.stderr
 
 
 def test_plans_that_compute_something_else_are_no_engine(build, out, recorder, monkeypatch):

@@ -81,7 +81,6 @@ def test_every_option_reaches_the_builder(build, recorder, plan):
             workspace_gb=1.5,
             version_compatible=True,
             hardware_compatibility="ampere_plus",
-            refit=True,
         )
     )
 
@@ -90,7 +89,7 @@ def test_every_option_reaches_the_builder(build, recorder, plan):
     assert list(config._limits.values()) == [3 << 29]
     assert config.profiling_verbosity.name == "DETAILED"
     assert config.hardware_compatibility_level.name == "AMPERE_PLUS"
-    assert flags(recorder) == {"STRICT_NANS", "VERSION_COMPATIBLE", "REFIT"}
+    assert flags(recorder) == {"STRICT_NANS", "VERSION_COMPATIBLE"}
 
 
 def test_every_profile_says_the_sizes_of_every_input(build, recorder):

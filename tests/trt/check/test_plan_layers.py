@@ -17,19 +17,19 @@ def layers(tmp_path, *each):
     return read_layers(path)
 
 
-def test_fused_attention_is_said(tmp_path):
+def test_fused_attention_is_counted(tmp_path):
     found = attention_in(layers(tmp_path, FUSED, GEMM, FUSED))
 
-    assert (found.num_fused, found.num_apart) == (2, 0)
-    assert found.said == "fused in 2 layers, by their names"
+    assert (found.num_fused, found.num_unfused) == (2, 0)
+    assert found.summary == "fused in 2 layers, by their names"
 
 
-def test_a_softmax_by_itself_is_said_loudly(tmp_path):
-    assert attention_in(layers(tmp_path, FUSED, SOFTMAX)).said.startswith("NOT FUSED in 1 layers")
+def test_a_softmax_by_itself_is_unfused_attention(tmp_path):
+    assert attention_in(layers(tmp_path, FUSED, SOFTMAX)).summary.startswith("NOT FUSED in 1 layers")
 
 
-def test_a_plan_without_attention_claims_nothing(tmp_path):
-    assert attention_in(layers(tmp_path, GEMM)).said == "no layer names an attention or a softmax"
+def test_a_plan_without_attention_counts_nothing(tmp_path):
+    assert attention_in(layers(tmp_path, GEMM)).summary == "no layer names an attention or a softmax"
 
 
 def test_layers_that_are_names_alone_are_read(tmp_path):

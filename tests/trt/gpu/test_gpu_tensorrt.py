@@ -28,7 +28,15 @@ def build(tensorrt_device, checkpoints, tmp_path_factory):
         directory = root / f"{variant}-{storage}-{precision}"
         if directory not in built:
             options = f"--storage {storage} --precision {precision} --max-pairs {MAX_PAIRS} --max-images {MAX_IMAGES}"
-            command = [sys.executable, "-m", "trt.build", str(checkpoints / variant), "--out", str(directory)]
+            command = [
+                sys.executable,
+                "-m",
+                "trt.build",
+                str(checkpoints / variant),
+                "--out",
+                str(directory),
+                "--allow-unfused-attention",
+            ]
             done = subprocess.run([*command, *options.split()], cwd=ROOT, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             built[directory] = True

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.rerank.batching import BUCKET_TOKENS, MicroBatcher, bucket_of
+from trt.text_lengths import LENGTH_STEP, padded_length
+from workers.rerank.batching import MicroBatcher
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def test_a_piece_over_the_budget_leaves_alone():
 
 @pytest.mark.parametrize(("length", "bucket"), [(1, 8), (8, 8), (9, 16), (64, 64)])
 def test_lengths_are_rounded_up_to_the_bucket(length, bucket):
-    assert bucket_of(length) == bucket
-    assert bucket % BUCKET_TOKENS == 0
+    assert padded_length(length) == bucket
+    assert bucket % LENGTH_STEP == 0
 
 
 ADDED = st.lists(st.tuples(st.integers(1, 64), st.integers(2, 61), st.integers(0, 2), st.floats(0, 0.01)), max_size=60)
@@ -94,7 +95,7 @@ def test_every_piece_leaves_exactly_once_within_the_budgets_and_in_time(added, m
     def take_all():
         while batch := waiting.take(now, more_is_coming=more_is_coming):
             num_pairs = sum(piece.num_pairs for piece in batch)
-            assert len({bucket_of(piece.tokens_per_pair - 64) for piece in batch}) == 1
+            assert len({padded_length(piece.tokens_per_pair - 64) for piece in batch}) == 1
             assert len(batch) == 1 or num_pairs <= 64
             assert len(batch) == 1 or sum(piece.num_pairs * piece.tokens_per_pair for piece in batch) <= 6000
             left.extend(piece.name for piece in batch)
@@ -105,7 +106,7 @@ def test_every_piece_leaves_exactly_once_within_the_budgets_and_in_time(added, m
     for name, (num_pairs, length, urgency, pause_s) in enumerate(added):
         now += pause_s
         rank = (2 - urgency) * len(added) + name
-        waiting.add(Pairs(num_pairs, length + 64, name, bucket_of(length)), rank, now)
+        waiting.add(Pairs(num_pairs, length + 64, name, padded_length(length)), rank, now)
         since[name] = now
         take_all()
     now += 0.005

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trt.text_lengths import padded_length
 from workers.ports import Partition, Record
-from workers.rerank.batching import bucket_of
 from workers.rerank.request import Piece, Request, cut
 from workers.telemetry.tracer import Tracer
 
@@ -39,7 +39,7 @@ def test_every_text_is_in_exactly_one_piece_of_its_own_bucket(lengths, piece_pai
     assert sorted(pair for piece in pieces for pair in piece.pairs) == list(range(len(lengths)))
     for piece in pieces:
         assert 0 < piece.num_pairs <= piece_pairs
-        assert {bucket_of(lengths[pair]) for pair in piece.pairs} == {piece.bucket}
+        assert {padded_length(lengths[pair]) for pair in piece.pairs} == {piece.bucket}
         assert list(piece.images) == ["img"]
         assert piece.tokens_per_pair == piece.bucket + NUM_VISUAL_TOKENS
         assert piece.num_tokens == piece.num_pairs * piece.tokens_per_pair
