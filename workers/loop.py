@@ -24,6 +24,8 @@ log = structlog.get_logger(__name__)
 MAX_WAIT_S = 0.25
 #: Records accepted in one turn: bounds how long a burst delays the publishing of finished work.
 MAX_RECORDS_PER_TURN = 64
+#: Time after which a turn accepts no further record: hostile records of a megabyte take 0.1 s each to refuse.
+MAX_ACCEPT_S = 0.05
 #: Longest wait, after the grace period, for the commit that reports an orderly end.
 LEAVE_S = 1.0
 
@@ -131,7 +133,11 @@ class Loop:
         """Take records while there is room; returns how many were taken."""
         if self._alone is not None or self._partitions.are_suspect():
             return self._accept_alone(now)
+        began_at = self._clock()
         for number in range(MAX_RECORDS_PER_TURN):
+            if self._clock() - began_at >= MAX_ACCEPT_S:
+                self._wake()  # there may be more
+                return number
             record = self._inbox.take() if self._job.has_room() and self._delivery.has_room() else None
             if record is None:
                 return number

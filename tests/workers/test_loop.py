@@ -12,7 +12,7 @@ from workers.at_least_once import AtLeastOnce
 from workers.bus.memory import MemoryBroker, MemoryInbox, MemoryOutbox
 from workers.delivery import UndeliveredLimits
 from workers.errors import Poison
-from workers.loop import LEAVE_S, MAX_RECORDS_PER_TURN, MAX_WAIT_S, Loop, Wake
+from workers.loop import LEAVE_S, MAX_ACCEPT_S, MAX_RECORDS_PER_TURN, MAX_WAIT_S, Loop, Wake
 from workers.partitions import MAX_FAILED_STARTS, Marker, Partitions
 from workers.ports import Commit, Finished, Outgoing, Partition, Record
 from workers.telemetry.bus_spans import BusSpans
@@ -138,6 +138,23 @@ def test_a_burst_is_taken_in_turns(bench):
     bench.loop.turn()
 
     assert bench.answered == MAX_RECORDS_PER_TURN + 5
+
+
+def test_a_burst_of_records_that_take_long_to_accept_is_taken_in_turns(bench, monkeypatch):
+    bench.publish(10)
+    accept = bench.job.accept
+
+    def slow(record: Record, now: float) -> None:
+        bench.now += MAX_ACCEPT_S / 2
+        accept(record, now)
+
+    monkeypatch.setattr(bench.job, "accept", slow)
+    bench.loop.turn()
+    assert bench.answered == 2
+    for _ in range(4):
+        bench.loop.turn()
+
+    assert bench.answered == 10
 
 
 def test_a_job_without_room_holds_the_bus_back(bench):
