@@ -70,7 +70,7 @@ def make() -> Iterator[Callable[..., GatewayBench]]:
 
 @pytest.fixture
 def open_page(browser) -> Iterator[Callable[..., Page]]:
-    """Open the page of a gateway; whatever the browser complains about fails the test."""
+    """Open the page of a gateway; a script error, a foreign request or a policy violation fails the test."""
     complaints: list[str] = []
     contexts = []
 

@@ -1,6 +1,6 @@
-"""API keys: who may call, known by hashes only.
+"""API keys of the callers, of which the gateway knows only hashes.
 
-A key is 256 random bits, so a plain SHA-256 protects it; comparisons take the same time whatever is sent.
+A key is 256 random bits, so a plain SHA-256 protects it; comparisons take the same time for every key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ENTRY = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})")
 
 
 class ApiKeys:
-    """The names and hashes of the keys that are valid. Without any, everyone may call."""
+    """The names and hashes of the valid keys. An empty set lets everyone call."""
 
     def __init__(self, hashes: Sequence[tuple[str, bytes]]) -> None:
         """`hashes` are names with the SHA-256 of their keys; a name may come twice, while a key is replaced."""
@@ -49,7 +49,7 @@ class ApiKeys:
             return ANYONE
         sent = hashlib.sha256((key or "").encode("utf-8", "surrogateescape")).digest()
         caller = None
-        for name, expected in self._hashes:  # all of them, so that the time tells nothing
+        for name, expected in self._hashes:  # all of them, so that the time is the same for every key
             if hmac.compare_digest(sent, expected):
                 caller = name
         return caller

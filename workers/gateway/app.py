@@ -1,4 +1,4 @@
-"""The HTTP side of the gateway: routes, and what every request goes through.
+"""The HTTP side of the gateway: routes, and the checks around every handler.
 
 Every request has an end: its body must arrive in time and within its limit, its answer comes within its deadline, and
 if the caller hangs up its work is cancelled. Knows HTTP and JSON; decides nothing about rankings.
@@ -34,7 +34,7 @@ from workers.telemetry.tracer import MessageTrace, Tracer
 log = structlog.get_logger(__name__)
 
 IDEMPOTENCY_KEY = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
-#: The status that a proxy logs for a caller that has hung up; nobody receives it.
+#: Status in metrics and logs for a caller that has hung up; it is not sent.
 CLIENT_CLOSED = 499
 INTERNAL_ERROR = ApiError(500, "internal_error", "an unexpected error; the gateway's log has it under this trace id")
 
@@ -68,7 +68,7 @@ class Call:
         return bytes(body)
 
     def request_id(self) -> str | None:
-        """Return the request id that the caller's Idempotency-Key stands for; None without one. Raises `ApiError`."""
+        """Return the request id for the caller's Idempotency-Key, None without the header. Raises `ApiError`."""
         key = self.request.headers.get("idempotency-key")
         if key is None:
             return None
@@ -99,7 +99,7 @@ class Endpoint:
 
 
 class Gate:
-    """What every request goes through: key, rate limit, trace, metrics, hang-up, errors."""
+    """Wraps every endpoint: API key, rate limit, trace, metrics, hang-up, errors."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ def error_response(error: ApiError, trace_id: str | None) -> Response:
     return JsonResponse(body, error.status, error.headers)
 
 
-#: Of every answer; the page has a policy of its own.
+#: Headers of every answer that does not set them itself, as the page sets its policy.
 SECURITY_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

@@ -1,6 +1,6 @@
 """The JSON bodies of requests and answers; the OpenAPI document is generated from these models.
 
-Request bodies ignore fields they do not know: clients of other services send fields of their own.
+Request bodies ignore unknown fields, because clients of other services send further fields.
 """
 
 from __future__ import annotations

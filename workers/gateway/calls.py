@@ -32,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class RerankCall:
-    """What a caller asks for."""
+    """One request for a ranking."""
 
     query: Query
     documents: Sequence[Document]
@@ -80,7 +80,7 @@ class RerankAnswer:
 
 
 def candidates_of(documents: Sequence[Document], ids_by_uri: Mapping[str, str]) -> tuple[list[Candidate], list[int]]:
-    """Return the candidates to rank and the index of the document that each stands for.
+    """Return the candidates to rank and, for each, the index of its document.
 
     An address without an image is no candidate. Raises `ApiError` if a document's kind does not fit the others.
     """

@@ -65,7 +65,7 @@ class Handlers:
         self._uploads = asyncio.Semaphore(MAX_UPLOADS)
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of the APIs; the page has its own."""
+        """The endpoints of the APIs."""
         return [
             *(Endpoint(path, "POST", self.rerank) for path in RERANK_PATHS),
             Endpoint("/v1/search", "POST", self.search),

@@ -1,4 +1,4 @@
-"""How much the gateway takes on: pairs in flight, and requests per second of each caller.
+"""Limits of the gateway: pairs in flight, and requests per second of each caller.
 
 Pure; time is an argument.
 """

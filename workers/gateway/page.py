@@ -27,7 +27,7 @@ from workers.traces.waterfall import waterfall_of
 FOLDER = Path(__file__).parent / "assets"
 TEMPLATE = "page.html"
 _MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-#: Pictures of the page are thumbnails from here, and the user's own files before they are uploaded.
+#: Pictures come from this gateway's thumbnails, and from the user's files before they are uploaded.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"

@@ -1,7 +1,7 @@
 """The requests that wait for their replies, by request id.
 
-Matches a reply with its callers and tells late replies from unknown ones. Two callers that send the same request under
-the same id share one reply. Pure: waiters are opaque, time is an argument.
+Matches a reply with its callers and distinguishes late replies from unknown ones. Two callers that send the same
+request under the same id share one reply. Pure: waiters are opaque, time is an argument.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sends rerank requests over Kafka and waits for their replies, from asyncio.
 
-The gateway's replica reads its own partition of the replies' topic, without a group: no rebalance moves it and no other
-replica's replies are read. Every wait has an end. Used from the event loop's thread alone; the follower's thread only
-wakes it.
+Each replica reads one partition of the replies' topic, without a group: no rebalance moves the partition, and no
+replica reads the replies of another. Every wait has an end. Used from the event loop's thread alone, which the
+follower's thread wakes.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class RerankRequests:
         )
 
     def _on_loop(self, call: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: no caller waits
             self.loop.call_soon_threadsafe(call)
 
     def _on_sent(self, request_id: str, message: Outgoing, started_at: float, sent: Future[None]) -> None:

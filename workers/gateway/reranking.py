@@ -143,7 +143,7 @@ def _check(response: RerankResponse) -> None:
     if response.status == "expired":
         raise Unanswered(504, "expired", "the deadline passed before the request was scored")
     if response.status == "error":
-        assert response.error is not None  # the event's own rule
+        assert response.error is not None  # the event model requires it
         status = CALLERS_FAULTS.get(response.error.code)
         if status is not None:
             raise ApiError(status, response.error.code, response.error.message)

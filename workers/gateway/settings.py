@@ -63,8 +63,8 @@ class GatewaySettings(ServiceSettings):
     reply_partition: int | None = Field(
         None,
         ge=0,
-        description="This replica's own partition of the replies' topic; none: the number at the end of the host's name"
-        " (a StatefulSet's pod), else 0.",
+        description="The partition of the replies' topic that this replica reads; none: the number at the end of the "
+        "host's name (a StatefulSet's pod), else 0.",
     )
     examples: str = Field("", description="Queries that the page offers, separated by semicolons.")
     trace_files: Paths = Field(

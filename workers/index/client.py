@@ -71,7 +71,7 @@ class PostgresIndex:
         }
         self._name = f"Postgres at {given.get('host', 'localhost')}:{given.get('port', 5432)}"
         self._timeout_ms = int(timeout_s * 1000)
-        self._limit_s = timeout_s + 1.0  # the server's own limit comes first, because its error keeps the connection
+        self._limit_s = timeout_s + 1.0  # after the server's limit, which ends the statement and keeps the connection
         self._model_digest = model_digest
         self._dim = dim
         self._creates = creates

@@ -1,7 +1,7 @@
 """Takes `images.indexed` events into the index, in batches, each to its one outcome.
 
-One write at a time: whatever arrives meanwhile makes the next batch, and the order of an image's events is kept.
-Implements `workers.ports.Job`; the writes run on a thread of their own.
+One write at a time: the events that arrive meanwhile make the next batch, and the order of an image's events is kept.
+Implements `workers.ports.Job`; the writes run on a separate thread.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class ImageIndex(Protocol):
         ...
 
     def ids_of(self, key: str, values: Sequence[str]) -> list[str | None]:
-        """Return the id of an image whose metadata has this value, one entry per value; None if there is none."""
+        """Return for each value the id of an image whose metadata has it, None if no image has it."""
         ...
 
     def count(self) -> int:

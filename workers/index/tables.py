@@ -1,7 +1,7 @@
 """The tables of the index and every statement on them. Knows SQL; imports no client.
 
-`edje_models` lists the models: digest, name of its table, width of its vectors. Each model has a table of its own, so
-that two models' images lie side by side while one replaces the other, and removing a model is one `DROP TABLE`.
+`edje_models` lists the models: digest, name of its table, width of its vectors. Each model has a separate table,
+so two models' images lie side by side while one replaces the other, and removing a model is one `DROP TABLE`.
 A removed image leaves a row without a vector for a day, so that no earlier event stores the image again.
 """
 

@@ -100,7 +100,7 @@ def test_a_reply_after_the_caller_has_its_answer_is_late_and_counted(bench):
     bench.eventually(lambda: bench.value_of("edje_gateway_replies_total", kind="late") == 1)
 
 
-def test_replies_that_are_unknown_or_unreadable_are_counted_and_disturb_nobody(bench):
+def test_replies_that_are_unknown_or_unreadable_are_counted_and_change_no_other_answer(bench):
     def rule(request):
         bench.worker.reply(request, b"not a reply")
         other = request.model_copy(update={"request_id": "of another life"})
@@ -370,7 +370,7 @@ def test_an_image_that_cannot_be_encoded_has_failed_with_its_cause(bench):
 
 
 def test_an_unknown_image_is_not_found(bench):
-    assert bench.call("GET", "/v1/images/nobody").json["code"] == "image_not_found"
+    assert bench.call("GET", "/v1/images/unknown").json["code"] == "image_not_found"
 
 
 def test_a_removal_is_a_tombstone(bench):

@@ -1,4 +1,4 @@
-"""The table of waiting requests: replies find their callers, and nobody gets the answer to another request."""
+"""The table of waiting requests: replies find their callers, and no caller gets the answer to another request."""
 
 import pytest
 
