@@ -30,6 +30,7 @@ from edje.evaluation.plots import reliability_diagram
 from edje.evaluation.reliability import Reliability
 from edje.evaluation.report import Report, print_report, to_json, to_markdown
 from edje.evaluation.scorers import FULL, check_scorer_name
+from edje.evaluation.service_ranking import rank_through_service
 from edje.evaluation.split_evaluation import evaluate_split
 from edje.evaluation.storage import Storage
 from edje.evaluation.task import refuse_depth
@@ -44,7 +45,9 @@ remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of the model to evaluate.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Folder of the model to evaluate; none with --through-service.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="TOML file that describes the dataset: a recipe, or its table `data`.")
     ] = None,
@@ -52,6 +55,12 @@ def main(
         Path | None, typer.Option(help="In place of --data: candidate lists of your first stage, as JSON lines.")
     ] = None,
     images: Annotated[Path | None, typer.Option(help="With --lists: the folder of the images.")] = None,
+    through_service: Annotated[
+        bool,
+        typer.Option(
+            "--through-service", help="With --lists: rank by the running service; names of images are their ids."
+        ),
+    ] = False,
     split: Annotated[Split, typer.Option(help="The split to evaluate.")] = "test",
     k: Annotated[
         list[int] | None, typer.Option(min=1, help="Candidates to rerank; may be repeated. Default: 10.")
@@ -98,8 +107,10 @@ def main(
     if (data is None) == (lists is None):
         raise typer.BadParameter("give either --data or --lists")
     if lists is not None:
-        if images is None:
-            raise typer.BadParameter("--lists needs --images, the folder of the images")
+        if through_service == (checkpoint is not None and images is not None):
+            raise typer.BadParameter(
+                "--lists needs either a checkpoint and --images, the folder of the images, or --through-service"
+            )
         if scorer != FULL or diagram is not None or captions is not None or k:
             raise typer.BadParameter("--scorer, --diagram, --captions and --k belong to --data, not to --lists")
         _evaluate_lists(
@@ -107,7 +118,8 @@ def main(
             out=out, markdown=markdown,
         )  # fmt: skip
         return
-    assert data is not None
+    if checkpoint is None or data is None or through_service:
+        raise typer.BadParameter("--data needs a checkpoint, and --through-service belongs to --lists")
     depths = sorted({*(k or [10])})
     directions = DIRECTIONS if direction == "both" else (direction,)
     try:
@@ -151,9 +163,9 @@ def main(
 
 
 def _evaluate_lists(
-    checkpoint: Path,
+    checkpoint: Path | None,
     path: Path,
-    images: Path,
+    images: Path | None,
     storage: Storage,
     features: Path,
     device: str,
@@ -163,22 +175,27 @@ def _evaluate_lists(
     out: Path | None,
     markdown: Path | None,
 ) -> None:
-    """Rank the lists of a file with the checkpoint and report the metrics before and after."""
+    """Rank the lists of a file, without a checkpoint by the running service, and report metrics before and after."""
     try:
         lists = list(read_candidate_lists(path))
         if not lists:
             raise DataError(f"{path} holds no candidate list")
-        loaded = load_checkpoint(checkpoint)
-        orders = rank_lists(
-            checkpoint, loaded, lists, images, storage, features=features, device=device, console=remarks
-        )
+        calibration = None
+        if checkpoint is None or images is None:
+            orders, digest = rank_through_service(lists)
+            name = f"the running service, model {digest}"
+        else:
+            loaded = load_checkpoint(checkpoint)
+            calibration, name = loaded.config.calibration, f"{checkpoint}, model {loaded.digest}"
+            if not loaded.config.trained:
+                remarks.print("this checkpoint is UNTRAINED: its scores mean nothing")
+            orders = rank_lists(
+                checkpoint, loaded, lists, images, storage, features=features, device=device, console=remarks
+            )
         results = evaluate_lists(lists, orders, num_resamples=num_resamples, seed=seed)
     except (EvaluationError, CheckpointError, DataError, FeaturesError, PackageMissing) as error:
         _fail(str(error))
-    name = f"{checkpoint}, model {loaded.digest}"
-    report = ListsReport(name, loaded.config.calibration, str(path), num_resamples, seed, results)
-    if not loaded.config.trained:
-        remarks.print("this checkpoint is UNTRAINED: its scores mean nothing")
+    report = ListsReport(name, checkpoint is None, calibration, str(path), num_resamples, seed, results)
     if out is not None:
         out.write_text(report.to_json() + "\n", encoding="utf-8")
     if markdown is not None:

@@ -8,6 +8,7 @@ EvaluationError
   ScorerUnknown      the scorer does not exist or cannot be made
   SplitUnusable      checkpoint and data do not fit together
   PlotImpossible     matplotlib is missing, or there is nothing to draw
+  ServiceFailed      the running service did not rank the lists
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class ScorerUnknown(EvaluationError):
 
 class SplitUnusable(EvaluationError):
     """Checkpoint and data do not fit together."""
+
+
+class ServiceFailed(EvaluationError):
+    """The running service did not rank the lists."""
 
 
 class PlotImpossible(EvaluationError):

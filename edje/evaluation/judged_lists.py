@@ -62,7 +62,8 @@ class ListsResult:
 class ListsReport:
     """The evaluation of a file of candidate lists."""
 
-    ranked_by: str  # a checkpoint with its digest, or the service
+    ranked_by: str  # a checkpoint or the service, with the model digest
+    through_service: bool
     calibration: Calibration | None
     lists: str
     num_resamples: int
@@ -72,7 +73,7 @@ class ListsReport:
     def facts(self) -> Sequence[str]:
         """Model, data and settings, in a few words each."""
         interval = f"95 % intervals of {self.num_resamples:,} resamples over queries"
-        calibrated = () if self.ranked_by == "service" else (calibration_fact(self.calibration),)
+        calibrated = () if self.through_service else (calibration_fact(self.calibration),)
         return (self.ranked_by, *calibrated, self.lists, interval)
 
     def sections(self) -> Sequence[Section]:

@@ -39,6 +39,7 @@ from workers.publish.output import print_letter, print_replay, print_upload, rem
 from workers.publish.query import query, search_images
 from workers.publish.query_input import image_ids_of
 from workers.publish.replay import letters_in, replay
+from workers.publish.requests import publish_requests
 
 app = typer.Typer(
     help="Publish images, removals and rerank requests; show and replay dead letters.",
@@ -51,6 +52,7 @@ EVENT_OVERHEAD_BYTES = 4_096
 
 app.command("query")(query)
 app.command("search")(search_images)
+app.command("requests")(publish_requests)
 
 DeadLetterTopic = Annotated[str, typer.Argument(help="The dead-letter topic, such as images.new.dlq.")]
 Codes = Annotated[list[str] | None, typer.Option("--code", help="Only letters of this error code; may be repeated.")]

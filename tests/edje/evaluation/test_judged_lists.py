@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +16,13 @@ from edje.calibration import Calibration, DirectionCalibration
 from edje.checkpoint import read_tokenizer_json
 from edje.data.candidate_lists import CandidateList, JudgedCandidate
 from edje.evaluate import main
-from edje.evaluation.errors import TaskInvalid
+from edje.evaluation.errors import ServiceFailed, TaskInvalid
 from edje.evaluation.judged_lists import METRICS, evaluate_lists, metrics_of
+from edje.evaluation.service_ranking import rank_through_service, request_of
 from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint, save_checkpoint
+from workers.publish.requests import requests_in
 
 
 def judged(*labels, scores=None, query="a dog", direction="text-to-image"):
@@ -182,3 +185,55 @@ def test_lists_that_cannot_be_used_end_the_command_with_a_sentence(evaluate, fol
 )
 def test_options_that_do_not_belong_together_are_refused(evaluate, options):
     assert evaluate(*options).exit_code == 2
+
+
+# Through a running service
+
+SERVICE = """
+import json, sys
+for number, line in enumerate(sys.stdin):
+    request = json.loads(line)
+    last = len(request["candidates"]) - 1
+    results = [{"index": index} for index in range(last, 0, -1)]
+    print(json.dumps({"status": "partial", "model": MODEL, "results": results}))
+"""
+
+
+def service(program):
+    return [sys.executable, "-c", program]
+
+
+def test_a_services_replies_are_the_order_and_missing_candidates_follow():
+    lists = [judged(0, 1, 0), judged(0, 1)]
+
+    orders, model = rank_through_service(lists, service(SERVICE.replace("MODEL", "'m1'")))
+
+    assert [order.tolist() for order in orders] == [[2, 1, 0], [1, 0]]
+    assert model == "m1"
+
+
+def test_a_list_becomes_a_request_event_with_scores_where_it_has_them():
+    texts = judged(1, 0, direction="image-to-text", query="img-7")
+
+    assert request_of(judged(1, 0, scores=[0.5, None]), "r-1") == {
+        "schema_version": 1,
+        "request_id": "r-1",
+        "query": {"text": "a dog"},
+        "candidates": [{"image_id": "0", "score": 0.5}, {"image_id": "1"}],
+    }
+    assert request_of(texts, "r-2")["query"] == {"image_id": "img-7"}
+    assert requests_in([json.dumps(request_of(texts, "r-2"))])[0].texts() == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import sys; sys.exit('no broker')", "the service did not answer: no broker"),
+        ("", "0 replies to 2 requests"),
+        (SERVICE.replace("MODEL", "number"), "workers with several models replied: 0, 1"),
+        ('for line in open(0): print(\'{"status": "expired"}\')', "line 1: the service replied expired"),
+    ],
+)
+def test_a_service_that_does_not_rank_the_lists_is_an_error(program, words):
+    with pytest.raises(ServiceFailed, match=words):
+        rank_through_service([judged(0, 1), judged(1, 0)], service(program))
