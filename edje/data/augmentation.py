@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edje.data.dataset import Dataset, PixelSource
+from edje.data.dataset import Dataset
 from edje.images import Resample
 
 #: Range of a crop's share of the image area, and the largest factor by which its aspect ratio changes.
@@ -32,19 +32,33 @@ def view_of(dataset: Dataset, number: int, *, may_mirror: bool = True) -> Datase
         dataset,
         name=f"{dataset.name} (view {number})",
         fingerprint=hashlib.sha256(name.encode()).hexdigest()[:16],
-        source=_ViewSource(dataset.source, number, may_mirror),
+        source=_ViewSource(dataset, number, may_mirror),
     )
 
 
 class _ViewSource:
-    def __init__(self, source: PixelSource, number: int, may_mirror: bool) -> None:
-        self._source = source
+    def __init__(self, dataset: Dataset, number: int, may_mirror: bool) -> None:
+        self._dataset = dataset
         self._number = number
         self._may_mirror = may_mirror
 
+    def image_key(self, index: int) -> str:
+        return self._of_view(self._dataset.image_key(index), index)
+
+    def content_key(self, index: int) -> str:
+        return self._of_view(self._dataset.content_key(index), index)
+
+    def _of_view(self, key: str, index: int) -> str:
+        return f"{key} view {self._number} {self._may_mirror} {self._seed(index)}"
+
+    def _seed(self, index: int) -> int:
+        """The seed of an image's crops depends on its id alone, so that other images may come and go."""
+        digest = hashlib.sha256(self._dataset.images[index].image_id.encode(errors="surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "big")
+
     def pixels(self, index: int, size: int, resample: Resample) -> NDArray[np.uint8]:
-        image = Image.fromarray(self._source.pixels(index, size, resample).transpose(1, 2, 0))
-        rng = np.random.default_rng([self._number, index])
+        image = Image.fromarray(self._dataset.pixels(index, size, resample).transpose(1, 2, 0))
+        rng = np.random.default_rng([self._number, self._seed(index)])
         is_crop = self._number > 1 or not self._may_mirror
         if is_crop:
             area = rng.uniform(*_CROP_AREA)

@@ -23,8 +23,20 @@ class _ConcatenatedSource:
     starts: tuple[int, ...]  # index of each part's first image
 
     def pixels(self, index: int, size: int, resample: Resample) -> NDArray[np.uint8]:
+        part, within = self._part(index)
+        return part.pixels(within, size, resample)
+
+    def image_key(self, index: int) -> str:
+        part, within = self._part(index)
+        return part.image_key(within)
+
+    def content_key(self, index: int) -> str:
+        part, within = self._part(index)
+        return part.content_key(within)
+
+    def _part(self, index: int) -> tuple[Dataset, int]:
         part = bisect_right(self.starts, index) - 1
-        return self.parts[part].pixels(index - self.starts[part], size, resample)
+        return self.parts[part], index - self.starts[part]
 
 
 def concatenate(parts: Mapping[str, Dataset], name: str) -> Dataset:

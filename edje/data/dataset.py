@@ -139,6 +139,19 @@ class PixelSource(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedSource(Protocol):
+    """A pixel source that identifies each image, so that results computed from it can be stored."""
+
+    def image_key(self, index: int) -> str:
+        """A text that changes whenever the pixels of an image may have changed; reads no pixels."""
+        ...
+
+    def content_key(self, index: int) -> str:
+        """A text that changes with the content of an image alone. Raises `OSError`."""
+        ...
+
+
 class GroundingRole(IntEnum):
     """What a grounding label gives: the cell of the named object, of a relation's subject or object, or whether the
     relation holds."""
@@ -200,6 +213,16 @@ class Dataset:
     def pixels(self, index: int, size: int, resample: Resample = "bilinear") -> NDArray[np.uint8]:
         """RGB pixels `(3, size, size)` of one image. Raises `ImageError`."""
         return self.source.pixels(index, size, resample)
+
+    def image_key(self, index: int) -> str:
+        """See `KeyedSource`. Images of other sources change with the whole dataset."""
+        if isinstance(self.source, KeyedSource):
+            return self.source.image_key(index)
+        return f"{self.fingerprint} {index}"
+
+    def content_key(self, index: int) -> str:
+        """See `KeyedSource`. Raises `OSError`."""
+        return self.source.content_key(index) if isinstance(self.source, KeyedSource) else self.image_key(index)
 
     @property
     def num_captions(self) -> int:

@@ -27,6 +27,10 @@ _FINGERPRINT_CHARS: Final = 16
 _UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 
 
+class FileUnreadable(ImageError):
+    """The image file cannot be opened or read at this time."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageFile:
     """A regular file within the image folder, with its size and modification time when the list was read."""
@@ -40,16 +44,25 @@ class ImageFile:
 class ImageFiles:
     """Reads pixels from files."""
 
-    paths: tuple[Path, ...]
+    files: tuple[ImageFile, ...]
 
     def pixels(self, index: int, size: int, resample: Resample) -> NDArray[np.uint8]:
         """RGB pixels `(3, size, size)`. Raises `ImageError`, also where the file is missing by now."""
         try:
-            with self.paths[index].open("rb") as file:
+            with self.files[index].path.open("rb") as file:
                 data = file.read(_LIMITS.max_bytes + 1)
         except OSError as error:
-            raise ImageError("image_broken", f"the file cannot be read: {error.strerror}") from error
+            raise FileUnreadable("image_broken", f"the file cannot be read: {error.strerror}") from error
         return decode_image(data, size, _LIMITS, resample)
+
+    def image_key(self, index: int) -> str:
+        """Path, size and modification time."""
+        file = self.files[index]
+        return f"{file.path}\0{file.num_bytes}\0{file.modified_ns}"
+
+    def content_key(self, index: int) -> str:
+        """SHA-256 of the file. Raises `OSError`."""
+        return file_digest(self.files[index].path)
 
 
 class DatasetBuilder:
@@ -113,7 +126,7 @@ class DatasetBuilder:
         digest = hashlib.sha256()
         for image, file in zip(images, files, strict=True):
             digest.update(f"{image.image_id}\0{file.num_bytes}\0{file.modified_ns}\n".encode(errors="surrogatepass"))
-        source = ImageFiles(tuple(file.path for file in files))
+        source = ImageFiles(tuple(files))
         return Dataset(self.name, tuple(images), self.problems, digest.hexdigest()[:_FINGERPRINT_CHARS], source)
 
     def _find(self, file_name: str) -> tuple[ImageFile | None, str | None]:
@@ -137,6 +150,12 @@ class DatasetBuilder:
         if not S_ISREG(status.st_mode):
             return None, "missing_image"
         return ImageFile(path, status.st_size, status.st_mtime_ns), None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal. Raises `OSError`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_list(path: Path) -> bytes:

@@ -1,1 +1,1 @@
-"""Features of the frozen vision tower: extracted once per dataset, read as memory maps."""
+"""Features: the output of a frozen vision tower for the images of a dataset, extracted once and stored on the disk."""

@@ -131,9 +131,9 @@ class PhaseData:
         assert isinstance(source, LabelledSource)  # the recipe ensures it
         return source
 
-    def features_of(self, dataset: Dataset) -> Features:
-        """The tower's features of a dataset's images."""
-        features = self._extract(dataset)
+    def features_of(self, dataset: Dataset, *, is_shared: bool = False) -> Features:
+        """The tower's features of a dataset. `is_shared` if every process calls this, each to extract its share."""
+        features = self._extract(dataset, is_shared=is_shared)
         self._report(dataset, features)
         return features
 
@@ -152,7 +152,7 @@ class PhaseData:
             return captions, PixelImages(data, preprocess.image_size, preprocess.resample), None
         if not self._recipe.keeps_patches:
             return self._pixel_inputs(number, is_fresh)
-        features = [self.features_of(data)]
+        features = [self.features_of(data, is_shared=True)]
         views = range(1, phase.crop_views + 1)
         features += [self._extract(view_of(data, view, may_mirror=phase.mirror)) for view in views]
         rows = features[0].rows
@@ -217,7 +217,7 @@ class PhaseData:
             self._trained.model, captions, self._folder, self._devices.device, shows_progress=self._devices.leads
         )
 
-    def _extract(self, dataset: Dataset, *, keeps_patches: bool = True) -> Features:
+    def _extract(self, dataset: Dataset, *, keeps_patches: bool = True, is_shared: bool = True) -> Features:
         trained = self._trained
         console = self._console if self._devices.leads else Console(quiet=True)
         # Views share their dataset's problems and every phase extracts; `_report` counts each image once.
@@ -225,7 +225,18 @@ class PhaseData:
         extractor = trained.extractor()
         if not keeps_patches:
             extractor = pooled_only(extractor)
-        return extract(extractor, dataset, self._folder, console=console)
+        if not is_shared:
+            return extract(extractor, dataset, self._folder, console=console)
+        devices = self._devices
+        return extract(
+            extractor,
+            dataset,
+            self._folder,
+            console=console,
+            rank=devices.rank,
+            num_processes=devices.num_devices,
+            wait=devices.wait,
+        )
 
     def _report(self, dataset: Dataset, features: Features | None = None) -> None:
         """Log once which images of a dataset cannot be decoded."""

@@ -12,6 +12,7 @@ import csv
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 from typing import Final
@@ -73,6 +74,13 @@ class _DrawnSource:
     def pixels(self, index: int, size: int, resample: Resample = "bilinear") -> NDArray[np.uint8]:
         return draw(self.scenes[index], size, *self.key, index)
 
+    def image_key(self, index: int) -> str:
+        """The scene, the key of the drawing and some pixels that the drawing code makes."""
+        return f"{drawing_digest()} {self.key} {index} {self.scenes[index]}"
+
+    def content_key(self, index: int) -> str:
+        return self.image_key(index)
+
     @property
     def label_sizes(self) -> tuple[int, ...]:
         return tuple(len(values) + 1 for values in _LABELS.values())
@@ -92,6 +100,16 @@ class _DrawnSource:
 
     def grounding_labels(self, index: int, caption: str) -> list[GroundingLabel]:
         return grounding_labels(caption, self.scenes[index])
+
+
+@cache
+def drawing_digest() -> str:
+    """A digest of a few drawn images, which changes with the drawing code."""
+    digest = hashlib.sha256()
+    for number in range(_NUM_FINGERPRINTED):
+        scene = draw_scene(RandomDraws(number), _NUM_THINGS[number % len(_NUM_THINGS)])
+        digest.update(draw(scene, _FINGERPRINT_SIZE, number).tobytes())
+    return digest.hexdigest()[:_FINGERPRINT_CHARS]
 
 
 def split_of(scene: Scene) -> Split:
