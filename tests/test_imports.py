@@ -44,7 +44,15 @@ ONLY_IN = {
 #: The modules that put a program together, and so alone say which adapter stands behind a port.
 ROOTS = {
     f"workers/{name}.py"
-    for name in ("runtime", "connect", "client", "publish/__main__", "index/__main__", "gateway/replica")
+    for name in (
+        "runtime",
+        "connect",
+        "client",
+        "publish/__main__",
+        "publish/backfill_command",
+        "index/__main__",
+        "gateway/replica",
+    )
 }
 ADAPTERS = {f"workers.bus.{name}" for name in ("consumer", "producer", "transactions", "reader", "follower")} | {
     "workers.store.client",
@@ -232,7 +240,7 @@ def test_every_package_that_is_imported_is_declared(folder):
     extras = project["optional-dependencies"]
     lines = [
         *project["dependencies"],
-        *(line for name in ("gpu", "train", "build", "s3", "gs", "heic") for line in extras[name]),
+        *(line for name in ("gpu", "train", "build", "s3", "gs", "parquet", "heic") for line in extras[name]),
     ]
     # pydantic-core comes with pydantic, in the one version that fits.
     declared = {re.match(r"[a-z0-9-]+", line.lower())[0] for line in lines} | {"pydantic-core"}

@@ -134,6 +134,19 @@ class Client:
         """Stop watching an image, because it was never published."""
         self._images.discard(image_id)
 
+    def watch_image(self, image_id: str) -> None:
+        """Watch an image that was published before."""
+        self._images.add(image_id)
+
+    def watches(self, image_id: str) -> bool:
+        """Whether an image is watched and has no outcome yet."""
+        return image_id in self._images
+
+    @property
+    def num_outstanding_images(self) -> int:
+        """The number of watched images without an outcome."""
+        return len(self._images)
+
     @property
     def outstanding_images(self) -> frozenset[str]:
         """The watched images without an outcome."""

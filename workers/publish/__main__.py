@@ -20,6 +20,7 @@ from workers.bus.producer import KafkaOutbox
 from workers.bus.reader import KafkaReader, Start
 from workers.client import CLOSE_TIMEOUT_S, MAX_MESSAGE_BYTES, connect
 from workers.errors import Misconfigured
+from workers.publish.backfill_command import backfill
 from workers.publish.command import (
     TIME_FORMATS,
     Brokers,
@@ -50,6 +51,7 @@ app = typer.Typer(
 #: The bytes of a message beside the image itself: ids, headers and framing.
 EVENT_OVERHEAD_BYTES = 4_096
 
+app.command("backfill")(backfill)
 app.command("query")(query)
 app.command("search")(search_images)
 app.command("requests")(publish_requests)

@@ -10,6 +10,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from protocols.encoding import encode
 from protocols.events import RerankRequest
 from workers.client import Reply
 from workers.ports import Record
+from workers.publish.backfill import Balance
 from workers.publish.image_files import Refused, printable
 from workers.publish.image_upload import Upload
 from workers.publish.replay import Replay
@@ -58,6 +60,30 @@ def print_upload(
             "is the ingest worker running and ready, with this topic prefix? It retries unreachable images for minutes."
         )
     return not (done.dead or problems or done.unanswered)
+
+
+def print_balance(balance: Balance, state: Path) -> bool:
+    """Print the account of a backfill; True if every row is in the store."""
+    published = f"{balance.published} published"
+    if balance.retried.total():
+        published += f" and {balance.retried.total()} again"
+    remarks.print(
+        f"{balance.rows} rows = {published} + {balance.stored} stored before + {balance.duplicates} duplicates + "
+        f"{balance.bad} without an image"
+    )
+    num_dead = balance.dead.total()
+    remarks.print(
+        f"{balance.published} published = {balance.indexed} indexed + {num_dead} dead + {balance.removed} removed + "
+        f"{balance.too_large} too large"
+    )
+    for code, number in sorted(balance.dead.items()):
+        if number:
+            remarks.print(f"{number} dead letters, {code}")
+    for reason in balance.bad_rows:
+        remarks.print(printable(reason))
+    if num_dead:
+        remarks.print(f"to try the dead ones again: the same command with --retry-failed --state {state}")
+    return not (num_dead or balance.bad or balance.too_large)
 
 
 def print_letter(record: Record, letter: DeadLetter, *, as_json: bool) -> None:

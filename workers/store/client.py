@@ -90,11 +90,12 @@ class RedisStore:
             return self._put_many(values, lifetime_s)
 
     def exist_many(self, keys: Sequence[str]) -> list[bool]:
-        """Return for each key whether the store has a value, a removal marker included."""
-        if not keys:
-            return []
+        """Return for each key whether the store has a value other than a removal marker."""
         with self._retryable():
-            return [bool(reply) for reply in _checked(self._pipelined([("EXISTS", key) for key in keys]))]
+            lengths = self._pipelined([("STRLEN", key) for key in keys])
+            wrong_type = [_condition(length) == "wrong_type" for length in lengths]
+            _checked([length for length, is_wrong in zip(lengths, wrong_type, strict=True) if not is_wrong])
+            return [not is_wrong and length > HEAD_BYTES for length, is_wrong in zip(lengths, wrong_type, strict=True)]
 
     def probe(self, prefixes: Sequence[str], *, writes: bool) -> None:
         """Try every command that will be needed, on keys with these prefixes that no image can have.

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from protocols.source_position import may_replace
+from protocols.source_position import HEAD_BYTES, may_replace
 from workers.errors import Transient
 
 
@@ -39,8 +39,8 @@ class MemoryStore:
             return written
 
     def exist_many(self, keys: Sequence[str]) -> list[bool]:
-        """Return for each key whether the store has a value, a removal marker included."""
-        return [value is not None for value in self.get_many(keys)]
+        """Return for each key whether the store has a value other than a removal marker."""
+        return [value is not None and len(value) > HEAD_BYTES for value in self.get_many(keys)]
 
     def probe(self, prefixes: Sequence[str], *, writes: bool) -> None:
         self._check()

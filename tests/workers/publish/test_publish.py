@@ -428,6 +428,43 @@ def test_dead_letters_are_reported_by_cause_and_the_silent_are_named(service, tm
 
 
 @pytest.mark.services
+def test_a_backfill_publishes_a_listing_and_ends_with_its_balance(service, tmp_path):
+    listing = tmp_path / "list.csv"
+    listing.write_text("image_id,uri\n" + "".join(f"i{n},https://h/{n}\n" for n in range(30)) + "bad,\n")
+    images, fails = service.topics.images_new, {b"i7"}
+
+    def answer(record):
+        if record.key in fails:
+            letter = DeadLetter(images, 0, 0, record.value, record.key, record.headers, "E", "image_not_found", "404")
+            yield Outgoing(service.topics.dead_letter(images), letter.key, letter.value, letter.to_headers())
+            return
+        image_id = record.key.decode()
+        outcome = ImageIndexed(
+            image_id=image_id, model="m", num_tokens=1, dtype="int8", num_bytes=1, content_sha256="0" * 64
+        )
+        yield Outgoing(service.topics.images_indexed, record.key, encode(outcome))
+
+    def backfill(*words):
+        state = ("--state", str(tmp_path / "state.json"), "--topic-prefix", service.topics.prefix)
+        return service.run("backfill", str(listing), *state, *words)
+
+    with service.answering(images, answer):
+        first = backfill()
+        fails.clear()
+        again = backfill("--retry-failed")
+        nothing = backfill()
+
+    assert (first.returncode, again.returncode) == (1, 1)  # the bad row stays
+    assert "31 rows = 30 published + 0 stored before + 0 duplicates + 1 without an image" in first.stderr
+    assert "30 published = 29 indexed + 1 dead" in first.stderr
+    assert "row 30: no address" in first.stderr
+    assert "30 published and 1 again" in again.stderr
+    assert "30 published = 30 indexed + 0 dead" in again.stderr
+    assert "30 published = 30 indexed" in nothing.stderr
+    assert len(service.everything_in(images)) == 31
+
+
+@pytest.mark.services
 def test_images_are_deleted_and_their_removal_is_waited_for(service):
     def answer(record):
         assert record.value is None

@@ -120,9 +120,10 @@ def test_the_store_and_the_published_rule_agree_on_every_write(store, unique_pre
 
 
 def test_existence_is_reported_for_each_key(store, unique_prefix):
-    store.put_many({unique_prefix + "a": b"1"})
+    store.put_many({unique_prefix + "a": value(1, 1, b"tokens"), unique_prefix + "c": removal_marker(SourcePosition())})
 
-    assert store.exist_many([unique_prefix + name for name in "ab"]) == [True, False]
+    assert store.exist_many([unique_prefix + name for name in "abc"]) == [True, False, False]
+    assert store.exist_many([]) == []
 
 
 def test_a_probe_leaves_nothing_behind(store, unique_prefix):
@@ -349,7 +350,7 @@ def test_a_cluster_is_found_through_any_node_and_spreads_the_keys(private_redis)
             with pytest.raises(Misconfigured, match=r"redis\+cluster"):
                 RedisStore(server.url).probe(["vt:"], writes=False)
         store.probe(["vt:", "th:"], writes=True)
-        assert store.put_many({key: value(20, 2_000) for key in keys}) == [True] * 200
+        assert store.put_many({key: value(20, 2_000, b"x") for key in keys}) == [True] * 200
         assert store.put_many({key: value(10, 1_000) for key in keys}) == [False] * 200
         assert store.exist_many([*keys, "vt:none"]) == [True] * 200 + [False]
         store.close()
