@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from edje.text import EncodedText
 from protocols.encoding import CANCEL_HEADER
+from trt.text_lengths import padded_length
 from workers.errors import Poison, as_internal_error
 from workers.landing import Landing
 from workers.metrics import Metrics
 from workers.ports import Finished, Partition, Record
 from workers.rerank.admission import AdmissionLimits, open_request, read_request, salvage_address
-from workers.rerank.batching import MicroBatcher, bucket_of
+from workers.rerank.batching import MicroBatcher
 from workers.rerank.explaining import Words, explanations_of, pairs_to_explain
 from workers.rerank.fairness import FairQueue
 from workers.rerank.invalidation import Invalidation
@@ -329,7 +330,7 @@ class RerankJob:
         pairs = pairs_to_explain(request, self._num_visual_tokens)
         if len(pairs) == 0:
             return False
-        bucket = bucket_of(max(len(request.text_ids[request.text_of_pair(pair)]) for pair in pairs.tolist()))
+        bucket = padded_length(max(len(request.text_ids[request.text_of_pair(pair)]) for pair in pairs.tolist()))
         piece = piece_of(request, pairs, bucket, self._num_visual_tokens, explains=True)
         request.num_open_pieces += 1
         request.num_unready_pieces += 1
