@@ -1,9 +1,9 @@
-"""The service's engine as a scorer of `python -m edje.evaluate`, so that what is judged is what is served.
+"""The service's engine as a scorer of `python -m edje.evaluate`, so that an evaluation judges what is served.
 
 Run: python -m edje.evaluate CHECKPOINT --data RECIPE --storage int8 --scorer benchmarks.engine_scorer:torch_engine
 
-Stored blobs are decoded into the engine's own slab and pairs go through its contract, as in the rerank worker. Another
-runtime is another function of three lines.
+Decodes stored blobs into the engine's slab and scores pairs through its contract, as the rerank worker does. Another
+runtime needs a function like `torch_engine`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trt.contract import PairScorer
 from trt.load import Runtime, load_engine
 
 MAX_PAIRS = 256
-#: Blobs decoded at a time; a slab behind a staging buffer takes no more.
+#: Blobs decoded at a time, as many as a staging buffer holds.
 _STAGED = 1024
 
 Scorer = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]

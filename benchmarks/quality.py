@@ -1,16 +1,16 @@
-"""What reranking is worth, and what it costs: encoders, numbers of tokens, storage types and k, trained alike.
+"""Compares quality and cost of encoders, numbers of tokens, storage types and k, all trained alike.
 
 Run: python benchmarks/quality.py scenes|flickr8k [--seeds 3] [--jobs 2]
 
-Every figure is what `python -m edje.evaluate` says of what `python -m edje.train` made, and each command is printed, so
-that any one of them can be run alone. What has been trained or evaluated before is not done again: a run that was
-stopped goes on. Draws docs/quality/*.svg and writes the tables; the last line of output is one JSON document.
+Trains with `python -m edje.train` and evaluates with `python -m edje.evaluate`; prints each command, so that each can
+be run alone. Finished trainings and evaluations are not repeated: the same command resumes a run. Writes plots and
+tables to docs/quality; the last line of output is one JSON document.
 
-Scenes: tower and first stage of the shipped model serve all encoders, as a frozen tower does, so runs of several
-machines can be compared. Each encoder starts from scratch, on the same data, losses, negatives and number of steps;
-`full` has no late interaction, so matching against more negatives takes its place. Flickr8k: all are taught as the
-recipe's encoder is, in one pass, `full` by matching alone. Of each encoder R@1 of text-to-image search in int8, against
-GFLOP per pair. A cascade of budget 0 is the late interaction beneath its layers.
+Scenes: all encoders use the tower and the first stage of the shipped model, so runs of several machines can be
+compared. Each encoder starts from random weights, with the same data, losses, negatives and number of steps; `full` has
+no late interaction and is trained by matching against more negatives instead. Flickr8k: all encoders are trained as the
+recipe's, in one epoch; `full` by matching alone. The figure is R@1 of text-to-image search in int8 against GFLOP per
+pair. A cascade of budget 0 ranks by its late interaction alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STORAGES = ("fp16", "int8", "int4")
 
 
 class Runner:
-    """Runs the two commands, each once for each thing asked."""
+    """Runs trainings and evaluations, each of them once."""
 
     def __init__(self, study: Study, folder: Path, common: Sequence[str], captions: int | None) -> None:
         self._study = study
@@ -47,7 +47,7 @@ class Runner:
         return self._folder / f"seed{seed}" / name / "checkpoint"
 
     def train(self, name: str, seed: int, changes: Sequence[str]) -> None:
-        """Train a variant unless it is there."""
+        """Train a variant unless its checkpoint exists."""
         checkpoint = self.checkpoint(name, seed)
         if not (checkpoint / "config.json").exists():
             given = [word for change in (*self._common, f"seed={seed}", *changes) for word in ("--set", change)]
@@ -62,7 +62,7 @@ class Runner:
             )
 
     def evaluate(self, checkpoint: Path, storage: str, scorer: str, depths: Sequence[int]) -> Report:
-        """What evaluation says; kept beside the checkpoint."""
+        """The report of an evaluation, which is stored next to the checkpoint."""
         name = f"{storage}-{scorer.replace(':', '')}-{'-'.join(map(str, depths))}.json"
         path = checkpoint.parent / name
         if not path.exists():
@@ -83,7 +83,7 @@ class Runner:
 
 
 def recall(report: Report, k: int) -> tuple[float, float]:
-    """R@1 of the first stage and after reranking its best k."""
+    """R@1 of the first stage, and after reranking its best k."""
     for result in report.results:
         if result.comparison.k == k:
             row = result.comparison.row("R@1")
@@ -94,12 +94,12 @@ def recall(report: Report, k: int) -> tuple[float, float]:
 def runs_of(
     study: Study, num_seeds: int, start: Sequence[str], tokens: Sequence[int]
 ) -> Iterator[tuple[str, int, tuple[str, ...]]]:
-    """What is trained: name, seed and changes to the recipe; the seeds one after the other."""
+    """The trainings of a study: name, seed and changes to the recipe, seed by seed."""
     for seed in range(num_seeds):
         for kind, changes in study.kinds.items():
             yield kind, seed, (*start, *changes)
     for num_tokens in tokens:
-        # The adapter that gives any number of tokens; the recipes' gives one for each patch.
+        # A decoder has any number of tokens; the adapter of the recipes has one for each patch.
         adapter = (f"adapter.num_tokens={num_tokens}", 'adapter.kind="decoder"', "adapter.places=true")
         yield tokens_name(num_tokens), 0, (*start, *study.kinds[study.tokens_kind], *adapter)
 
@@ -108,12 +108,12 @@ def tokens_name(num_tokens: int) -> str:
     return f"tokens{num_tokens}"
 
 
-def judge_encoders(runner: Runner, study: Study, seed: int) -> dict[str, dict[str, float]]:
-    """Every encoder with one seed: scorer -> R@1 before and after, and GFLOP per pair, at k."""
+def encoder_results(runner: Runner, study: Study, seed: int) -> dict[str, dict[str, float]]:
+    """The results of every encoder with one seed: for each scorer R@1 before and after, and GFLOP per pair, at k."""
     found = {}
     for kind in study.kinds:
         depths = {"torch": study.depths}
-        if kind == study.cascade_of:  # a cascade's scores depend on k, so each k is another evaluation
+        if kind == study.cascade_of:  # a cascade's scores depend on k, so each k is a separate evaluation
             depths |= {f"cascade:{budget}": (study.k,) for budget in study.cascade_budgets}
         for scorer, ks in depths.items():
             report = runner.evaluate(runner.checkpoint(kind, seed), "int8", scorer, ks)
@@ -127,14 +127,14 @@ def judge_encoders(runner: Runner, study: Study, seed: int) -> dict[str, dict[st
     return found
 
 
-def judge_depths(runner: Runner, study: Study, kind: str) -> dict[int, float]:
+def depth_results(runner: Runner, study: Study, kind: str) -> dict[int, float]:
     """R@1 of one encoder against the number of candidates."""
     report = runner.evaluate(runner.checkpoint(kind, 0), "int8", "torch", study.depths)
     return {k: recall(report, k)[1] for k in study.depths}
 
 
-def judge_tokens(runner: Runner, study: Study, tokens: Sequence[int]) -> list[dict[str, object]]:
-    """R@1 at k of one encoder with each number of tokens, the recipe's own among them, in every storage type."""
+def token_results(runner: Runner, study: Study, tokens: Sequence[int]) -> list[dict[str, object]]:
+    """R@1 at k of one encoder with each number of tokens, the recipe's included, in every storage type."""
     checkpoints = {tokens_name(num_tokens): num_tokens for num_tokens in tokens}
     config = json.loads((runner.checkpoint(study.tokens_kind, 0) / "config.json").read_text())
     checkpoints[study.tokens_kind] = config["config"]["adapter"]["num_tokens"]
@@ -151,20 +151,20 @@ def judge_tokens(runner: Runner, study: Study, tokens: Sequence[int]) -> list[di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--encoders", default="", help="some of them, with commas between")
+    parser.add_argument("--encoders", default="", help="names of encoders, separated by commas; default: all")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    parser.add_argument("--captions", type=int, help="ask with so many captions only")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, each with one thread")
+    parser.add_argument("--captions", type=int, help="number of captions to use as queries")
     parser.add_argument("--set", action="append", default=[], help="a change to the recipe, for every run")
-    parser.add_argument("--no-tokens", action="store_true", help="train with the recipe's own number of tokens only")
+    parser.add_argument("--no-tokens", action="store_true", help="train with the recipe's number of tokens only")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality")
     given = parser.parse_args()
     study = STUDIES[given.study]
     if given.encoders:
         if unknown := set(given.encoders.split(",")) - study.kinds.keys():
-            parser.error(f"--encoders: {given.study} has no {min(unknown)!r}, but {', '.join(study.kinds)}")
+            parser.error(f"--encoders: {given.study} has no {min(unknown)!r}; choose from {', '.join(study.kinds)}")
         if study.tokens_kind not in given.encoders.split(","):
-            parser.error(f"--encoders: without {study.tokens_kind!r} there is no table of tokens and bytes")
+            parser.error(f"--encoders: add {study.tokens_kind!r}; the table of tokens and bytes needs it")
         study = replace(study, kinds={kind: study.kinds[kind] for kind in given.encoders.split(",")})
     folder = ROOT / "build" / "quality" / given.study
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,10 +183,10 @@ def main() -> None:
         "study": given.study,
         "k": study.k,
         "captions": given.captions,
-        "encoders": [judge_encoders(runner, study, seed) for seed in range(given.seeds)],
-        "by_k": {kind: judge_depths(runner, study, kind) for kind in study.kinds},
+        "encoders": [encoder_results(runner, study, seed) for seed in range(given.seeds)],
+        "by_k": {kind: depth_results(runner, study, kind) for kind in study.kinds},
         "tokens_kind": study.tokens_kind,
-        "by_tokens": judge_tokens(runner, study, tokens),
+        "by_tokens": token_results(runner, study, tokens),
     }
     show(result, given.out)
     print(json.dumps(result))

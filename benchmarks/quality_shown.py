@@ -1,4 +1,4 @@
-"""Shows what `benchmarks/quality.py` has found: plots, and the same figures as tables of Markdown. Computes nothing."""
+"""Writes the results of `benchmarks/quality.py` as plots and as Markdown tables. Computes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edje.evaluation.plots import Curve, Point, quality_vs_bytes, quality_vs_cos
 
 
 def show(found: Mapping[str, Any], folder: Path) -> None:
-    """Write NAME.json, NAME.md and three plots of a study into a folder."""
+    """Write NAME.json, NAME.md and three plots of a study to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     name, k = found["study"], found["k"]
     title = f"{name}: text-to-image, k = {k}, int8"
@@ -40,19 +40,19 @@ def _by_cost(found: Mapping[str, Any]) -> list[Point]:
 def _by_bytes(found: Mapping[str, Any]) -> list[Curve]:
     points: dict[str, list[Point]] = {}
     for each in found["by_tokens"]:
-        name = f"{each['storage']}, {each['adapter']}"  # tokens of two adapters are no steps of one curve
+        name = f"{each['storage']}, {each['adapter']}"  # the points of one curve have one adapter
         points.setdefault(name, []).append(Point("", each["bytes"], (each["r1"],), str(each["tokens"])))
     return [Curve(name, tuple(joined)) for name, joined in points.items()]
 
 
 def _tables(found: Mapping[str, Any], first: float) -> Iterable[str]:
     num_seeds, captions = len(found["encoders"]), found["captions"]
-    asked = "every test caption" if captions is None else f"{captions:,} test captions"
+    asked = "all test captions" if captions is None else f"{captions:,} test captions"
     runs = f"{num_seeds} training runs of each" if num_seeds > 1 else "one training run of each"
-    yield f"# {found['study']}: what each encoder finds, and what it costs"
+    yield f"# {found['study']}: quality and cost of each encoder"
     yield ""
     yield f"Written by `benchmarks/quality.py {found['study']}`: R@1 of text-to-image search, %, {asked}, {runs}."
-    yield f"Blobs in int8 where nothing else is said. The first stage alone: {_percent(first)}."
+    yield f"Blobs are int8 unless a table says otherwise. The first stage alone: {_percent(first)}."
     yield ""
     rows = [
         [

@@ -1,4 +1,4 @@
-"""What `benchmarks/quality.py` compares on each dataset, and with what training. Runs nothing."""
+"""The studies of `benchmarks/quality.py`: the encoders of each dataset and how they are trained. Runs nothing."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What is compared on a dataset."""
+    """The encoders, depths and numbers of tokens that are compared on a dataset."""
 
     recipe: str
     k: int
-    kinds: dict[str, tuple[str, ...]]  # encoder: changes to the recipe
-    depths: tuple[int, ...]  # values of k, and k itself
-    tokens_kind: str  # the encoder that is trained with other numbers of tokens, and judged in every storage type
+    kinds: dict[str, tuple[str, ...]]  # changes to the recipe, by encoder
+    depths: tuple[int, ...]  # values of k, the one above included
+    tokens_kind: str  # the encoder that is trained with other numbers of tokens and evaluated in every storage type
     tokens: tuple[int, ...]
-    cascade_of: str | None = None  # the encoder whose late interaction picks for its layers
+    cascade_of: str | None = None  # the encoder whose late interaction is the cheap stage of a cascade
     cascade_budgets: tuple[int, ...] = ()
     base: str | None = None  # the checkpoint whose tower and first stage all encoders share
-    shared: tuple[str, ...] = ()  # phases of the recipe that made those
+    shared: tuple[str, ...] = ()  # phases of the recipe that trained them
 
 
 STUDIES = {
@@ -29,7 +29,7 @@ STUDIES = {
         shared=("see",),
         kinds={
             "minimal": (),
-            # Its words never meet the image, so there is nothing in which to ground them.
+            # No layer reads text and image together, so there is no state to ground words in.
             "maxsim": (
                 'joint.kind="maxsim"',
                 "joint.num_layers=0",
@@ -37,11 +37,11 @@ STUDIES = {
                 "phase.2.losses={itm=1.0,late_interaction=0.25}",
             ),
             "late": ('joint.kind="late"',),
-            # It has no late interaction: matching takes its place from the beginning, and has to tell apart what that
-            # would, so its negatives are not the confusers alone.
+            # It has no late interaction: matching replaces it in every phase, against more negatives than the images
+            # of one group.
             "full": (
                 'joint.kind="full"',
-                "adapter.places=true",  # where a patch lies, which the others are told when text and image meet
+                "adapter.places=true",  # the positions of patches, which the other encoders add at fusion
                 "joint.num_layers=5",
                 "joint.text_layers=0",
                 "joint.visual_layers=0",
@@ -58,7 +58,7 @@ STUDIES = {
         cascade_of="minimal",
         cascade_budgets=(0, 3, 5, 10),
         tokens_kind="minimal",
-        tokens=(8, 16),  # a picture has nine patches
+        tokens=(8, 16),  # an image has nine patches
     ),
     "flickr8k": Study(
         recipe="flickr8k.toml",
@@ -67,7 +67,7 @@ STUDIES = {
             "minimal": (),
             "maxsim": ('joint.kind="maxsim"', "joint.num_layers=0"),
             "late": ('joint.kind="late"',),
-            # It has no late interaction, so it learns from matching alone.
+            # It has no late interaction, so it is trained by matching alone.
             "full": (
                 'joint.kind="full"',
                 "joint.text_layers=0",
