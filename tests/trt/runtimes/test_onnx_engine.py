@@ -190,7 +190,7 @@ def test_without_onnx_runtime_the_error_says_what_to_install(full, monkeypatch):
     def missing(package, extra):
         raise PackageMissing(f"install {package} with the extra {extra!r}")
 
-    monkeypatch.setattr(onnx_engine, "need", missing)
+    monkeypatch.setattr(onnx_engine, "require_package", missing)
 
     with pytest.raises(EngineUnavailable, match="install onnxruntime with the extra 'build'"):
         load(full)
