@@ -106,6 +106,10 @@ def test_uploaded_pictures_are_found_reranked_and_removed(scenes_service, databa
     assert found["timings_ms"]["score"] > 0
 
     best = found["results"][0]["image_id"]
+    explained = gateway.post("/v2/rerank", {"query": caption, "documents": [{"image_id": best}], "explain": True})
+    words = explained["results"][0]["explanation"]
+    assert {word["word"] for word in words} <= set(caption.replace(",", " ").split())
+    assert {len(word["similarities"]) for word in words} == {9}  # the shipped model's visual tokens
     with urllib.request.urlopen(f"{gateway.address}/v1/images/{best}/thumbnail", timeout=30) as answer:
         assert answer.headers["content-type"].startswith("image/")
         assert len(answer.read()) <= 12 * 1024
