@@ -87,9 +87,9 @@ class Fetching:
         return self._queue.num_fetching
 
     def wants_turn_in_s(self, now: float, num_bytes: int) -> float | None:
-        if self._queue.can_take() and self._fits(num_bytes):
-            return 0.0
-        return self._queue.wants_turn_in_s(now)
+        if not self._fits(num_bytes):
+            return None  # only a result that lands makes room, and it wakes the loop
+        return 0.0 if self._queue.can_take() else self._queue.wants_turn_in_s(now)
 
     def _fits(self, num_bytes: int) -> bool:
         """Whether another image, which could have any allowed size, may be fetched; one is always under way."""

@@ -315,8 +315,13 @@ class IngestJob:
     # --- ends ---
 
     def _index(self, image: ImageWork) -> None:
-        self._finished.append(self._outcomes.indexed(image, self._now))
-        self._end(image)
+        try:
+            finished = self._outcomes.indexed(image, self._now)
+        except Exception as error:  # the event cannot be written
+            self._failed(image, error)
+        else:
+            self._finished.append(finished)
+            self._end(image)
 
     def _superseded(self, image: ImageWork) -> None:
         self._finished.append(self._outcomes.superseded(image, self._now))

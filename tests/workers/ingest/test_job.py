@@ -851,6 +851,39 @@ def test_an_unexpected_error_on_any_thread_is_a_fault_of_its_image_alone(make, m
     assert (bench.job._num_bytes, bench.job._num_in_work, bench.job._num_preparing) == (0, 0, 0)
 
 
+def test_an_outcome_that_cannot_be_written_is_a_fault_of_its_image_alone(make, monkeypatch):
+    bench = make()
+    indexed = bench.job._outcomes.indexed
+
+    def broken(image: Any, now: float) -> Finished:
+        if image.image_id == "bad":
+            raise ValueError("more values than an event may hold")
+        return indexed(image, now)
+
+    monkeypatch.setattr(bench.job._outcomes, "indexed", broken)
+    bench.send(inline("bad", 1))
+    bench.send(inline("good", 2))
+
+    bench.until_idle()
+
+    assert [letter.error_code for letter in bench.dead_letters()] == ["internal_error"]
+    assert set(bench.indexed()) == {"good"}
+
+
+def test_the_loop_does_not_spin_while_a_due_fetch_has_no_room(make):
+    bench = make(replace(LIMITS, max_inflight_bytes=1_000))
+    bench.web.pages["https://h/a"] = [Transient("refused")]
+    bench.web.gates["https://slow/a"] = threading.Event()
+    bench.web.pages["https://slow/a"] = [picture(1)]
+    bench.send(at("failing", "https://h/a"))
+    bench.until(lambda: bench.metrics.retries["image_fetch"]._value.get() >= 1)
+    bench.send(at("slow", "https://slow/a"))
+    bench.until(lambda: bench.web.num_open == 1 and bench.job._fetching.num_fetching() == 1)
+
+    if bench.job._fetching.num_waiting():
+        assert bench.job.wants_turn_in_s(time.monotonic() + 60.0) is None
+
+
 def failing_for(bad: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(data: bytes, *args: Any, **options: Any) -> Any:
         if data == bad:
