@@ -390,7 +390,7 @@ def image_request(image: str, texts: Iterable[str], request_id: str = "r1", **ot
 
 
 def expected(sent: Mapping[str, Any], images: Mapping[str, int]) -> dict[str, Any]:
-    """What the reply to a request must say, computed the plain way."""
+    """The expected fields of the reply to a request, computed directly."""
     text, image = sent["query"].get("text"), sent["query"].get("image_id")
     logits, missing = {}, []
     for index, candidate in enumerate(sent["candidates"]):
@@ -407,8 +407,8 @@ def expected(sent: Mapping[str, Any], images: Mapping[str, int]) -> dict[str, An
     }
 
 
-def said(reply: RerankResponse) -> dict[str, Any]:
-    """The same of a reply that was received."""
+def content_of(reply: RerankResponse) -> dict[str, Any]:
+    """The same fields of a reply."""
     for result in reply.results:
         assert abs(result.relevance_score - float(sigmoid(np.float32([result.logit]))[0])) < 1e-6
     return {

@@ -70,7 +70,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         bounds=RerankBounds(
             max_inflight_pairs=settings.max_inflight_pairs,
             max_inflight_bytes=settings.max_inflight_bytes,
-            max_fetches=2 * settings.fetch_threads,  # for each thread one in progress and one behind it
+            max_fetches=2 * settings.fetch_threads,  # for each thread one in progress and one that waits
             max_ready_pairs=MAX_BATCHES * settings.max_batch_pairs,
             piece_pairs=settings.piece_pairs,
         ),

@@ -60,10 +60,10 @@ def explanations_of(
     if request.ranking is None:
         return {}
     positions = request.ranking.order[:MAX_EXPLAINED_RESULTS]
-    pairs_of = positions if request.pair_of_candidate is None else request.pair_of_candidate[positions]
+    pair_numbers = positions if request.pair_of_candidate is None else request.pair_of_candidate[positions]
     return {
         position: by_pair[pair]
-        for position, pair in zip(positions.tolist(), pairs_of.tolist(), strict=True)
+        for position, pair in zip(positions.tolist(), pair_numbers.tolist(), strict=True)
         if pair in by_pair
     }
 

@@ -1,6 +1,6 @@
 """Drops the slab's tokens of images that have changed or are removed, as `images.indexed` reports them.
 
-The ingest worker publishes an event after it has changed the store, so a slot that is dropped then is fetched anew.
+The ingest worker publishes an event after it has changed the store. So the next request fetches the new tokens.
 Called from the loop's thread; knows nothing of Kafka.
 """
 
@@ -45,7 +45,7 @@ class Invalidation:
                 return False
             if isinstance(taken, Gap):
                 log.warning(
-                    "events of changed images may be missing: all images are fetched anew",
+                    "events of changed images may be missing: all images are fetched again",
                     topic=taken.partition.topic,
                     partition=taken.partition.number,
                     reason=taken.reason,

@@ -18,7 +18,7 @@ from workers.landing import Landing
 from workers.ports import Interval
 from workers.rerank.request import Piece
 
-#: One batch on the engine and one behind it, so that the engine does not wait for the loop between two.
+#: One batch on the engine and one that waits, so that the engine does not wait for the loop between two.
 MAX_BATCHES = 2
 #: Half-lives of the backlog's averages: requests for their size, busy seconds of the engine for its rate.
 HALF_LIFE_REQUESTS = 256

@@ -22,7 +22,7 @@ EncodeBatch = Callable[[Sequence[str]], Sequence[EncodedText]]
 #: Texts of one task: a short request waits for at most two tasks of a long one.
 MAX_TASK_TEXTS = 64
 MAX_TASK_CHARS = 16_384
-#: One task on the thread and one behind it.
+#: One task on the thread, and one that waits for it.
 MAX_TASKS = 2
 
 

@@ -12,11 +12,11 @@ from rerank_harness import (
     WALL_START,
     Engine,
     Rig,
+    content_of,
     encode_text,
     expected,
     image_request,
     request,
-    said,
     words_of,
 )
 from workers.rerank.explaining import MAX_EXPLAINED_RESULTS
@@ -51,7 +51,7 @@ def test_the_best_results_are_explained_word_by_word_and_ranked_as_without(sent)
     rig.run()
 
     reply = rig.reply()
-    assert said(reply) == expected(sent, IMAGES)
+    assert content_of(reply) == expected(sent, IMAGES)
     for result in reply.results:
         candidate = sent["candidates"][result.index]
         text = sent["query"].get("text") or candidate["text"]
@@ -85,7 +85,7 @@ def test_an_engine_without_a_late_interaction_ranks_with_a_warning():
     rig.send({**request(["i1", "i2"]), "explain": True})
     rig.run()
 
-    assert said(rig.reply()) == expected(request(["i1", "i2"]), IMAGES)
+    assert content_of(rig.reply()) == expected(request(["i1", "i2"]), IMAGES)
     assert [warning.code for warning in rig.reply().warnings] == ["explanation_unavailable"]
 
 
@@ -96,7 +96,7 @@ def test_an_image_that_has_left_the_slab_is_fetched_again_for_its_explanation():
     rig.run()
 
     reply = rig.reply()
-    assert said(reply) == expected(sent, IMAGES)
+    assert content_of(reply) == expected(sent, IMAGES)
     assert all(result.explanation for result in reply.results)
     assert rig.is_idle()
 
@@ -133,7 +133,7 @@ def test_a_deadline_that_passes_before_the_explanation_brings_the_ranking_withou
     rig.now += 2
     rig.run()
 
-    assert said(rig.reply()) == expected(sent, IMAGES)
+    assert content_of(rig.reply()) == expected(sent, IMAGES)
     assert [warning.code for warning in rig.reply().warnings] == ["explanation_late"]
     assert rig.reply().results[0].explanation is None
     assert rig.is_idle()

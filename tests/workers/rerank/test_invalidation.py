@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from protocols.source_position import SourcePosition, removal_marker
-from rerank_harness import LAYOUT, TOPICS, Rig, encode_text, expected, image_request, logit_of, request, said
+from rerank_harness import LAYOUT, TOPICS, Rig, content_of, encode_text, expected, image_request, logit_of, request
 from workers.bus.memory import MemoryBroker, MemoryFollower
 from workers.ports import Outgoing
 from workers.rerank.invalidation import MAX_EVENTS_PER_TURN
@@ -46,7 +46,7 @@ class Indexed:
         self.rig.finished.clear()
         self.rig.send(request(images, request_id=request_id))
         self.rig.run()
-        return said(self.rig.reply())
+        return content_of(self.rig.reply())
 
 
 def test_an_image_that_is_indexed_again_is_fetched_again():

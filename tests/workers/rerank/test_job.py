@@ -1,4 +1,4 @@
-"""The rerank job: what each request is answered with, and that nothing is left behind."""
+"""The rerank job: the reply to each request, and that no slot and no count is left over."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from rerank_harness import (
     TOPICS,
     WALL_START,
     Rig,
+    content_of,
     expected,
     image_request,
     request,
-    said,
 )
 from trt.contract import EngineBroken
 from workers.errors import Misconfigured, Poison
@@ -49,17 +49,17 @@ def at(seconds: float) -> str:
     return datetime.fromtimestamp(WALL_START + seconds, UTC).isoformat()
 
 
-def run_and_say(rig: Rig, sent: dict[str, Any]) -> dict[str, Any]:
+def run_and_read(rig: Rig, sent: dict[str, Any]) -> dict[str, Any]:
     rig.send(sent)
     rig.run()
-    return said(rig.reply())
+    return content_of(rig.reply())
 
 
 def test_images_are_ranked_for_a_text():
     rig = rig_with_images()
     sent = request(["i3", "i9", "i4", "i1", "i7", "i8"])
 
-    assert run_and_say(rig, sent) == expected(sent, IMAGES)
+    assert run_and_read(rig, sent) == expected(sent, IMAGES)
     assert rig.is_idle()
 
 
@@ -67,7 +67,7 @@ def test_texts_of_different_lengths_are_ranked_for_an_image():
     rig = rig_with_images()
     sent = image_request("i5", ["a dog", "", "a much longer text about a cat that sleeps", "x", "a dog and a cat here"])
 
-    assert run_and_say(rig, sent) == expected(sent, IMAGES)
+    assert run_and_read(rig, sent) == expected(sent, IMAGES)
     assert rig.fetches.asked == ["vt:m1:i5"]
     assert rig.is_idle()
 
@@ -85,7 +85,7 @@ def test_texts_with_names_are_named_in_the_results():
 def test_only_the_best_are_returned_where_the_request_says_how_many():
     sent = request(list(IMAGES), top_n=3)
 
-    assert run_and_say(rig_with_images(), sent) == expected(sent, IMAGES)
+    assert run_and_read(rig_with_images(), sent) == expected(sent, IMAGES)
 
 
 def test_ties_keep_the_order_of_the_candidates():
@@ -94,24 +94,24 @@ def test_ties_keep_the_order_of_the_candidates():
     rig.put(images)
     sent = request(["b", "a", "c", "d"])
 
-    assert [index for index, _, _ in run_and_say(rig, sent)["results"] if index != 3] == [0, 1, 2]
+    assert [index for index, _, _ in run_and_read(rig, sent)["results"] if index != 3] == [0, 1, 2]
 
 
 def test_missing_images_are_named_and_the_rest_is_ranked():
     sent = request(["i1", "none", "i2", "gone", "none"])
 
-    found = run_and_say(rig_with_images(), sent)
+    found = run_and_read(rig_with_images(), sent)
 
     assert found == expected(sent, IMAGES)
     assert (found["status"], found["missing"]) == ("partial", ["none", "gone"])
 
 
-def test_a_request_of_which_every_image_is_missing_is_answered_with_all_of_them():
+def test_a_reply_without_any_image_names_them_all_as_missing():
     rig = Rig(piece_pairs=2)
     names = [f"none{number}" for number in range(30)]
     sent = request(names)
 
-    assert run_and_say(rig, sent) == {"status": "partial", "missing": names, "results": []}
+    assert run_and_read(rig, sent) == {"status": "partial", "missing": names, "results": []}
     assert rig.now == START  # no time had to pass: what has ended makes room for the next at once
     assert rig.is_idle()
 
@@ -119,14 +119,14 @@ def test_a_request_of_which_every_image_is_missing_is_answered_with_all_of_them(
 def test_a_query_image_that_is_missing_leaves_nothing_to_rank():
     sent = image_request("none", ["a dog", "a cat", "a much longer text about some other cat"])
 
-    assert run_and_say(Rig(), sent) == {"status": "partial", "missing": ["none"], "results": []}
+    assert run_and_read(Rig(), sent) == {"status": "partial", "missing": ["none"], "results": []}
 
 
 def test_duplicates_are_each_listed_and_scored_once():
     rig = rig_with_images()
     sent = request(["i1", "i2", "i1", "i1", "i2"])
 
-    assert run_and_say(rig, sent) == expected(sent, IMAGES)
+    assert run_and_read(rig, sent) == expected(sent, IMAGES)
     assert sum(rig.engine.calls) == 2
 
 
@@ -134,7 +134,7 @@ def test_equal_texts_are_each_listed_and_scored_once():
     rig = rig_with_images()
     sent = image_request("i1", ["a dog", "a cat", "a dog"])
 
-    assert run_and_say(rig, sent) == expected(sent, IMAGES)
+    assert run_and_read(rig, sent) == expected(sent, IMAGES)
     assert sum(rig.engine.calls) == 2
 
 
@@ -151,7 +151,7 @@ SCORES = {number: (number * 7) % 41 / 8 for number in range(40)}
 
 
 def logits_by_candidate(rig: Rig, sent: dict[str, Any]) -> dict[int, float]:
-    return {index: logit for index, _, logit in run_and_say(rig, sent)["results"]}
+    return {index: logit for index, _, logit in run_and_read(rig, sent)["results"]}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def logits_by_candidate(rig: Rig, sent: dict[str, Any]) -> dict[int, float]:
     ],
     ids=["images", "texts of different lengths"],
 )
-def test_each_candidates_own_first_stage_score_reaches_an_engine_that_reads_it(sent):
+def test_each_candidates_standardised_score_reaches_an_engine_that_reads_it(sent):
     plain = logits_by_candidate(rig_with_images(piece_pairs=3), sent)
     candidates = sent["candidates"]
     scores = {number: SCORES[number % 40] for number in range(len(candidates))}
@@ -273,7 +273,7 @@ def test_a_request_without_candidates_is_answered_at_once(sent):
     rig.send(sent)
     rig.turn()
 
-    assert said(rig.reply()) == {"status": "ok", "missing": [], "results": []}
+    assert content_of(rig.reply()) == {"status": "ok", "missing": [], "results": []}
     assert rig.fetches.asked == []
     assert rig.is_idle()
 
@@ -326,7 +326,7 @@ def test_a_large_request_is_answered_though_small_ones_keep_coming():
     assert "large" in {reply.request_id for reply in rig.replies()}
 
 
-def test_what_is_late_on_arrival_costs_nothing():
+def test_a_request_that_is_late_on_arrival_costs_no_fetch():
     rig = rig_with_images()
     rig.send(request(["i1"], deadline=at(-0.001)))
     rig.turn()
@@ -345,7 +345,7 @@ def test_the_tolerance_is_added_to_the_deadline():
     assert {reply.request_id: reply.status for reply in rig.replies()} == {"just": "ok", "late": "expired"}
 
 
-def test_what_is_late_in_the_queue_is_not_fetched():
+def test_a_request_that_is_late_in_the_queue_is_not_fetched():
     rig = rig_with_images(max_fetches=1)
     rig.send(request(["i1"], request_id="first"))
     rig.turn()
@@ -375,7 +375,7 @@ def test_a_deadline_passes_while_the_store_is_away():
     assert rig.is_idle()
 
 
-def test_what_is_late_before_the_engine_is_not_scored():
+def test_a_request_that_is_late_before_the_engine_is_not_scored():
     rig = rig_with_images()
     rig.send(request(["i1", "i2"], deadline=at(1)))
     rig.turn()
@@ -388,7 +388,7 @@ def test_what_is_late_before_the_engine_is_not_scored():
     assert rig.is_idle()
 
 
-def test_what_expires_while_it_waits_for_a_fuller_batch_is_not_scored_and_makes_room_at_once():
+def test_a_request_that_expires_while_it_waits_for_a_fuller_batch_makes_room_at_once():
     rig = rig_with_images(num_slots=4)
     rig.send(request(["i0", "i1", "i2", "i3"], request_id="late", deadline=at(0.001)))
     rig.turn()
@@ -402,7 +402,7 @@ def test_what_expires_while_it_waits_for_a_fuller_batch_is_not_scored_and_makes_
     assert rig.is_idle()
 
 
-def test_what_expires_while_it_is_scored_is_answered_once():
+def test_a_request_that_expires_while_it_is_scored_is_answered_once():
     rig = rig_with_images()
     rig.send(request(["i1", "i2"], deadline=at(1)))
     rig.turn()
@@ -465,7 +465,7 @@ def test_a_store_that_comes_back_has_lost_nothing():
     rig.store.away = False
     rig.run()
 
-    assert {reply.request_id: said(reply) for reply in rig.replies()} == {
+    assert {reply.request_id: content_of(reply) for reply in rig.replies()} == {
         each["request_id"]: expected(each, IMAGES) for each in sent
     }
 
@@ -623,7 +623,7 @@ def test_a_dropped_request_may_come_again_while_its_former_pieces_are_still_out(
     rig.job.accept(record, rig.now)
     rig.run()
 
-    assert said(rig.reply()) == expected(request(["i1", "i2", "none"]), IMAGES)
+    assert content_of(rig.reply()) == expected(request(["i1", "i2", "none"]), IMAGES)
     assert rig.is_idle()
 
 
@@ -648,7 +648,7 @@ def test_the_stages_of_a_request_add_up_to_its_total():
     )
 
 
-def test_replies_and_pairs_are_counted_by_what_they_came_to():
+def test_replies_are_counted_by_status_and_pairs_of_rankings_are_counted():
     rig = rig_with_images()
     rig.send(request(["i1", "i2"]))
     rig.send(request(["i1", "none"], request_id="r2"))
@@ -663,7 +663,7 @@ def test_replies_and_pairs_are_counted_by_what_they_came_to():
     assert rig.metric("edje_pairs_total") == 4
 
 
-# --- whatever comes, in whatever order it lands -----------------------------------------------------------------------
+# --- any requests in any order -----------------------------------------------------------------------
 
 names = st.sampled_from([f"i{number}" for number in range(10)] + ["none1", "none2", "corrupt"])
 texts = st.text("ab ", max_size=20)
@@ -707,7 +707,7 @@ def complete(number: int, drawn: tuple[dict[str, Any], int | None, int, int | No
     dropped=st.none() | st.integers(0, 20),
     steps=st.lists(st.tuples(st.sampled_from("aaaffffeeet"), st.integers(0, 9)), max_size=40),
 )
-def test_every_request_is_answered_once_and_rightly_in_whatever_order_things_land(
+def test_every_request_is_answered_once_and_rightly_in_any_order_of_events(
     drawn, piece_pairs, spare_slots, max_fetches, dropped, steps
 ):
     rig = Rig(
@@ -755,7 +755,7 @@ def test_every_request_is_answered_once_and_rightly_in_whatever_order_things_lan
         if reply.status == "expired":
             assert sent["deadline"] <= at(rig.now - START)
         else:
-            assert said(reply) == expected(sent, images)
+            assert content_of(reply) == expected(sent, images)
     assert rig.is_idle()
 
 
@@ -832,7 +832,7 @@ class RealEngine:
 
 
 @pytest.mark.parametrize("variant", ENCODERS)
-def test_the_logits_of_a_request_do_not_depend_on_what_shares_its_batches(tmp_path, variant):
+def test_the_logits_of_a_request_do_not_depend_on_the_others_in_its_batches(tmp_path, variant):
     real = RealEngine(tmp_path / "checkpoint", variant, reads_first_stage=True)
     sent = with_scores(ONE, SCORES)
 
@@ -855,7 +855,7 @@ def test_a_model_that_reads_the_first_stage_ranks_by_it_and_another_does_not(tmp
     np.testing.assert_array_equal(plain.logits(swapped), plain.logits(ONE))
 
 
-def test_answers_go_to_the_response_topic_by_default():
+def test_replies_go_to_the_response_topic_by_default():
     rig = rig_with_images()
     rig.send(request(["i1"]))
     rig.run()

@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from protocols.blob import BlobLayout
-from rerank_harness import LAYOUT, Rig, blob_of, expected, image_request, request, said
+from rerank_harness import LAYOUT, Rig, blob_of, content_of, expected, image_request, request
 
 
 def test_two_requests_that_miss_the_same_image_share_one_fetch():
@@ -20,7 +20,7 @@ def test_two_requests_that_miss_the_same_image_share_one_fetch():
     rig.run()
 
     assert sorted(rig.fetches.asked) == ["vt:m1:a", "vt:m1:b", "vt:m1:c"]
-    assert [said(reply) for reply in rig.replies()] == [
+    assert [content_of(reply) for reply in rig.replies()] == [
         expected(sent, {"a": 1, "b": 2, "c": 3}) for sent in (first, second)
     ]
 
@@ -108,7 +108,7 @@ def test_a_blob_that_cannot_be_used_is_missing_and_counted_and_logged_once(blob,
         rig.send(request(["bad"], request_id="r2"))
         rig.run()
 
-    assert said(next(reply for reply in rig.replies() if reply.request_id == "r1")) == expected(sent, {"good": 1})
+    assert content_of(next(reply for reply in rig.replies() if reply.request_id == "r1")) == expected(sent, {"good": 1})
     assert rig.metric("edje_bad_blobs_total", reason=reason) == 1
     warnings = [line for line in logs if line["log_level"] == "warning"]
     assert [line["image_id"] for line in warnings] == ([] if reason == "missing" else ["bad"])
@@ -137,7 +137,7 @@ def test_a_slab_smaller_than_what_is_asked_for_at_once_still_answers():
         rig.send(sent)
     rig.run()
 
-    assert {reply.request_id: said(reply) for reply in rig.replies()} == {
+    assert {reply.request_id: content_of(reply) for reply in rig.replies()} == {
         sent["request_id"]: expected(sent, images) for sent in requests
     }
     assert rig.is_idle()

@@ -20,12 +20,12 @@ from rerank_harness import (
     PARTITION,
     TOPICS,
     Rig,
+    content_of,
     expected,
     header,
     image_request,
     request,
     response_of,
-    said,
 )
 from strategies import rerank_requests
 from tracing_harness import Recorded
@@ -243,7 +243,7 @@ def test_a_request_in_msgpack_is_answered_in_msgpack():
     (message,) = rig.messages(TOPICS.rerank_responses)
     assert header(message, CONTENT_TYPE_HEADER) == MSGPACK
     assert msgpack.unpackb(message.value)["status"] == "partial"
-    assert said(response_of(message)) == expected(sent, {"i1": 1})
+    assert content_of(response_of(message)) == expected(sent, {"i1": 1})
 
 
 def test_a_request_without_a_content_type_is_answered_in_json():
