@@ -18,7 +18,7 @@ export REQUESTS_CA_BUNDLE ?= $(CERTIFICATES)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help demo search test test-clients test-pythons test-tensorrt test-gpu test-kubernetes test-autoscaling check docs up bench soak quality lock clean
+.PHONY: help demo search test test-clients test-pythons test-tensorrt test-gpu test-kubernetes test-autoscaling simulate check docs up bench soak quality lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test-kubernetes: $(READY) ## The manifests on a real API server, alerts and dash
 
 test-autoscaling: $(READY) ## Workers come with the work and go with it: a real KEDA on Kubernetes' own parts; Go needed
 	@$(PYTHON) -m pytest -m autoscaling
+
+simulate: $(READY) ## Seeded interleavings of the worker over the in-memory bus: SEEDS=100000, or SEED=7 SEEDS=1 to repeat one
+	@SEEDS=$(or $(SEEDS),20000) SEED=$(or $(SEED),0) $(PYTHON) -m pytest -q tests/simulation -k interleaving
 
 check: $(READY) ## Lint, formatting, types, import directions
 	@$(PYTHON) -m ruff check

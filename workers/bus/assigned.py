@@ -51,13 +51,17 @@ class AssignedPartitions:
         self._entries: dict[TopicPartition, _Entry] = {}
         self._offers: list[Assignment] = []
         self._epoch = 0
+        self.num_assignments = 0
         self._topic_ids: dict[str, str] = {}
         self._lag_due = 0.0
         self.unread: Mapping[Partition, int] = {}  # beyond the last poll, as looked up last
 
     def add(self, partitions: Collection[TopicPartition]) -> None:
         """Note an assignment, on Kafka's thread."""
+        if not partitions:
+            return
         with self._lock:
+            self.num_assignments += 1
             for partition in partitions:
                 self._epoch += 1
                 self._entries[partition] = _Entry(self._epoch)

@@ -145,11 +145,14 @@ class KafkaInbox:
             return revocations
 
     def commit(self, offsets: Mapping[Partition, Commit]) -> Future[None]:
-        return self._committer.submit(self._commit, dict(offsets))
+        return self._committer.submit(self._commit, dict(offsets), self._assigned.num_assignments)
 
-    def _commit(self, offsets: dict[Partition, Commit]) -> None:
+    def _commit(self, offsets: dict[Partition, Commit], num_assignments: int) -> None:
         if not offsets:
             return
+        if num_assignments != self._assigned.num_assignments:
+            # It has waited behind another one: the broker would take it for a commit of the new membership.
+            raise Transient("partitions were assigned before the offsets were committed")
         with translating():
             self._consumer.commit(kafka_offsets(offsets), timeout_ms=int(COMMIT_TIMEOUT_S * 1000))
 
