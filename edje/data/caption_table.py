@@ -29,15 +29,17 @@ def caption_table(
     *,
     dev_share: float = 0.1,
     test_share: float = 0.1,
+    leave_out: Path | None = None,
     strict: bool = False,
 ) -> Dataset:
     """The rows of one split, or all rows where `split` is None. An image has as many captions as rows.
 
     Where the table has no column `split`, `dev_share` and `test_share` of the images are the splits dev and test.
+    Images in the file `leave_out` (see `read_leave_out`) are left out.
     Raises `DataError`. A faulty row is counted and left out, or raises `DataError` if `strict`.
     """
     table = CsvTable(csv_path, read_text_list(csv_path), _REQUIRED, _OPTIONAL)
-    builder = DatasetBuilder(csv_path.stem if split is None else f"{csv_path.stem} {split}", image_root)
+    builder = DatasetBuilder(csv_path.stem if split is None else f"{csv_path.stem} {split}", image_root, leave_out)
     has_splits = "split" in table.columns
     split_of: dict[str, Split] = {}
     is_taken: dict[str, bool] = {}

@@ -7,6 +7,7 @@ is opened. Knows no list format.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -25,6 +26,7 @@ _MAX_LIST_BYTES: Final = 1 << 30
 _MAX_CAPTION_WORDS: Final = 200
 _FINGERPRINT_CHARS: Final = 16
 _UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
+_SHA256: Final = re.compile(r"[0-9a-fA-F]{64}(\s|$)")
 
 
 class FileUnreadable(ImageError):
@@ -68,9 +70,10 @@ class ImageFiles:
 class DatasetBuilder:
     """Collects images and captions; `finish` returns them as a dataset."""
 
-    def __init__(self, name: str, image_root: Path) -> None:
-        """Raises `DataError` if the image folder is missing."""
+    def __init__(self, name: str, image_root: Path, leave_out: Path | None = None) -> None:
+        """`leave_out` is a file for `read_leave_out`. Raises `DataError` if it or the image folder is missing."""
         self.name = name
+        self._left_out = None if leave_out is None else read_leave_out(leave_out)
         self.problems = Problems()
         if not image_root.is_dir():
             raise DataError(f"{image_root} is not a folder: name the folder with the images of {name}")
@@ -88,6 +91,8 @@ class DatasetBuilder:
         file, problem = self._find(file_name)
         if file is not None and (image_id in self._files or file.path in self._paths):
             problem = "duplicate_id"
+        elif file is not None and self._left_out is not None and self._left_out.contains(image_id, file.path):
+            problem = "left_out"
         if file is None or problem is not None:
             self.problems.record(problem or "missing_image", image_id, location)
             return False
@@ -113,7 +118,7 @@ class DatasetBuilder:
                 images.append(CaptionedImage(image_id, tuple(captions)))
             else:
                 self.problems.record("no_caption", image_id)
-        if strict and self.problems:
+        if strict and self.problems.counts.keys() - {"left_out"}:
             raise DataError(
                 f"{self.name} has problems, so figures from it would not be comparable. {self.problems.report()} "
                 "Correct the list or the files."
@@ -150,6 +155,33 @@ class DatasetBuilder:
         if not S_ISREG(status.st_mode):
             return None, "missing_image"
         return ImageFile(path, status.st_size, status.st_mtime_ns), None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveOutList:
+    """Images that are left out, by id or by the SHA-256 of their files."""
+
+    ids: frozenset[str]
+    digests: frozenset[str]
+
+    def contains(self, image_id: str, path: Path) -> bool:
+        """Whether an image is on the list. Reads its file only if the list has digests."""
+        if image_id in self.ids:
+            return True
+        try:
+            return bool(self.digests) and file_digest(path) in self.digests
+        except OSError:
+            return False  # the file is reported when its pixels are read
+
+
+def read_leave_out(path: Path) -> LeaveOutList:
+    """The list of a text file: on each line an image id, or a SHA-256 as the command `sha256sum` prints it.
+
+    Raises `DataError`.
+    """
+    lines = [line.strip() for line in read_text_list(path).splitlines()]
+    digests = {line.split()[0].lower() for line in lines if _SHA256.match(line)}
+    return LeaveOutList(frozenset(line for line in lines if line and not _SHA256.match(line)), frozenset(digests))
 
 
 def file_digest(path: Path) -> str:

@@ -36,12 +36,22 @@ class _Entry(BaseModel):
         return f"{self.filepath}/{self.filename}" if self.filepath else self.filename
 
 
-def karpathy(json_path: Path, image_root: Path, split: Split, *, restval: bool = True, strict: bool = False) -> Dataset:
+def karpathy(
+    json_path: Path,
+    image_root: Path,
+    split: Split,
+    *,
+    restval: bool = True,
+    leave_out: Path | None = None,
+    strict: bool = False,
+) -> Dataset:
     """One split of a `dataset_*.json`. With `restval`, the split `restval` counts as `train`.
+
+    Images in the file `leave_out` (see `read_leave_out`) are left out.
 
     Raises `DataError`. A faulty entry is counted and left out, or raises `DataError` if `strict`.
     """
-    builder = DatasetBuilder(f"{json_path.stem} {split}", image_root)
+    builder = DatasetBuilder(f"{json_path.stem} {split}", image_root, leave_out)
     seen_ids: set[str] = set()
     seen_numbers: set[int] = set()
     for number, raw in enumerate(_entries(json_path)):

@@ -18,6 +18,15 @@ from edje.data.scenes.world import SWAPS, Swap
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+LeaveOut = Annotated[
+    Path | None,
+    Field(
+        description="A text file with images to leave out, such as the test images of another dataset: on each line an "
+        "image id, or a SHA-256 as `sha256sum` prints it.",
+    ),
+]
+
+
 class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,6 +38,7 @@ class KarpathySpec(_Spec):
     json_path: Path = Field(description="The file `dataset_*.json`.")
     image_root: Path = Field(description="The folder that image names in the file are relative to.")
     restval: bool = Field(True, description="Whether COCO's split `restval` is used for training.")
+    leave_out: LeaveOut = None
 
 
 class TableSpec(_Spec):
@@ -40,6 +50,7 @@ class TableSpec(_Spec):
         None, description="The folder that image names in the file are relative to. None: the folder of the CSV file."
     )
     whole: bool = Field(False, description="Whether every row is used for every split.")
+    leave_out: LeaveOut = None
     dev_share: Share = Field(
         0.1, description="Share of the images in the split dev, for a table without a column split."
     )
@@ -110,7 +121,14 @@ def open_dataset(spec: DataSpec, split: Split, *, strict: bool = False) -> Datas
     """The dataset that a specification names. `strict` refuses data with problems. Raises `DataError`."""
     match spec:
         case KarpathySpec():
-            return karpathy(spec.json_path, spec.image_root, split, restval=spec.restval, strict=strict)
+            return karpathy(
+                spec.json_path,
+                spec.image_root,
+                split,
+                restval=spec.restval,
+                leave_out=spec.leave_out,
+                strict=strict,
+            )
         case TableSpec():
             return caption_table(
                 spec.csv_path,
@@ -118,6 +136,7 @@ def open_dataset(spec: DataSpec, split: Split, *, strict: bool = False) -> Datas
                 None if spec.whole else split,
                 dev_share=spec.dev_share,
                 test_share=spec.test_share,
+                leave_out=spec.leave_out,
                 strict=strict,
             )
         case Flickr8kSpec():

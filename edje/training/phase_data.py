@@ -149,7 +149,11 @@ class PhaseData:
                 usable = decodable_images(data, preprocess.image_size, preprocess.resample)
                 self._report(data)
             captions = encode_captions(data, trained.tokenizer, usable)
-            return captions, PixelImages(data, preprocess.image_size, preprocess.resample), None
+            return (
+                captions,
+                PixelImages(data, preprocess.image_size, preprocess.resample, self._report_unreadable),
+                None,
+            )
         if not self._recipe.keeps_patches:
             return self._pixel_inputs(number, is_fresh)
         features = [self.features_of(data, is_shared=True)]
@@ -166,7 +170,7 @@ class PhaseData:
         features = self._extract(data, keeps_patches=False)
         self._report(data, features)
         preprocess = trained.config.preprocess
-        images = PixelImages(data, preprocess.image_size, preprocess.resample)
+        images = PixelImages(data, preprocess.image_size, preprocess.resample, self._report_unreadable)
         if is_fresh and self._adapter_is_initial(number):
             rows = features.rows[:_STATISTICS_IMAGES]
             self._normalise(np.concatenate([self._patch_tokens(images, some) for some in _chunks(rows)]))
@@ -237,6 +241,11 @@ class PhaseData:
             num_processes=devices.num_devices,
             wait=devices.wait,
         )
+
+    def _report_unreadable(self, image_id: str, cause: str) -> None:
+        """Print, on whichever process it happens, that an image was lost during training."""
+        text = f"{self._data.name}: {image_id} can no longer be read ({cause}); a grey image takes its place"
+        self._console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def _report(self, dataset: Dataset, features: Features | None = None) -> None:
         """Log once which images of a dataset cannot be decoded."""

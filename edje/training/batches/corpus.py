@@ -5,7 +5,7 @@ Knows neither losses nor negatives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,9 +18,12 @@ from torch import Tensor
 from edje.data.dataset import DataError, Dataset, decode_images
 from edje.features.extraction import DECODING_THREADS
 from edje.features.storage import Features
-from edje.images import Resample
+from edje.images import ImageError, Resample
 from edje.text import Tokenizer, canonical_caption
 from edje.training.batches.negatives import Ints
+
+#: Value of the pixels of an image that cannot be read.
+_GREY = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +119,36 @@ class FeatureImages:
 
 
 class PixelImages:
-    """Pixels, for a tower that is trained or whose features are too large to store."""
+    """Pixels, for a tower that is trained or whose features are too large to store.
+
+    An image that can no longer be read is grey, and is reported once: one lost file does not end a run.
+    """
 
     num_views = 1
 
-    def __init__(self, dataset: Dataset, size: int, resample: Resample) -> None:
+    def __init__(
+        self, dataset: Dataset, size: int, resample: Resample, on_unreadable: Callable[[str, str], None]
+    ) -> None:
+        """`on_unreadable` is called with the id of an image that cannot be read, and the cause."""
         self._dataset = dataset
         self._size = size
         self._resample = resample
+        self._on_unreadable = on_unreadable
+        self._reported: set[int] = set()
+        self._pool = ThreadPoolExecutor(DECODING_THREADS, "decode")
 
     def batch(self, images: Ints, views: Ints) -> tuple[Tensor, None]:
         """See `ImageSource`: uint8 (U, 3, size, size)."""
-        with ThreadPoolExecutor(DECODING_THREADS, "decode") as pool:
-            pixels = list(pool.map(lambda each: self._dataset.pixels(int(each), self._size, self._resample), images))
-        return torch.from_numpy(np.stack(pixels)), None
+        return torch.from_numpy(np.stack(list(self._pool.map(self._pixels, images.tolist())))), None
+
+    def _pixels(self, index: int) -> NDArray[np.uint8]:
+        try:
+            return self._dataset.pixels(index, self._size, self._resample)
+        except ImageError as error:
+            if index not in self._reported:
+                self._reported.add(index)
+                self._on_unreadable(self._dataset.images[index].image_id, str(error))
+            return np.full((3, self._size, self._size), _GREY, np.uint8)
 
 
 def decodable_images(dataset: Dataset, size: int, resample: Resample) -> Ints:

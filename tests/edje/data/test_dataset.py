@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -585,6 +586,34 @@ def test_a_table_without_splits_is_divided_by_image_and_the_same_way_whatever_el
 def test_a_table_too_small_to_be_divided_says_what_to_do(root):
     with pytest.raises(DataError, match="add a column split, or raise dev_share and test_share"):
         table(root, "image,caption\na.png,a cat\n", split="test", test_share=0.0)
+
+
+@pytest.mark.parametrize("how", ["id", "digest", "both"])
+def test_images_on_a_list_are_left_out_by_id_or_by_content(root, how):
+    digest = hashlib.sha256((root / "b.png").read_bytes()).hexdigest()
+    lines = {"id": "b.png\n", "digest": f"\n{digest.upper()}  elsewhere/1.png\n", "both": f"b.png\n{digest}\n"}[how]
+    (root.parent / "leave_out.txt").write_text(lines)
+    text = "image,caption\na.png,a cat\nb.png,a dog\nc.png,a cow\n"
+
+    dataset = table(root, text, leave_out=root.parent / "leave_out.txt", strict=True)
+
+    assert ids(dataset) == ["a.png", "c.png"]
+    assert "1 image on the list of images to leave out (list.csv line 3: b.png)" in dataset.problems.report()
+
+
+def test_a_missing_list_of_images_to_leave_out_is_refused(root):
+    with pytest.raises(DataError, match=r"leave_out\.txt cannot be read"):
+        table(root, "image,caption\na.png,a cat\n", leave_out=root.parent / "leave_out.txt")
+
+
+def test_every_reader_of_files_can_leave_images_out(root):
+    (root.parent / "leave_out.txt").write_text("a.png\n")
+    listed = (
+        Layout("karpathy", root).write(("a.png", "a cat", "train"), ("b.png", "a dog", "train")).folder / "list.json"
+    )
+    spec = KarpathySpec(kind="karpathy", json_path=listed, image_root=root, leave_out=root.parent / "leave_out.txt")
+
+    assert ids(open_dataset(spec, "train")) == ["b.png"]
 
 
 def test_an_image_in_two_splits_stays_in_the_first(root):

@@ -170,7 +170,7 @@ def test_a_checkpoint_is_evaluated_with_the_first_stage_of_its_training(miniatur
 
     assert done.exit_code == 0, done.output
     report = read_report(done.stdout.splitlines()[-1])
-    assert report.data == "list dev, 5 of 8 captions asked"
+    assert report.data == "list dev, 5 of 8 captions as queries"
     assert report.results[0].comparison.num_queries == 5
     assert isinstance(load_first_stage(checkpoint), HubFirstStage)
 

@@ -90,6 +90,21 @@ def test_a_run_does_not_resume_within_a_phase_with_fewer_decodable_images(tmp_pa
         train(recipe, tmp_path / "out")
 
 
+def test_an_image_that_is_lost_during_training_is_named_once_and_does_not_end_the_run(tmp_path):
+    table = write_scenes(tmp_path / "pictures", "train", 20, size=16)
+    text = ONE_PHASE.replace(
+        'kind = "scenes"\ntrain_groups = 5\ndev_groups = 1\n', f'kind = "table"\nwhole = true\ncsv_path = "{table}"\n'
+    )
+    lost = next((tmp_path / "pictures").glob("*.png"))
+    output = RecordedConsole()
+
+    with at_batch(0, lambda: lost.rename(tmp_path / "elsewhere")):
+        train(tiny_recipe(tmp_path, text=text), tmp_path / "out", output=output)
+
+    sentence = f"{lost.name} can no longer be read (the file cannot be read: No such file or directory)"
+    assert output.text.count(sentence) == 1
+
+
 @pytest.mark.timeout(300)
 def test_processes_wait_for_one_that_works_longer_than_an_exchange_of_gradients_may_take():
     assert [output.splitlines()[-1] for output in run_processes(2, "long_wait")] == ["True", "True"]
