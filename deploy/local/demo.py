@@ -188,7 +188,10 @@ def tell(choices: Choices, pictures: Pictures, first_stage: FirstStage, answers:
     console.print(f"\nDone in {took_s:.0f} s. The same with the pictures: {REPORT}")
     if choices.has_own_redis:
         console.print(f"The pictures' tokens are still in your Redis, under vt:{answers.model_digest}:*")
-    console.print("Your own: IMAGES=folder CHECKPOINT=folder KAFKA_BROKERS=host:9092 REDIS_URL=redis://host make demo")
+    console.print(
+        "Your own: IMAGES=folder CAPTIONS=captions.csv CHECKPOINT=folder make demo, or QUERIES='a dog;a beach' for "
+        "CAPTIONS; a page to search on: make search"
+    )
     problem = None if figures is None or not choices.is_checked() else figures.problem()
     if problem is not None:
         raise CheckFailed(problem)

@@ -121,7 +121,11 @@ class Images:
             if isinstance(taken, Gap):
                 continue
             image_id = (taken.key or b"").decode("utf-8", "replace")
-            letter = DeadLetter.from_message(taken.key, taken.value, taken.headers)
+            try:
+                letter = DeadLetter.from_message(taken.key, taken.value, taken.headers)
+            except ValueError as error:
+                log.warning("a dead letter cannot be read", offset=taken.offset, error=str(error))
+                continue
             self._pending.pop(image_id, None)
             _remember(self._failures, image_id, (letter.error_code, letter.message))
 

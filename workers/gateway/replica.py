@@ -255,7 +255,7 @@ class Gateway:
             letters = self._follow(
                 connection,
                 self._topics.dead_letter(self._topics.images_new),
-                lambda: loop.call_soon_threadsafe(images.receive_dead_letters),
+                lambda: loop.call_soon_threadsafe(receive_dead_letters, requests, images),
                 None,
             )
             opened.callback(letters.close, CLOSE_S)
@@ -295,6 +295,15 @@ class Gateway:
                 if self._metric_export is not None and not self._metric_export.is_running():
                     raise RuntimeError("the thread that exports metrics has died")
             await asyncio.sleep(TURN_S)
+
+
+def receive_dead_letters(requests: RerankRequests, images: Images) -> None:
+    """Have the dead letters that have arrived read; the error of the follower's thread ends the process."""
+    try:
+        images.receive_dead_letters()
+    except Exception as error:
+        if not requests.failed.done():
+            requests.failed.set_exception(error)
 
 
 def _quietly(call: Callable[[], object]) -> None:

@@ -650,3 +650,16 @@ def test_messages_with_image_bytes_are_msgpack(bench):
 
     [record] = bench.broker.log(TOPICS.images_new)
     assert dict(record.headers)["content-type"].decode() == MSGPACK
+
+
+def test_a_dead_letter_that_cannot_be_read_hides_no_other(bench):
+    topic = TOPICS.dead_letter(TOPICS.images_new)
+    letter = DeadLetter("images.new", 0, 0, b"{}", b"one", (), "ImageError", "image_broken", "not an image", 1)
+
+    def append() -> None:
+        bench.broker.append(Outgoing(topic, b"bad", b"not a dead letter"))
+        bench.broker.append(Outgoing(topic, letter.key, letter.value, letter.to_headers()))
+
+    bench.loop.call_soon_threadsafe(append)
+
+    bench.eventually(lambda: bench.call("GET", "/v1/images/one").json.get("status") == "failed")
