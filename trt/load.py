@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 from edje.checkpoint import CheckpointError, read_config, read_digest
 from edje.config import EdjeConfig
+from trt.choice import fastest_engine
 from trt.contract import Engine, EngineMismatch, EngineUnavailable
 from trt.manifest import Manifest, read_manifest
 from trt.matching import limit_mismatches, model_mismatches, refuse, with_limits
 from trt.slab.derived import keys_values_row, match_row
 from trt.slab.layout import SlotLayout
 
-Runtime = Literal["torch", "tensorrt", "onnx", "constant"]
+Runtime = Literal["auto", "torch", "tensorrt", "onnx", "constant"]
 
 
 def load_engine(
@@ -33,6 +35,9 @@ def load_engine(
 ) -> Engine:
     """Load a checkpoint into an engine, which is not warmed up yet.
 
+    `auto` is TensorRT on a GPU for which the engine directory has plans, else torch; on a CPU with an engine directory
+    it is the faster of torch and ONNX Runtime in a short trial, and with `fixed_buckets` torch.
+
     Args:
         engine_directory: output of `python -m trt.build` for this checkpoint; for the runtimes onnx and tensorrt.
         fixed_buckets: logits that do not depend on the batch; for torch and tensorrt.
@@ -43,6 +48,23 @@ def load_engine(
     Raises `EngineUnavailable` for a runtime or device that this machine lacks, and `EngineMismatch` for a checkpoint or
     an engine directory that cannot be used; each message ends with what to do.
     """
+    if runtime == "auto":
+        given: dict[str, Any] = {
+            "storage": storage,
+            "num_slots": num_slots,
+            "max_pairs": max_pairs,
+            "max_images": max_images,
+            "num_threads": num_threads,
+            "device": device,
+            "engine_directory": engine_directory,
+            "fixed_buckets": fixed_buckets,
+            "hot_images": hot_images,
+        }
+        engines: dict[str, Engine] = {
+            each: load_engine(each, checkpoint, **given)
+            for each in _candidates(device, engine_directory, fixed_buckets)
+        }
+        return engines[fastest_engine(engines, time.perf_counter)]
     try:
         if runtime == "constant":
             return _load_constant(checkpoint, storage, num_slots, max_pairs, max_images, constant_ms_per_item)
@@ -59,7 +81,15 @@ def load_engine(
             return open_tensorrt(*built, num_slots, max_pairs, max_images, device, fixed_buckets=fixed_buckets)
     except CheckpointError as error:
         raise EngineMismatch(str(error)) from error
-    raise EngineUnavailable(f"unknown engine {runtime!r}: choose torch, tensorrt, onnx or constant")
+    raise EngineUnavailable(f"unknown engine {runtime!r}: choose auto, torch, tensorrt, onnx or constant")
+
+
+def _candidates(device: str, engine_directory: Path | None, fixed_buckets: bool) -> tuple[Runtime, ...]:
+    """The runtimes that `auto` tries, the preferred one first."""
+    if device != "cpu":
+        has_plans = engine_directory is not None and read_manifest(engine_directory).built_on is not None
+        return ("tensorrt",) if has_plans else ("torch",)
+    return ("torch",) if engine_directory is None or fixed_buckets else ("torch", "onnx")
 
 
 def slots_in(
@@ -93,10 +123,10 @@ def row_bytes(config: EdjeConfig, storage: str, runtime: Runtime, device: str) -
     """Bytes of a slot with its derived row, and bytes of a hot image's keys and values (0: the model has none)."""
     layout = SlotLayout(storage, config.adapter.num_tokens, config.joint.dim)
     slot_bytes = layout.token_bytes + layout.scale_bytes
-    if runtime == "constant":  # derives nothing
+    if runtime not in ("torch", "auto"):  # others derive nothing
         return slot_bytes, 0
     match = match_row(config)
-    if runtime != "torch" or config.joint.kind != "minimal":
+    if config.joint.kind != "minimal":
         return slot_bytes + (match.num_bytes if match else 0), 0
     from trt.runtimes.torch_device import fastest_dtype, named_device
 

@@ -86,6 +86,7 @@ class Metrics:
         self.engine = Info(
             names.ENGINE_INFO.name.removesuffix("_info"), names.ENGINE_INFO.meaning, registry=self.registry
         )
+        self.engine_graphs = self._gauge(names.ENGINE_GRAPHS)
         self.stage_seconds = ByLabel(self._histogram(names.STAGE_SECONDS))
         self.spans_dropped = self._counter(names.SPANS_DROPPED)
         self.bad_traceparents = self._counter(names.BAD_TRACEPARENTS)
@@ -215,6 +216,11 @@ class Metrics:
         for partition, num_events in lag.items():
             self.lag.labels(partition.topic, str(partition.number)).set(num_events)
         self._lagging = set(lag)
+
+    def set_graphs(self, *, captured: int, uncaptured: int) -> None:
+        """Set the number of sizes with and without a CUDA graph."""
+        self.engine_graphs.labels("captured").set(captured)
+        self.engine_graphs.labels("uncaptured").set(uncaptured)
 
     def set_engine(self, info: EngineInfo) -> None:
         self.engine.info(

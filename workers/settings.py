@@ -250,11 +250,11 @@ class EngineSettings(WorkerSettings):
         description="The token store: redis, rediss, unix, redis+sentinel or redis+cluster; may carry a password.",
     )
     checkpoint: Path = Field(Path("checkpoint"), description="Folder of the model checkpoint.")
-    engine: Literal["torch", "tensorrt", "onnx", "constant"] = Field(
-        "torch", description="Runtime; constant computes nothing."
+    engine: Literal["auto", "torch", "tensorrt", "onnx", "constant"] = Field(
+        "auto", description="Runtime; auto picks a fast one here and logs it, constant computes nothing."
     )
     engine_directory: Path | None = Field(
-        None, description="What `python -m trt.build` made of the checkpoint, for tensorrt and onnx."
+        None, description="Output of `python -m trt.build` for the checkpoint, for tensorrt, onnx and auto."
     )
     constant_engine_ms_per_item: NonNegativeFloat = Field(
         0.0, description="How long the constant engine takes for a pair or an image, for tests and benchmarks."
@@ -267,7 +267,7 @@ class EngineSettings(WorkerSettings):
     def _engine_settings_agree(self) -> Self:
         if self.constant_engine_ms_per_item and self.engine != "constant":
             raise ValueError(f"constant_engine_ms_per_item is set and engine={self.engine} would not use it")
-        if (self.engine_directory is not None) != (self.engine in ("tensorrt", "onnx")):
+        if self.engine != "auto" and (self.engine_directory is not None) != (self.engine in ("tensorrt", "onnx")):
             remedy = "would not use it" if self.engine_directory else "needs one: make it with `python -m trt.build`"
             raise ValueError(f"engine_directory: engine={self.engine} {remedy}")
         return self
@@ -304,12 +304,15 @@ class RerankSettings(EngineSettings):
     tokenizer_cache_size: int = Field(10_000, ge=0, description="Texts whose ids are remembered.")
     fixed_buckets: bool = Field(
         False,
-        description="Compute in fixed shapes: slower, and a score is the same to the last bit in any company.",
+        description="Compute in fixed shapes: slower, and a score is the same to the last bit in every batch.",
+    )
+    hot_images: int = Field(
+        0, ge=0, description="Images of a `minimal` encoder whose keys and values are kept in the slab, in its bytes."
     )
 
     @check(mode="after")
     def _bounds_agree(self) -> Self:
-        if self.fixed_buckets and self.engine not in ("torch", "tensorrt"):
+        if self.fixed_buckets and self.engine not in ("auto", "torch", "tensorrt"):
             raise ValueError(f"fixed_buckets is set and engine={self.engine} would not use it")
         for smaller, larger in (
             ("piece_pairs", "max_batch_pairs"),

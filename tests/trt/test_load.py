@@ -27,7 +27,7 @@ def test_an_engine_that_only_encodes_images_needs_no_slots(checkpoint, pixels):
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"runtime": "jax"}, "choose torch, tensorrt, onnx or constant"),
+        ({"runtime": "jax"}, "choose auto, torch, tensorrt, onnx or constant"),
         ({"device": "tpu"}, "choose cpu"),
         ({"device": "meta"}, "choose cpu"),
         ({"device": "cuda:99"}, "choose cpu"),

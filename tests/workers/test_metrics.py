@@ -1,6 +1,6 @@
 """The instruments of a worker: what is counted, and that labels stay few."""
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from trt.contract import EngineInfo
 from workers.metrics import MAX_LABEL_VALUES, OTHER, Metrics
@@ -96,3 +96,13 @@ def test_rerank_methods_reach_their_instruments():
     assert value("edje_queue_wait_seconds_count") == 1
     assert value("edje_image_seconds_count", {"stage": "decode"}) == 1
     assert value("edje_retries_total", {"kind": "store_read"}) == 1
+
+
+def test_sizes_with_and_without_a_cuda_graph_are_exposed():
+    metrics = Metrics()
+
+    metrics.set_graphs(captured=140, uncaptured=2)
+
+    exposed = generate_latest(metrics.registry).decode()
+    assert 'edje_engine_cuda_graphs{state="captured"} 140.0' in exposed
+    assert 'edje_engine_cuda_graphs{state="uncaptured"} 2.0' in exposed

@@ -16,7 +16,7 @@ import pycuda.driver as cuda
 from numpy.typing import NDArray
 from pycuda.tools import DeviceMemoryPool
 
-from trt.contract import DeviceCopies, EngineInfo, QueryStates, check_images, check_pairs, check_texts
+from trt.contract import DeviceCopies, EngineInfo, GraphCounts, QueryStates, check_images, check_pairs, check_texts
 from trt.cuda.context import CudaDevice, StreamEvent
 from trt.cuda.copy_clock import CopyClock
 from trt.cuda.graphs import ReplayedWork
@@ -100,10 +100,11 @@ class TensorRtEngine:
                 for num_pairs in self._stages.pairs.sizes:
                     self._pair_work(text_tokens, num_pairs)
 
-    @property
-    def num_uncaptured(self) -> int:
-        """Sizes that run without a CUDA graph; the log says why."""
-        return sum(stage.num_uncaptured for stage in (self._stages.image, self._stages.query, self._stages.pair))
+    def graph_counts(self) -> GraphCounts:
+        """Sizes with and without a CUDA graph; the log says why one could not be captured."""
+        stages = (self._stages.image, self._stages.query, self._stages.pair)
+        uncaptured = sum(stage.num_uncaptured for stage in stages)
+        return GraphCounts(sum(stage.num_sizes for stage in stages) - uncaptured, uncaptured)
 
     def encode_images(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         check_images(self.info, pixels)

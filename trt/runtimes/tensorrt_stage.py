@@ -64,6 +64,11 @@ class Stage:
         return self._works[key]
 
     @property
+    def num_sizes(self) -> int:
+        """Sizes that have been prepared."""
+        return len(self._works)
+
+    @property
     def num_uncaptured(self) -> int:
         """Sizes that are enqueued kernel by kernel, because they could not be captured."""
         return sum(not work.is_captured for work in self._works.values())

@@ -13,7 +13,7 @@ from edje.calibration import Calibration, Direction
 from edje.checkpoint import read_config
 from edje.text import Tokenizer
 from protocols.blob import BlobLayout, blob_key
-from trt.contract import Engine, EngineInfo
+from trt.contract import Engine, EngineInfo, ReportsGraphs
 from trt.load import load_engine, slots_in
 from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured
@@ -44,6 +44,9 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
     info = engine.info
     config = read_config(settings.checkpoint)
     metrics.set_engine(info)
+    graphs = engine.graph_counts() if isinstance(engine, ReportsGraphs) else None
+    if graphs is not None:
+        metrics.set_graphs(captured=graphs.captured, uncaptured=graphs.uncaptured)
     layout = BlobLayout(info.model_digest, info.num_visual_tokens, info.token_dim, settings.storage)
     bus = BusSpans(shared.tracer, topic=shared.topics.rerank_requests, group_id=settings.group_id)
     spans = RerankSpans(shared.tracer, bus, info.engine_digest)
@@ -133,7 +136,14 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
 
 def load(settings: RerankSettings) -> Engine:
     """Return the engine, warm. Raises `Misconfigured` or `EngineError`."""
-    num_slots = slots_in(settings.slab_bytes, settings.checkpoint, settings.storage)
+    num_slots = slots_in(
+        settings.slab_bytes,
+        settings.checkpoint,
+        settings.storage,
+        runtime=settings.engine,
+        device=settings.device,
+        hot_images=settings.hot_images,
+    )
     if num_slots < 2 * settings.piece_pairs:
         raise Misconfigured(
             f"RERANK_SLAB_BYTES={settings.slab_bytes} holds {num_slots} images; two pieces of "
@@ -150,6 +160,7 @@ def load(settings: RerankSettings) -> Engine:
         device=settings.device,
         engine_directory=settings.engine_directory,
         fixed_buckets=settings.fixed_buckets,
+        hot_images=settings.hot_images,
         constant_ms_per_item=settings.constant_engine_ms_per_item,
     )
     engine.warm_up()

@@ -171,6 +171,9 @@ LOOP_TURNS = Metric("edje_loop_turns_total", "counter", "Turns of the worker's l
 ENGINE_INFO = Metric(
     "edje_engine_info", "info", "The engine in use.", ("runtime", "model_digest", "engine_digest", "storage")
 )
+ENGINE_GRAPHS = Metric(
+    "edje_engine_cuda_graphs", "gauge", "Sizes that the engine runs at, captured as a CUDA graph or not.", ("state",)
+)
 SPANS_DROPPED = Metric(
     "edje_spans_dropped_total", "counter", "Spans dropped because their destination was slow, full or away."
 )

@@ -92,7 +92,7 @@ def test_every_size_is_captured_and_the_copies_are_told(build, checkpoint, pixel
 
     copies = engine.last_copies()
 
-    assert engine.num_uncaptured == 0
+    assert engine.graph_counts().uncaptured == 0
     assert 0 < copies.to_device_s < 1
     assert 0 < copies.to_host_s < 1
 

@@ -128,7 +128,7 @@ def test_after_warming_up_everything_is_replayed(engine, gpu):
 
     assert num_runs == 2 * num_contexts  # once to warm up, once to capture
     assert gpu.calls.count("execute_async_v3") == num_runs
-    assert engine.num_uncaptured == 0
+    assert engine.graph_counts().uncaptured == 0
 
 
 def test_each_size_has_a_context_of_the_narrowest_profile(engine, gpu):
@@ -199,7 +199,7 @@ def test_an_engine_without_graphs_scores_the_same_and_says_why(checkpoint, tmp_p
         found = scored(engine)
 
     np.testing.assert_array_equal(found, expected)
-    assert engine.num_uncaptured == gpu.calls.count("create_execution_context")
+    assert engine.graph_counts().uncaptured == gpu.calls.count("create_execution_context")
     assert "pair at 6 queries, 63 text tokens, 9 pairs runs without a CUDA graph" in caplog.text
 
 
@@ -208,7 +208,7 @@ def test_whatever_of_a_capture_fails_the_plans_are_enqueued(engine, gpu, call):
     gpu.faults[call] = 900
 
     assert np.isfinite(scored(engine)).all()
-    assert engine.num_uncaptured > 0
+    assert engine.graph_counts().uncaptured > 0
 
 
 def test_a_run_that_tensorrt_refuses_is_broken_with_its_reason(engine, gpu):
