@@ -14,8 +14,6 @@ from typing import Any, Literal, NewType, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from edje.calibration import Calibration
-
 #: What `encode_queries` returns and `score_pairs` takes back; opaque to everybody but the engine that made it.
 QueryStates = NewType("QueryStates", object)
 
@@ -57,7 +55,6 @@ class EngineInfo:
     num_slots: int  # of the token slab; 0 for an engine that only encodes images
     reads_first_stage: bool  # whether `score_pairs` makes anything of the first stage's scores
     resample: Literal["bilinear", "bicubic"] = "bilinear"  # how pictures are brought to `image_size`
-    calibration: Calibration | None = None  # of the model; None: the sigmoid of a logit is no probability
 
 
 class TokenSlab(Protocol):

@@ -24,7 +24,6 @@ def engine_info(config: EdjeConfig, layout: SlotLayout, **given: Any) -> EngineI
         "image_size": config.preprocess.image_size,
         "max_text_tokens": config.preprocess.max_text_tokens,
         "reads_first_stage": config.joint.first_stage is not None,
-        "calibration": config.calibration,
         "resample": config.preprocess.resample,
     }
     return EngineInfo(**(read | given))

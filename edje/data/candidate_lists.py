@@ -49,11 +49,6 @@ class CandidateList:
     candidates: tuple[JudgedCandidate, ...]
     line: int  # in the file, from 1
 
-    @property
-    def is_judged(self) -> bool:
-        """Whether every candidate has a label."""
-        return all(candidate.label is not None for candidate in self.candidates)
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")

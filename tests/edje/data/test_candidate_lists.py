@@ -25,12 +25,12 @@ def write(folder, *lines):
 def test_a_text_searches_images_and_an_image_searches_texts(tmp_path):
     first, second = read_candidate_lists(write(tmp_path, DOG, b"", BEACH))
 
-    assert (first.direction, first.query, first.line, first.is_judged) == ("text-to-image", "a dog", 1, False)
+    assert (first.direction, first.query, first.line) == ("text-to-image", "a dog", 1)
     assert [(each.content, each.score, each.label) for each in first.candidates] == [
         ("1.jpg", 0.31, 1.0),
         ("2.jpg", None, None),
     ]
-    assert (second.direction, second.query, second.line, second.is_judged) == ("image-to-text", "1.jpg", 3, True)
+    assert (second.direction, second.query, second.line) == ("image-to-text", "1.jpg", 3)
     assert [(each.content, each.score, each.label) for each in second.candidates] == [("a dog", 12.0, 0.5)]
 
 
