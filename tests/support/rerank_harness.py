@@ -232,6 +232,7 @@ class Rig:
         self.metrics = Metrics()
         self.engine = engine or Engine(num_slots, max_batch_pairs, reads_first_stage=reads_first_stage)
         self.executor = HandExecutor()
+        self.text_executor = text_executor or InlineExecutor()
         self.fetches = HandFetches(self.store, lambda: self.now)
         tracer = make_tracer(self)
         spans = RerankSpans(tracer, BusSpans(tracer, topic=PARTITION.topic, group_id="g"), "e1")
@@ -269,7 +270,7 @@ class Rig:
             landing=self.landing,
             texts=TextEncoder(
                 encode_batch,
-                executor=text_executor or InlineExecutor(),
+                executor=self.text_executor,
                 landing=self.landing,
                 cache_size=tokenizer_cache_size,
             ),
@@ -326,8 +327,16 @@ class Rig:
     def run(self) -> None:
         """Turn the job until nothing is in work. It is turned only when something has happened or it asked for it."""
         self.turn()
-        while self.job.num_active() or self.executor.waiting or (self.fetches.waiting and not self.store.away):
-            if self.fetches.waiting and not self.store.away:
+        texts = self.text_executor if isinstance(self.text_executor, HandExecutor) else HandExecutor()
+        while (
+            self.job.num_active()
+            or self.executor.waiting
+            or texts.waiting
+            or (self.fetches.waiting and not self.store.away)
+        ):
+            if texts.waiting:
+                texts.run_next()
+            elif self.fetches.waiting and not self.store.away:
                 self.fetches.land()
             elif self.executor.waiting:
                 self.executor.run_next()

@@ -25,8 +25,11 @@ SIMILARITY_DECIMALS = 3
 Words = Callable[[str], Sequence[tuple[str, Sequence[int]]]]
 
 
-def pairs_to_explain(request: Request, num_visual_tokens: int) -> NDArray[np.int32]:
-    """Return the distinct pairs of the best results, as many as a reply may explain. The request has a ranking."""
+def pairs_to_explain(request: Request, *, num_visual_tokens: int, max_pairs: int) -> NDArray[np.int32]:
+    """Return the distinct pairs of the best results: as many as a reply may explain, and at most `max_pairs`.
+
+    The request has a ranking.
+    """
     if request.ranking is None or num_visual_tokens > MAX_EXPLAINED_TOKENS:
         return np.zeros(0, np.int32)
     positions = request.ranking.order[:MAX_EXPLAINED_RESULTS]
@@ -34,7 +37,7 @@ def pairs_to_explain(request: Request, num_visual_tokens: int) -> NDArray[np.int
     distinct = list(dict.fromkeys(pairs.tolist()))
     explained: list[int] = []
     num_values = 0
-    for pair in distinct:
+    for pair in distinct[:max_pairs]:
         num_words = min(len(request.text_ids[request.text_of_pair(pair)]), MAX_EXPLAINED_WORDS)
         num_values += num_words * num_visual_tokens
         if explained and num_values > MAX_EXPLAINED_VALUES:

@@ -327,7 +327,7 @@ class RerankJob:
             request.ranking = self._replies.rank(request)
         except NotFinite:
             return False  # `ranked` writes the error reply
-        pairs = pairs_to_explain(request, self._num_visual_tokens)
+        pairs = pairs_to_explain(request, num_visual_tokens=self._num_visual_tokens, max_pairs=self._bounds.piece_pairs)
         if len(pairs) == 0:
             return False
         bucket = padded_length(max(len(request.text_ids[request.text_of_pair(pair)]) for pair in pairs.tolist()))

@@ -62,13 +62,23 @@ def test_the_best_results_are_explained_word_by_word_and_ranked_as_without(sent)
 
 
 def test_only_so_many_results_are_explained():
-    rig = Rig(engine=Engine(64, 8, explains=True))
+    rig = Rig(engine=Engine(64, 16, explains=True), piece_pairs=16, max_batch_pairs=16)
     rig.put({f"i{number}": number % 10 for number in range(40)})
     rig.send({**request([f"i{number}" for number in range(40)]), "explain": True})
     rig.run()
 
     explained = [result.explanation is not None for result in rig.reply().results]
     assert explained == [True] * MAX_EXPLAINED_RESULTS + [False] * (40 - MAX_EXPLAINED_RESULTS)
+
+
+def test_no_more_images_are_explained_than_a_piece_may_hold_in_the_slab():
+    rig = Rig(engine=Engine(3, 8, explains=True), num_slots=3, piece_pairs=3)
+    rig.put(IMAGES)
+    rig.send({**request(list(IMAGES)), "explain": True})
+    rig.run()
+
+    assert [result.explanation is not None for result in rig.reply().results] == [True] * 3 + [False] * 7
+    assert rig.is_idle()
 
 
 def test_a_request_that_does_not_ask_is_not_explained():
@@ -90,7 +100,8 @@ def test_an_engine_without_a_late_interaction_ranks_with_a_warning():
 
 
 def test_an_image_that_has_left_the_slab_is_fetched_again_for_its_explanation():
-    rig = explaining_rig(num_slots=4, piece_pairs=2)
+    rig = Rig(engine=Engine(4, 8, explains=True), num_slots=4, piece_pairs=2)
+    rig.put(IMAGES)
     sent = request([f"i{number}" for number in range(8)], top_n=2)
     rig.send({**sent, "explain": True})
     rig.run()

@@ -24,6 +24,8 @@ from rerank_harness import (
     START,
     TOPICS,
     WALL_START,
+    Engine,
+    HandExecutor,
     Rig,
     content_of,
     expected,
@@ -667,7 +669,7 @@ def test_replies_are_counted_by_status_and_pairs_of_rankings_are_counted():
 
 names = st.sampled_from([f"i{number}" for number in range(10)] + ["none1", "none2", "corrupt"])
 texts = st.text("ab ", max_size=20)
-priorities = st.integers(0, 1)
+priorities = st.sampled_from([0, 1, 9])
 top_ns = st.none() | st.integers(1, 5)
 deadlines = st.none() | st.integers(-1, 3)
 text_requests = st.builds(
@@ -690,7 +692,7 @@ image_requests = st.builds(
 
 def complete(number: int, drawn: tuple[dict[str, Any], int | None, int, int | None]) -> dict[str, Any]:
     sent, top_n, priority, deadline = drawn
-    sent = {**sent, "request_id": str(number), "priority": priority}
+    sent = {**sent, "request_id": str(number), "priority": priority, "explain": number % 3 == 0}
     if top_n is not None:
         sent["top_n"] = top_n
     if deadline is not None:
@@ -705,16 +707,22 @@ def complete(number: int, drawn: tuple[dict[str, Any], int | None, int, int | No
     spare_slots=st.integers(0, 3),
     max_fetches=st.integers(1, 3),
     dropped=st.none() | st.integers(0, 20),
-    steps=st.lists(st.tuples(st.sampled_from("aaaffffeeet"), st.integers(0, 9)), max_size=40),
+    explains=st.booleans(),
+    steps=st.lists(st.tuples(st.sampled_from("aaaffffeeetxx"), st.integers(0, 9)), max_size=40),
 )
 def test_every_request_is_answered_once_and_rightly_in_any_order_of_events(
-    drawn, piece_pairs, spare_slots, max_fetches, dropped, steps
+    drawn, piece_pairs, spare_slots, max_fetches, dropped, explains, steps
 ):
+    num_slots, max_batch_pairs = piece_pairs + spare_slots, max(piece_pairs, 4)
+    encoding = HandExecutor()
     rig = Rig(
-        num_slots=piece_pairs + spare_slots,
+        num_slots=num_slots,
         piece_pairs=piece_pairs,
-        max_batch_pairs=max(piece_pairs, 4),
+        max_batch_pairs=max_batch_pairs,
         max_fetches=max_fetches,
+        engine=Engine(num_slots, max_batch_pairs, explains=explains),
+        text_executor=encoding,
+        tokenizer_cache_size=3,
     )
     images = {f"i{number}": number for number in range(10)}
     rig.put(images)
@@ -734,6 +742,8 @@ def test_every_request_is_answered_once_and_rightly_in_any_order_of_events(
             rig.fetches.land(which % len(rig.fetches.waiting))
         if step == "e" and rig.executor.waiting:
             rig.executor.run_next()
+        if step == "x" and encoding.waiting:
+            encoding.run_next()
         if step == "t":
             rig.now += which / 10
         if number == dropped:
@@ -756,6 +766,8 @@ def test_every_request_is_answered_once_and_rightly_in_any_order_of_events(
             assert sent["deadline"] <= at(rig.now - START)
         else:
             assert content_of(reply) == expected(sent, images)
+            is_explained = explains and sent["explain"]
+            assert is_explained or all(result.explanation is None for result in reply.results)
     assert rig.is_idle()
 
 
@@ -898,7 +910,15 @@ def test_a_withdrawal_of_an_unknown_or_answered_request_changes_nothing():
 @pytest.mark.parametrize("variant", ENCODERS)
 def test_a_model_with_a_late_interaction_explains_its_best_results(tmp_path, variant):
     real = RealEngine(tmp_path / "checkpoint", variant, reads_first_stage=False)
-    rig = Rig(engine=real.engine, layout=real.layout, encode_batch=real.encode_batch, words=real.words, num_slots=64)
+    rig = Rig(
+        engine=real.engine,
+        layout=real.layout,
+        encode_batch=real.encode_batch,
+        words=real.words,
+        num_slots=64,
+        piece_pairs=16,
+        max_batch_pairs=32,
+    )
     rig.store.put_many(real.blobs)
     rig.send({**ONE, "explain": True})
     rig.run()
@@ -912,4 +932,4 @@ def test_a_model_with_a_late_interaction_explains_its_best_results(tmp_path, var
         for word in result.explanation:
             assert len(word.similarities) == real.layout.num_tokens
             assert max(map(abs, word.similarities)) <= 1
-    assert reply.results[0].explanation != reply.results[-2].explanation
+    assert reply.results[0].explanation != reply.results[1].explanation
