@@ -41,7 +41,7 @@ class SimulatedJob:
         self.finished: list[Finished] = []
 
     def has_room(self) -> bool:
-        return len(self.active) < MAX_IN_WORK
+        return len(self.active) + len(self.finished) < MAX_IN_WORK
 
     def accept(self, record: Record, now: float) -> None:
         if record.value in self.killers:
