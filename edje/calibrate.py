@@ -60,6 +60,8 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Write a copy of a checkpoint whose relevance scores are probabilities."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):  # before anything is computed
+        raise typer.BadParameter(f"{out} exists: remove it or choose another folder", param_hint="--out")
     try:
         dataset = open_dataset(read_data_spec(data), split, strict=True)
         encoded = encode_split(
