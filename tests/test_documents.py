@@ -11,9 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ERRORS = ROOT / "docs" / "reference" / "errors.md"
 #: Calls whose string arguments in lower case with underscores are codes.
-CARRIERS = {
-    "Poison", "Refused", "EventError", "ImageError", "ApiError", "NoRanking", "warn", "_without_ranking", "_error_reply",
-}  # fmt: skip
+CARRIERS = {"Poison", "Refused", "EventError", "ImageError", "ApiError", "NoRanking", "warn"} | {
+    "_without_ranking",
+    "_error_reply",
+}
 CODE = re.compile(r"[a-z]+(_[a-z]+)*")
 #: Arguments of these calls that are no codes.
 NOT_CODES = {"replace"}
