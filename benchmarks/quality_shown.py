@@ -47,11 +47,11 @@ def _by_bytes(found: Mapping[str, Any]) -> list[Curve]:
 
 def _tables(found: Mapping[str, Any], first: float) -> Iterable[str]:
     num_seeds, captions = len(found["encoders"]), found["captions"]
-    asked = "all test captions" if captions is None else f"{captions:,} test captions"
+    queries = "all test captions" if captions is None else f"{captions:,} test captions"
     runs = f"{num_seeds} training runs of each" if num_seeds > 1 else "one training run of each"
     yield f"# {found['study']}: quality and cost of each encoder"
     yield ""
-    yield f"Written by `benchmarks/quality.py {found['study']}`: R@1 of text-to-image search, %, {asked}, {runs}."
+    yield f"Written by `benchmarks/quality.py {found['study']}`: R@1 of text-to-image search, %, {queries}, {runs}."
     yield f"Blobs are int8 unless a table says otherwise. The first stage alone: {_percent(first)}."
     yield ""
     rows = [

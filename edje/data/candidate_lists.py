@@ -37,7 +37,7 @@ class JudgedCandidate:
 
     content: str
     score: float | None  # the first stage's; None where it is missing
-    label: float | None  # None where nobody judged the candidate
+    label: float | None  # None: not judged
 
 
 @dataclass(frozen=True, slots=True)
