@@ -13,7 +13,7 @@ from typing import Any
 from edje.imports.sources import HUB_PREFIX, PACKAGE_PREFIX, is_hub_repository
 
 #: Fields of a dataset's description that are paths, in every kind of dataset.
-_DATA_PATHS = ("json_path", "image_root", "csv_path", "folder", "leave_out")
+_DATA_PATHS = ("json_path", "image_root", "csv_path", "lists_path", "folder", "leave_out")
 _ONNX_PREFIX = "onnx:"
 
 

@@ -15,10 +15,23 @@ from edje.tower_config import VitConfig
 
 Part = Literal["vision", "adapter", "text", "visual", "meeting", "first_stage"]
 LossName = Literal[
-    "itm", "mlm", "text_recovery", "distillation", "late_interaction", "first_stage", "regions", "grounding"
+    "itm",
+    "mlm",
+    "text_recovery",
+    "distillation",
+    "margin_mse",
+    "kl",
+    "late_interaction",
+    "first_stage",
+    "regions",
+    "grounding",
 ]
+#: Losses that compare a student with a teacher.
+TEACHER_LOSSES = {"distillation", "margin_mse", "kl"}
+#: Losses of scored pairs, with negatives.
+PAIR_LOSSES = TEACHER_LOSSES | {"itm"}
 #: Losses that need the first stage's scores or embeddings of the training pairs.
-_FIRST_STAGE_READERS = {"itm", "distillation", "text_recovery"}
+_FIRST_STAGE_READERS = PAIR_LOSSES | {"text_recovery"}
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -92,10 +105,11 @@ class FirstStageRecipe(_Closed):
 class Negatives(_Closed):
     """The negative pairs."""
 
-    source: Literal["batch", "corpus"] = Field(
+    source: Literal["batch", "corpus", "lists"] = Field(
         "batch",
         description="`batch`: from the batches of all devices, as in the paper. `corpus`: from the candidates that the "
-        "first stage retrieves in the whole data; captions whose image it does not retrieve have no negatives.",
+        "first stage retrieves in the whole data; captions whose image it does not retrieve have no negatives. "
+        "`lists`: from the candidate lists or labels of the data.",
     )
     per_sample: PositiveInt = Field(1, description="Negative images of each caption, and captions of each image.")
     top_k: PositiveInt | None = Field(
@@ -128,11 +142,12 @@ class Phase(_Closed):
     losses: dict[LossName, PositiveFloat] = Field(
         min_length=1,
         description="The losses, each with its weight. `itm`: a pair among its negatives. `mlm`: masked words. "
-        "`text_recovery`: the first stage's embedding of the text. `distillation`: the teacher's logits. "
+        "`text_recovery`: the first stage's embedding of the text. `distillation`, `margin_mse`, `kl`: the teacher's "
+        "scores, as probabilities of pairs, as margins between positive and negatives, or as a distribution. "
         "`late_interaction`: contrast of token similarities in the batch. `first_stage`: contrast of the first stage's "
         "embeddings in the batch. `regions`, `grounding`: labels of drawn scenes.",
     )
-    negatives: Negatives = Field(Negatives(), description="The negative pairs of the losses `itm` and `distillation`.")
+    negatives: Negatives = Field(Negatives(), description="The negative pairs of the losses of pairs.")
     groups_together: bool = Field(
         False, description="Whether a batch consists of whole groups: drawn scenes with their confusers."
     )
@@ -151,7 +166,12 @@ class Phase(_Closed):
     word_dropout: Probability = Field(0.0, description="Share of a caption's tokens that are masked for all losses.")
     token_dropout: Probability = Field(0.0, description="Share of patch tokens that are set to zero.")
     teacher: str | None = Field(
-        None, description="Checkpoint of the teacher for the loss `distillation`, with the same tower and vocabulary."
+        None,
+        description="Checkpoint of the teacher for `distillation`, `margin_mse` and `kl`, with the same tower and "
+        "vocabulary. None: the teacher's scores in the data.",
+    )
+    teacher_scale: PositiveFloat = Field(
+        1.0, description="Factor on the teacher's scores, for scores that are not logits: cosines need about 20."
     )
     validate_every: PositiveInt | None = Field(
         None,
@@ -169,16 +189,22 @@ class Phase(_Closed):
         True, description="Whether views may be mirrored. False where captions distinguish left and right."
     )
 
+    @property
+    def first_stage_readers(self) -> set[str]:
+        """The losses of this phase that need the first stage's scores or embeddings."""
+        readers = {str(name) for name in self.losses} & _FIRST_STAGE_READERS
+        return readers - PAIR_LOSSES if self.negatives.source == "lists" else readers
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Phase:
-        if ("distillation" in self.losses) != (self.teacher is not None):
-            raise ValueError("the loss 'distillation' and the field `teacher` need each other: set both or neither")
+        if self.teacher is not None and not TEACHER_LOSSES & self.losses.keys():
+            raise ValueError("`teacher` needs one of the losses 'distillation', 'margin_mse' and 'kl'")
         if ("first_stage" in self.losses) != ("first_stage" in self.train):
             raise ValueError(
                 "the loss 'first_stage' and the part 'first_stage' in `train` need each other: set both or neither"
             )
         changing = self.train.keys() & {"vision", "first_stage"}
-        reading = self.losses.keys() & _FIRST_STAGE_READERS
+        reading = self.first_stage_readers
         if changing and reading:
             raise ValueError(
                 f"the loss {min(reading)!r} reads the first stage, which changes while {min(changing)!r} is trained: "
@@ -272,7 +298,7 @@ class Recipe(_Closed):
                 raise ValueError("the loss 'grounding' needs data.kind = 'scenes' and joint.num_layers of at least 2")
             if "first_stage" in phase.losses and kind != "dual":
                 raise ValueError(f"the loss 'first_stage' is for a first stage of kind 'dual'; this one is {kind!r}")
-            if not is_trained and phase.losses.keys() & _FIRST_STAGE_READERS:
+            if not is_trained and phase.first_stage_readers:
                 raise ValueError(
                     f"phase {phase.name!r} reads the first stage, but no earlier phase trains it: add a phase with the "
                     "loss 'first_stage'"

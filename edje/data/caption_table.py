@@ -3,12 +3,14 @@
     image,caption,split
     beach/1.jpg,a dog runs on a beach,train
 
-The column `split` is optional: without it, images are divided by a hash of their names. Other columns are ignored.
+Three columns are optional. Without `split`, images are divided by a hash of their names. `teacher_score` is a teacher's
+score of the pair. A `label` of 0 makes the pair a negative. Other columns are ignored.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Final
@@ -18,7 +20,7 @@ from edje.data.dataset import SPLIT_NAMES, DataError, Dataset, Split, split_name
 from edje.data.image_files import DatasetBuilder, read_text_list
 
 _REQUIRED: Final = ("image", "caption")
-_OPTIONAL: Final = ("split",)
+_OPTIONAL: Final = ("split", "teacher_score", "label")
 _HASH_RANGE: Final = 1 << 64
 
 
@@ -67,8 +69,17 @@ def caption_table(
             continue
         if image not in is_taken:
             is_taken[image] = builder.add_image(image, image, location)
-        if is_taken[image]:
+        if not is_taken[image]:
+            continue
+        try:
+            score, label = _number(row, "teacher_score"), _number(row, "label")
+        except ValueError as error:
+            builder.problems.record("bad_score", str(error), location)
+            continue
+        if score is None and label is None:
             builder.add_caption(image, row.cells["caption"], location)
+        else:
+            builder.add_judged(image, row.cells["caption"], is_positive=label is None or label > 0, score=score)
     if split is not None and num_rows and not num_rows[split]:
         raise DataError(_no_rows(csv_path, split, num_rows, has_splits))
     return builder.finish(strict=strict)
@@ -85,6 +96,20 @@ def hashed_split(image: str, dev_share: float, test_share: float) -> Split:
 
 def _split_of(row: Row) -> Split | None:
     return split_named(row.cells["split"])
+
+
+def _number(row: Row, column: str) -> float | None:
+    """The number in an optional column. Raises `ValueError` if it is none."""
+    text = row.cells.get(column, "").strip()
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{column} {text!r} is not a number")
+    return value
 
 
 def _unknown_split(row: Row) -> str:

@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from edje.data.dataset import CaptionedImage, DataError, Dataset, Problems
+from edje.data.dataset import CaptionedImage, DataError, Dataset, JudgedPair, Problems
 from edje.images import Resample
 
 _FINGERPRINT_CHARS = 16
@@ -43,13 +43,14 @@ def concatenate(parts: Mapping[str, Dataset], name: str) -> Dataset:
     """One dataset of all parts. A part's name is the prefix of its image ids and groups. Raises `DataError`."""
     if not parts:
         raise DataError(f"no dataset has images for {name}: check train_only")
-    problems, images, digest = Problems(), list[CaptionedImage](), hashlib.sha256()
+    problems, images, judged, digest = Problems(), list[CaptionedImage](), list[JudgedPair](), hashlib.sha256()
     for part_name, part in parts.items():
         problems.add(part.problems, f"{part_name}/")
         digest.update(f"{part_name}\0{part.fingerprint}\n".encode())
         for image in part.images:
             group = None if image.group is None else f"{part_name}/{image.group}"
             images.append(replace(image, image_id=f"{part_name}/{image.image_id}", group=group))
+        judged += [replace(pair, image_id=f"{part_name}/{pair.image_id}") for pair in part.judged]
     starts = (0, *accumulate(len(part.images) for part in parts.values()))[:-1]
     return Dataset(
         f"{' + '.join(parts)} {name}",
@@ -57,4 +58,5 @@ def concatenate(parts: Mapping[str, Dataset], name: str) -> Dataset:
         problems,
         digest.hexdigest()[:_FINGERPRINT_CHARS],
         _ConcatenatedSource(tuple(parts.values()), starts),
+        tuple(judged),
     )

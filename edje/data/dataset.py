@@ -38,8 +38,10 @@ PROBLEM_KINDS: Final = {
     "left_out": ("image on the list of images to leave out", "images on the list of images to leave out"),
     "long_caption": ("caption so long that most of it is cut off", "captions so long that most of it is cut off"),
     "missing_image": ("image whose file is missing", "images whose file is missing"),
+    "no_positive": ("list without a positive candidate", "lists without a positive candidate"),
     "no_caption": ("image without a caption", "images without a caption"),
     "outside_root": ("file name outside the image folder", "file names outside the image folder"),
+    "bad_score": ("teacher score or label that is not a number", "teacher scores or labels that are not numbers"),
     "remote_image": ("web address instead of an image file", "web addresses instead of image files"),
     "two_splits": ("image in a second split", "images in a second split"),
     "undecodable_image": ("image that cannot be decoded", "images that cannot be decoded"),
@@ -68,6 +70,15 @@ class CaptionedImage:
     image_id: str
     captions: tuple[str, ...]
     group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPair:
+    """A text and an image that were judged, positive or not, and a teacher's score of the pair."""
+
+    text: str
+    image_id: str
+    score: float | None = None
 
 
 class Problems:
@@ -209,6 +220,7 @@ class Dataset:
     problems: Problems
     fingerprint: str
     source: PixelSource
+    judged: tuple[JudgedPair, ...] = ()
 
     def pixels(self, index: int, size: int, resample: Resample = "bilinear") -> NDArray[np.uint8]:
         """RGB pixels `(3, size, size)` of one image. Raises `ImageError`."""

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edje.data.dataset import CaptionedImage, DataError, Dataset, Problems
+from edje.data.dataset import CaptionedImage, DataError, Dataset, JudgedPair, Problems
 from edje.images import ImageError, ImageLimits, Resample, decode_image
 
 _LIMITS: Final = ImageLimits(max_bytes=64 << 20, max_pixels=100_000_000)
@@ -80,6 +80,7 @@ class DatasetBuilder:
         self._root = image_root.resolve()
         self._files: dict[str, ImageFile] = {}
         self._captions: dict[str, list[str]] = {}
+        self._judged: list[JudgedPair] = []
         self._paths: set[Path] = set()
 
     def has_file(self, file_name: str) -> bool:
@@ -110,11 +111,18 @@ class DatasetBuilder:
             self.problems.record("long_caption", image_id, location)
         self._captions[image_id].append(caption.strip())
 
+    def add_judged(self, image_id: str, text: str, *, is_positive: bool, score: float | None) -> None:
+        """Add a judged pair of an image that was added; the text of a positive pair becomes a caption."""
+        if is_positive and text.strip() not in self._captions[image_id]:
+            self.add_caption(image_id, text)
+        self._judged.append(JudgedPair(text, image_id, score))
+
     def finish(self, *, strict: bool) -> Dataset:
         """The dataset. Raises `DataError` if no image is left or, if `strict`, if there is any problem."""
         images = []
+        judged_ids = {pair.image_id for pair in self._judged}
         for image_id, captions in self._captions.items():
-            if captions:
+            if captions or image_id in judged_ids:
                 images.append(CaptionedImage(image_id, tuple(captions)))
             else:
                 self.problems.record("no_caption", image_id)
@@ -132,7 +140,14 @@ class DatasetBuilder:
         for image, file in zip(images, files, strict=True):
             digest.update(f"{image.image_id}\0{file.num_bytes}\0{file.modified_ns}\n".encode(errors="surrogatepass"))
         source = ImageFiles(tuple(files))
-        return Dataset(self.name, tuple(images), self.problems, digest.hexdigest()[:_FINGERPRINT_CHARS], source)
+        return Dataset(
+            self.name,
+            tuple(images),
+            self.problems,
+            digest.hexdigest()[:_FINGERPRINT_CHARS],
+            source,
+            tuple(self._judged),
+        )
 
     def _find(self, file_name: str) -> tuple[ImageFile | None, str | None]:
         """The file of this name, or the kind of problem with it."""

@@ -11,6 +11,7 @@ from edje.data.caption_table import caption_table
 from edje.data.concatenated import concatenate
 from edje.data.dataset import Dataset, Split
 from edje.data.flickr8k import flickr8k
+from edje.data.judged_lists import judged_lists
 from edje.data.karpathy import karpathy
 from edje.data.scenes.dataset import scenes
 from edje.data.scenes.world import SWAPS, Swap
@@ -42,7 +43,7 @@ class KarpathySpec(_Spec):
 
 
 class TableSpec(_Spec):
-    """A CSV table with the columns `image` and `caption`, and optionally `split`."""
+    """A CSV table with the columns `image` and `caption`, and optionally `split`, `teacher_score` and `label`."""
 
     kind: Literal["table"] = Field(description="The layout of the data.")
     csv_path: Path = Field(description="The CSV file.")
@@ -63,6 +64,19 @@ class TableSpec(_Spec):
         if self.dev_share + self.test_share >= 1:
             raise ValueError("dev_share and test_share leave no image for training: their sum must be below 1")
         return self
+
+
+class ListsSpec(_Spec):
+    """Judged or clicked candidate lists, one JSON object per line, with labels and optionally a teacher's scores."""
+
+    kind: Literal["lists"] = Field(description="The layout of the data.")
+    lists_path: Path = Field(description="The file of JSON lines.")
+    image_root: Path | None = Field(
+        None, description="The folder that image names in the file are relative to. None: the folder of the file."
+    )
+    leave_out: LeaveOut = None
+    dev_share: Share = Field(0.1, description="Share of the queries in the split dev.")
+    test_share: Share = Field(0.1, description="Share of the queries in the split test.")
 
 
 class Flickr8kSpec(_Spec):
@@ -90,7 +104,7 @@ class ScenesSpec(_Spec):
         return {"train": self.train_groups, "dev": self.dev_groups, "test": self.test_groups}[split]
 
 
-OneSpec = Annotated[KarpathySpec | TableSpec | Flickr8kSpec | ScenesSpec, Field(discriminator="kind")]
+OneSpec = Annotated[KarpathySpec | TableSpec | ListsSpec | Flickr8kSpec | ScenesSpec, Field(discriminator="kind")]
 
 
 class SeveralSpec(_Spec):
@@ -114,7 +128,9 @@ class SeveralSpec(_Spec):
         return {name: part for name, part in self.parts.items() if split == "train" or name not in self.train_only}
 
 
-DataSpec = Annotated[KarpathySpec | TableSpec | Flickr8kSpec | ScenesSpec | SeveralSpec, Field(discriminator="kind")]
+DataSpec = Annotated[
+    KarpathySpec | TableSpec | ListsSpec | Flickr8kSpec | ScenesSpec | SeveralSpec, Field(discriminator="kind")
+]
 
 
 def open_dataset(spec: DataSpec, split: Split, *, strict: bool = False) -> Dataset:
@@ -134,6 +150,16 @@ def open_dataset(spec: DataSpec, split: Split, *, strict: bool = False) -> Datas
                 spec.csv_path,
                 spec.csv_path.parent if spec.image_root is None else spec.image_root,
                 None if spec.whole else split,
+                dev_share=spec.dev_share,
+                test_share=spec.test_share,
+                leave_out=spec.leave_out,
+                strict=strict,
+            )
+        case ListsSpec():
+            return judged_lists(
+                spec.lists_path,
+                spec.lists_path.parent if spec.image_root is None else spec.image_root,
+                split,
                 dev_share=spec.dev_share,
                 test_share=spec.test_share,
                 leave_out=spec.leave_out,

@@ -66,7 +66,8 @@ def dev_retrieval(
     """Encode the split with a model in evaluation mode. `num_captions` evenly spaced captions are queries."""
     captions = encode_captions(dataset, tokenizer, features.rows)
     texts, images = embed(first_stage, captions, features.pooled)
-    rows = features.rows
+    # An image that is only a negative of candidate lists has no caption, and cannot be a query.
+    rows = np.intersect1d(features.rows, captions.images)
     image_of_caption = np.searchsorted(rows, captions.images)
     similarity = (texts @ images[rows].T).astype(np.float32)
     queries = np.unique(np.linspace(0, len(captions) - 1, min(num_captions, len(captions))).astype(np.int64))

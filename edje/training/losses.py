@@ -46,7 +46,39 @@ def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> T
         if exists.any():
             target = teacher_logits[exists].float().sigmoid()
             losses.append(functional.binary_cross_entropy_with_logits(student_logits[exists].float(), target))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean() if losses else _mean_or_zero(student[0][:0], student)
+
+
+def margin_mse_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared error of the student's margins between positive and negatives against the teacher's (2010.02666).
+
+    Each tensor is (B, 1 + n), a positive and its negatives. Pairs with a score that is not finite are left out; without
+    any pair the loss is zero.
+    """
+    errors = []
+    for student_logits, teacher_scores in zip(student, teacher, strict=True):
+        exists = torch.isfinite(student_logits) & torch.isfinite(teacher_scores)
+        exists = exists[:, 1:] & exists[:, :1]
+        ours = (student_logits[:, :1] - student_logits[:, 1:])[exists].float()
+        errors.append((ours - (teacher_scores[:, :1] - teacher_scores[:, 1:])[exists].float()).square())
+    return _mean_or_zero(torch.cat(errors), student)
+
+
+def kl_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """KL divergence of the student's distribution over the candidates of a query from the teacher's.
+
+    Each tensor is (B, 1 + n), the candidates of a query. Pairs with a score that is not finite are left out, and
+    queries with less than two candidates; without any query the loss is zero.
+    """
+    divergences = []
+    for student_logits, teacher_scores in zip(student, teacher, strict=True):
+        exists = torch.isfinite(student_logits) & torch.isfinite(teacher_scores)
+        rows = exists.sum(dim=1) > 1
+        exists = exists[rows]
+        ours = _log_softmax(student_logits[rows].float(), exists)
+        target = _log_softmax(teacher_scores[rows].float(), exists)
+        divergences.append((target.exp() * (target - ours)).masked_fill(~exists, 0.0).sum(dim=1))
+    return _mean_or_zero(torch.cat(divergences), student)
 
 
 def regions_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -77,6 +109,19 @@ def contrastive_loss(similarity: Tensor, positive: Tensor, sample_offset: int = 
     further = positive.clone()
     further[rows, sample_offset + rows] = False
     return functional.cross_entropy(similarity.float().masked_fill(further, -torch.inf), sample_offset + rows)
+
+
+def _log_softmax(logits: Tensor, exists: Tensor) -> Tensor:
+    """Log-probabilities over the existing columns of each row; any finite value in the others."""
+    lowest = torch.finfo(logits.dtype).min
+    return functional.log_softmax(torch.where(exists, logits, lowest), dim=1)
+
+
+def _mean_or_zero(values: Tensor, logits: Sequence[Tensor]) -> Tensor:
+    """The mean of the values; without any, zero with a gradient of zero."""
+    if len(values):
+        return values.mean()
+    return sum((each[torch.isfinite(each)].sum() * 0.0 for each in logits), torch.zeros((), device=values.device))
 
 
 def _first_wins(logits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from edje.data.dataset import Dataset, LabelledSource, Problems
 from edje.data.spec import ScenesSpec
 from edje.features.extraction import extract, pooled_only
 from edje.features.storage import Features
-from edje.recipe import Phase, Recipe, RecipeError
+from edje.recipe import PAIR_LOSSES, TEACHER_LOSSES, Phase, Recipe, RecipeError
 from edje.training.batches.batch import BatchBuilder
 from edje.training.batches.corpus import (
     Captions,
@@ -31,7 +31,8 @@ from edje.training.batches.corpus import (
 )
 from edje.training.batches.embeddings import FirstStageEmbeddings
 from edje.training.batches.grounding import GroundingLabeller
-from edje.training.batches.negatives import Ints, Positives
+from edje.training.batches.judged import JudgedPairs
+from edje.training.batches.negatives import Ints, NegativeSampler, Positives
 from edje.training.batches.plan import CaptionOrder
 from edje.training.batches.text_states import TextStates, cached_text_states
 from edje.training.build import normalise_inputs
@@ -43,7 +44,6 @@ from edje.training.training_model import TrainingModel
 #: Number of images that give the mean and deviation of patch tokens.
 _STATISTICS_IMAGES = 1000
 _STATISTICS_BATCH = 32
-_PAIR_LOSSES = {"itm", "distillation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,13 @@ class PhaseData:
             )
         self._embeddings = None if pooled is None else self._embed(phase, captions, pooled)
         positives = Positives(captions.keys, captions.images)
-        sampler = None
-        if _PAIR_LOSSES & phase.losses.keys():
-            assert self._embeddings is not None  # the recipe ensures it
-            sampler = negative_sampler(phase.negatives, self._embeddings, captions, positives)
+        judged = JudgedPairs(self._data, captions) if self._data.judged else None
+        if TEACHER_LOSSES & phase.losses.keys() and phase.teacher is None and (judged is None or not judged.has_scores):
+            raise RecipeError(
+                f"phase {phase.name!r}: the loss {min(TEACHER_LOSSES & phase.losses.keys())!r} needs a teacher: set "
+                "`teacher` to a checkpoint, or use data with scores (a column teacher_score, or lists with scores)"
+            )
+        sampler = self._sampler(phase, captions, positives, judged)
         return BatchBuilder(
             captions=captions,
             positives=positives,
@@ -115,6 +118,7 @@ class PhaseData:
             embeddings=self._embeddings,
             text_states=self._text_states(phase, captions),
             sampler=sampler,
+            judged=judged if judged is not None and judged.has_scores and phase.teacher is None else None,
             rank=self._devices.rank,
             num_devices=num_devices,
             device=self._devices.device,
@@ -125,6 +129,21 @@ class PhaseData:
                 else None
             ),
         )
+
+    def _sampler(
+        self, phase: Phase, captions: Captions, positives: Positives, judged: JudgedPairs | None
+    ) -> NegativeSampler | None:
+        if not PAIR_LOSSES & phase.losses.keys():
+            return None
+        if phase.negatives.source == "lists":
+            if judged is None:
+                raise RecipeError(
+                    f"phase {phase.name!r}: negatives.source = 'lists' needs data with candidate lists (data.kind = "
+                    "'lists') or a column label"
+                )
+            return judged.sampler(positives, phase.negatives.per_sample)
+        assert self._embeddings is not None  # the recipe ensures it
+        return negative_sampler(phase.negatives, self._embeddings, captions, positives)
 
     def _labelled_source(self) -> LabelledSource:
         source = self._data.source

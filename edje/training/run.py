@@ -280,10 +280,12 @@ def start_run(recipe: Recipe, folders: RunFolders, devices: Devices, console: Co
 
 
 def data_digest(data: Dataset) -> str:
-    """Identifies image ids and captions in their order, which decide what every step reads."""
+    """Identifies image ids, captions and judged pairs in their order, which decide what every step reads."""
     digest = hashlib.sha256()
     for image in data.images:
         digest.update("\0".join((image.image_id, *image.captions, "")).encode(errors="surrogatepass"))
+    for pair in data.judged:
+        digest.update(f"{pair.image_id}\0{pair.text}\0{pair.score}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()[:16]
 
 

@@ -18,7 +18,7 @@ from edje.data.dataset import GroundingRole
 from edje.first_stage.dual_encoder import DualEncoder
 from edje.model.edje import Edje
 from edje.model.late_fusion import LateFusionEncoder
-from edje.recipe import Phase
+from edje.recipe import PAIR_LOSSES, TEACHER_LOSSES, Phase
 from edje.training.batches.batch import Batch
 from edje.training.devices import all_gather, all_gather_texts
 from edje.training.losses import (
@@ -26,6 +26,8 @@ from edje.training.losses import (
     distillation_loss,
     grounding_loss,
     itm_loss,
+    kl_loss,
+    margin_mse_loss,
     mlm_loss,
     regions_loss,
     text_recovery_loss,
@@ -107,14 +109,8 @@ class TrainingStep(nn.Module):
             text = self._encode_text(self._mask_words(batch, phase.word_dropout)[0], batch.text_lengths)
         else:
             text = batch.text_states
-        if "itm" in wanted or "distillation" in wanted:
-            logits = self._pair_logits(self.model, text, visual, batch)
-            if "itm" in wanted:
-                losses["itm"] = itm_loss(*_by_direction(logits, len(batch.sample_caption), batch.num_negatives))
-            if "distillation" in wanted:
-                targets = self._teacher_logits(patches, batch)
-                blocks = [len(batch.sample_caption)] + 2 * [len(batch.sample_caption) * batch.num_negatives]
-                losses["distillation"] = distillation_loss(torch.split(logits, blocks), torch.split(targets, blocks))
+        if PAIR_LOSSES & wanted.keys():
+            losses |= self._pair_losses(text, visual, patches, batch, phase)
         if "late_interaction" in wanted:
             losses["late_interaction"] = self._late_interaction_loss(text, visual, batch)
         if "mlm" in wanted:
@@ -129,6 +125,28 @@ class TrainingStep(nn.Module):
             losses["grounding"] = self._grounding_loss(text, visual, batch)
         if "first_stage" in wanted:
             losses["first_stage"] = self._first_stage_loss(batch, pooled)
+        return losses
+
+    def _pair_losses(
+        self, text: Tensor, visual: Tensor, patches: Tensor, batch: Batch, phase: Phase
+    ) -> dict[str, Tensor]:
+        num_samples, num_negatives = len(batch.sample_caption), batch.num_negatives
+        logits = self._pair_logits(self.model, text, visual, batch)
+        by_direction = _by_direction(logits, num_samples, num_negatives)
+        losses: dict[str, Tensor] = {}
+        if "itm" in phase.losses:
+            losses["itm"] = itm_loss(*by_direction)
+        if not TEACHER_LOSSES & phase.losses.keys():
+            return losses
+        targets = phase.teacher_scale * self._teacher_scores(patches, batch)
+        if "distillation" in phase.losses:
+            blocks = [num_samples] + 2 * [num_samples * num_negatives]
+            losses["distillation"] = distillation_loss(torch.split(logits, blocks), torch.split(targets, blocks))
+        targets_by_direction = _by_direction(targets, num_samples, num_negatives)
+        if "margin_mse" in phase.losses:
+            losses["margin_mse"] = margin_mse_loss(by_direction, targets_by_direction)
+        if "kl" in phase.losses:
+            losses["kl"] = kl_loss(by_direction, targets_by_direction)
         return losses
 
     def _patches(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -156,9 +174,12 @@ class TrainingStep(nn.Module):
         return logits.new_full(exists.shape, -torch.inf).masked_scatter(exists, logits)
 
     @torch.no_grad()
-    def _teacher_logits(self, patches: Tensor, batch: Batch) -> Tensor:
+    def _teacher_scores(self, patches: Tensor, batch: Batch) -> Tensor:
+        """The teacher's logits of the pairs (P,), or its scores in the data; not finite where unknown."""
         teacher = self._teacher
-        assert teacher is not None  # the recipe ensures it
+        if teacher is None:
+            assert batch.teacher_scores is not None  # `PhaseData` ensures it
+            return batch.teacher_scores
         text = teacher.encode_queries(batch.text_ids, batch.text_lengths)
         return self._pair_logits(teacher, text, teacher.encode_patches(patches), batch)
 

@@ -15,6 +15,7 @@ from edje.data.dataset import LabelledSource
 from edje.training.batches.corpus import Captions, ImageSource
 from edje.training.batches.embeddings import FirstStageEmbeddings
 from edje.training.batches.grounding import GroundingLabeller
+from edje.training.batches.judged import JudgedPairs
 from edje.training.batches.negatives import Ints, NegativeSampler, Positives
 from edje.training.batches.plan import BatchPlan, CaptionOrder, plan_batch
 from edje.training.batches.text_states import TextStates
@@ -33,6 +34,7 @@ class Batch:
     sample_image: Tensor  # (B,)
     pair_caption: Tensor  # (P,), -1 where the pair does not exist
     pair_image: Tensor  # (P,)
+    teacher_scores: Tensor | None  # (P,) from the data, NaN where unknown
     image_is_positive: Tensor  # bool (B, G)
     caption_is_positive: Tensor  # bool (B, G)
     sample_offset: int
@@ -54,6 +56,7 @@ class BatchBuilder:
     embeddings: FirstStageEmbeddings | None  # None while the first stage is trained
     text_states: TextStates | None  # None where the text layers are trained
     sampler: NegativeSampler | None  # None without pairs
+    judged: JudgedPairs | None  # None where the data has no teacher's scores
     rank: int
     num_devices: int
     device: torch.device
@@ -85,6 +88,7 @@ class BatchBuilder:
             sample_image=torch.from_numpy(plan.sample_image).to(device),
             pair_caption=torch.from_numpy(plan.pair_caption).to(device),
             pair_image=torch.from_numpy(plan.pair_image).to(device),
+            teacher_scores=self._teacher_scores(plan),
             image_is_positive=torch.from_numpy(plan.image_is_positive).to(device),
             caption_is_positive=torch.from_numpy(plan.caption_is_positive).to(device),
             sample_offset=plan.sample_offset,
@@ -94,6 +98,15 @@ class BatchBuilder:
             other_sample=other_sample,
             grounding_labels=grounding_labels,
         )
+
+    def _teacher_scores(self, plan: BatchPlan) -> Tensor | None:
+        if self.judged is None:
+            return None
+        scores = np.full(len(plan.pair_caption), np.nan, np.float32)
+        exists = plan.pair_caption >= 0
+        captions, images = plan.captions[plan.pair_caption[exists]], plan.images[plan.pair_image[exists]]
+        scores[exists] = self.judged.scores(captions, images)
+        return torch.from_numpy(scores).to(self.device)
 
     def _region_labels(self, plan: BatchPlan) -> Tensor | None:
         if self.region_labels is None:

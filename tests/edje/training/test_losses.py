@@ -16,6 +16,8 @@ from edje.training.losses import (
     distillation_loss,
     grounding_loss,
     itm_loss,
+    kl_loss,
+    margin_mse_loss,
     mlm_loss,
     text_recovery_loss,
 )
@@ -171,6 +173,69 @@ def test_distillation_weights_every_block_of_pairs_equally(seed, sizes, missing)
         lambda *ours: plain_distillation(list(ours), teacher),
         *student,
     )
+
+
+def plain_margin_mse(student: list[Array], teacher: list[Array]) -> float:
+    errors = [
+        ((ours[0] - ours[column]) - (theirs[0] - theirs[column])) ** 2
+        for one, other in zip(student, teacher, strict=True)
+        for ours, theirs in zip(one, other, strict=True)
+        for column in range(1, len(ours))
+        if np.isfinite([ours[0], ours[column], theirs[0], theirs[column]]).all()
+    ]
+    return float(np.mean(errors))
+
+
+def plain_kl(student: list[Array], teacher: list[Array]) -> float:
+    terms = []
+    for one, other in zip(student, teacher, strict=True):
+        for ours, theirs in zip(one, other, strict=True):
+            exists = np.isfinite(ours) & np.isfinite(theirs)
+            if exists.sum() > 1:
+                target = log_softmax(theirs[exists])
+                terms.append((np.exp(target) * (target - log_softmax(ours[exists]))).sum())
+    return float(np.mean(terms))
+
+
+@pytest.mark.parametrize(("loss", "plain"), [(margin_mse_loss, plain_margin_mse), (kl_loss, plain_kl)])
+@settings(max_examples=15, deadline=None)
+@given(seed=seeds, num_samples=st.integers(1, 4), num_negatives=st.integers(1, 4), missing=st.booleans())
+def test_losses_of_a_teacher_compare_margins_or_distributions_of_the_scored_pairs(
+    loss, plain, seed, num_samples, num_negatives, missing
+):
+    rng = np.random.default_rng(seed)
+    teacher = [2 * rng.normal(size=(num_samples, 1 + num_negatives)) for _ in range(2)]
+    student = [2 * rng.normal(size=(num_samples, 1 + num_negatives)) for _ in range(2)]
+    if missing:
+        teacher[0][0, -1] = np.nan
+        student[1][0, -1] = -np.inf
+        if num_negatives == 1 and num_samples == 1:
+            return  # nothing is left to compare; see below
+
+    check(
+        lambda *ours: loss(ours, [torch.from_numpy(each) for each in teacher]),
+        lambda *ours: plain(list(ours), teacher),
+        *student,
+    )
+
+
+@pytest.mark.parametrize("loss", [margin_mse_loss, kl_loss, distillation_loss])
+def test_a_batch_without_a_scored_pair_has_zero_loss_and_zero_gradient(loss):
+    student = torch.randn(3, 4).requires_grad_()
+    unknown = torch.full((3, 4), torch.nan)
+
+    value = loss([student, student], [unknown, unknown])
+    value.backward()
+
+    assert value.item() == 0.0
+    assert not student.grad.any()
+
+
+@pytest.mark.parametrize("loss", [margin_mse_loss, kl_loss])
+def test_a_student_that_differs_by_a_constant_per_query_has_no_loss(loss):
+    teacher = torch.randn(3, 4)
+
+    assert loss([teacher + 2.5], [teacher]).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_distillation_is_least_where_the_student_agrees():
