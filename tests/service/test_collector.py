@@ -151,7 +151,7 @@ def test_an_image_is_traced_from_its_producer_to_the_store_and_images_indexed(
     }
 
 
-def test_a_collector_that_is_away_delays_no_reply_and_what_is_lost_is_counted(service: Service):
+def test_a_collector_that_is_away_delays_no_reply_and_lost_spans_are_counted(service: Service):
     service.variables |= {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
         "OTEL_EXPORTER_OTLP_TIMEOUT": "1",

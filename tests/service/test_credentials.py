@@ -1,4 +1,4 @@
-"""Refused credentials: the worker stays, is not ready, and says which of its services refuses it and why."""
+"""Refused credentials: the worker stays, is not ready, and reports which service refuses it and why."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytest_plugins = ["service_fixtures"]
 pytestmark = pytest.mark.services
 
 
-def test_a_wrong_password_of_the_store_is_said_and_waited_out(
+def test_a_wrong_password_of_the_store_is_reported_and_waited_for(
     make_service: Callable[..., Service], kafka_brokers: str, private_redis
 ):
     redis = private_redis({"requirepass": "right"})
@@ -57,7 +57,7 @@ def guarded_kafka(tmp_path: Path) -> Iterator[tuple[KafkaServer, str]]:
     server.stop()
 
 
-def test_a_wrong_password_of_the_broker_is_said_and_not_shown(
+def test_a_wrong_password_of_the_broker_is_reported_and_not_shown(
     make_service: Callable[..., Service], guarded_kafka: tuple[KafkaServer, str], redis_url: str
 ):
     server, guarded = guarded_kafka

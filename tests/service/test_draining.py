@@ -27,7 +27,7 @@ def ask_many(service: Service, number: int, start: int = 0) -> list[str]:
 
 
 @pytest.mark.parametrize("delivery", MODES)
-def test_a_worker_told_to_end_drains_and_the_next_one_goes_on_at_once(service: Service, delivery: str):
+def test_a_worker_drains_after_sigterm_and_the_next_one_continues_at_once(service: Service, delivery: str):
     service.store_images(IMAGES)
     settings = SETTINGS | {"delivery": delivery, "constant_engine_ms_per_item": 3}
     first = service.rerank(**settings)

@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote publish a hand-written event and read the reply: kcat, and Kafka's console tools."""
+"""Other programs publish a hand-written event and read the reply: kcat, and Kafka's console tools."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def run(kind: str, *arguments: str, **variables: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.services
-def test_a_worker_is_ready_only_once_its_store_answers_and_says_what_it_waits_for(
+def test_a_worker_is_ready_only_once_its_store_answers_and_reports_what_it_waits_for(
     make_service, kafka_brokers: str, private_redis
 ):
     redis = private_redis()
@@ -145,7 +145,7 @@ def test_an_unknown_setting_refuses_to_start_and_the_right_name_is_suggested(kin
     assert f"did you mean {kind.upper()}_TOPIC_PREFIX?" in refused.stderr
 
 
-def test_a_checkpoint_that_is_not_there_is_told_in_one_line_and_ends_the_worker(tmp_path):
+def test_a_missing_checkpoint_ends_the_worker_with_one_line(tmp_path):
     ended = run("rerank", RERANK_CHECKPOINT=str(tmp_path / "none"), RERANK_HTTP_PORT="0")
 
     assert ended.returncode == 1

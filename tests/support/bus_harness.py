@@ -100,7 +100,7 @@ class MemoryBus:
 
 
 class KafkaBus:
-    """The real thing; closes what it made."""
+    """A real Kafka; closes the clients it made."""
 
     def __init__(self, brokers: str, prefix: str, **connection) -> None:
         self.prefix = prefix

@@ -1,4 +1,4 @@
-"""A certificate authority for one test, made with openssl: who trusts it trusts what it issues, for two days."""
+"""A certificate authority for one test, made with openssl; its certificates are valid for two days."""
 
 from __future__ import annotations
 

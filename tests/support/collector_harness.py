@@ -22,7 +22,7 @@ BUILD_LIMIT_S = 900.0
 
 
 def collector_binary() -> Path:
-    """The binary for the module as it is now. Raises `ServiceError` where it cannot be built."""
+    """Return the binary of the module. Raises `ServiceError` if it cannot be built."""
     digest = hashlib.sha256()
     for name in ("go.mod", "go.sum", "main.go"):
         digest.update((MODULE / name).read_bytes())

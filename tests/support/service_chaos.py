@@ -36,7 +36,7 @@ class Restartable:
 
 @dataclass(frozen=True, slots=True)
 class Chaos:
-    """What was done to the service, and what its users saw."""
+    """The faults of a run, and the replies that users saw."""
 
     requests: int
     lost: int
@@ -105,7 +105,7 @@ def run_chaos(
 
 
 def end_one(worker: Worker, how: str, service: Service, settings: dict[str, object]) -> Worker:
-    """End a worker and start its successor, whose start nobody waits for."""
+    """End a worker and start its successor without waiting for it."""
     if how == "kill":
         worker.kill()
     else:

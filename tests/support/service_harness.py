@@ -84,7 +84,7 @@ class Tap:
         return found
 
     def close(self) -> None:
-        """What was read stays; the client goes, with all that it holds."""
+        """Close the client and keep the records."""
         self._reader.close()
         del self._reader
 

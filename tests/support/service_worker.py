@@ -37,7 +37,7 @@ def eventually(condition: Callable[[], object], what: str, limit_s: float = LIMI
 
 
 def let_pass(seconds: float) -> None:
-    """Let the outside world be as it is for a while: an outage lasts."""
+    """Wait, so that an outage lasts for a while."""
     threading.Event().wait(seconds)
 
 
@@ -95,7 +95,7 @@ class Worker:
         return True
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series, 0 where there is none."""
+        """The value of one series, 0 if it is missing."""
         return self.metrics().get((name, frozenset(labels.items())), 0.0)
 
     def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -138,7 +138,7 @@ BUS = ("broker answers", "consumer group joined")
 
 
 def waits_for(worker: Worker, *conditions: str, why: str = "") -> bool:
-    """Whether `/readyz` says that these are missing, and why the first of them is."""
+    """Whether `/readyz` reports these as missing, with the reason of the first."""
     status, text = worker.get("/readyz")
     lines = text.splitlines()
     said = [line.removeprefix("waits for: ").partition(" (")[0] for line in lines]

@@ -89,7 +89,7 @@ def test_the_message_that_is_too_large_is_replaced_and_no_other(large):
     assert bench.committed == {A: 3}
 
 
-def test_what_takes_the_place_of_a_refused_message_is_published_without_another_interval():
+def test_the_replacement_of_a_refused_message_is_published_without_another_interval():
     bench = ExactlyOnceBench(interval_s=1.0)
     bench.broker.refused_topics = {"closed", "gone"}
     bench.begin(0, 1)

@@ -74,7 +74,7 @@ def test_a_worker_is_alive_while_its_loop_turns(health, clock, page):
     assert page("/livez") == (200, "alive\n")
 
 
-def test_a_condition_nobody_waits_for_is_a_mistake(health):
+def test_an_unknown_condition_is_an_error(health):
     with pytest.raises(KeyError):
         health.met("engine worm")
 
@@ -149,7 +149,7 @@ def is_closed_by_the_server(connection: socket.socket) -> bool:
         return True
 
 
-def test_a_request_that_is_none_does_no_harm(health, clock):
+def test_an_invalid_request_does_no_harm(health, clock):
     with HealthServer(health, Metrics().registry, clock=clock, host="127.0.0.1", port=0) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(b"\x00\xff nonsense\r\n\r\n")

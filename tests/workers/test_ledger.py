@@ -59,7 +59,7 @@ def test_a_message_cannot_be_in_work_twice():
         ledger.begin(record(A, 1))
 
 
-def test_finishing_twice_or_after_forgetting_says_so():
+def test_finishing_twice_or_after_forgetting_returns_false():
     ledger: Ledger[None] = Ledger()
     ledger.begin(record(A, 1))
     ledger.begin(record(B, 1))

@@ -1,4 +1,4 @@
-"""What a log line looks like, for people and for machines, and what it never shows."""
+"""Log lines for people and for machines, and the secrets that they never show."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def test_what_is_below_the_level_is_not_written(lines):
     assert lines() == []
 
 
-def test_a_library_writes_through_the_same_channel_and_only_what_matters(lines):
+def test_a_library_logs_through_the_same_channel_from_a_higher_level_on(lines):
     logging.getLogger("kafka.client").info("connected to %s", "a")
     logging.getLogger("redis.pool").warning("lost %s", "redis://u:secret@h")
     logging.getLogger("somebody.else").info("hello %d", 3, extra={"place": "x"})
@@ -91,7 +91,7 @@ def test_no_secret_is_written_wherever_it_turns_up(lines):
 
     assert "hush" not in str(lines())
     assert "other" not in str(lines())
-    assert lines()[0]["pwd"] == "pw"  # too short to be told from an innocent word
+    assert lines()[0]["pwd"] == "pw"  # too short to be masked inside ordinary words
 
 
 def test_what_json_cannot_hold_is_written_as_text(lines):

@@ -400,7 +400,7 @@ def test_a_worker_does_not_wait_for_ever_to_report_its_orderly_end(bench):
 
 
 class Crash(BaseException):
-    """Stands for the end of the process."""
+    """The end of the process."""
 
 
 def lives_until_served(broker: MemoryBroker, killers: set[bytes], kills_at: str = "accept") -> int:

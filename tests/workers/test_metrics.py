@@ -1,4 +1,4 @@
-"""The instruments of a worker: what is counted, and that labels stay few."""
+"""The instruments of a worker, and the bound on the values of a label."""
 
 from prometheus_client import CollectorRegistry, generate_latest
 

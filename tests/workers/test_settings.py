@@ -34,7 +34,7 @@ def test_the_defaults_are_enough_to_start_and_agree_with_each_other(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_setting_says_what_it_means(kind):
+def test_every_setting_has_a_description(kind):
     assert all(field.description for field in kind.model_fields.values())
 
 
@@ -61,13 +61,13 @@ def test_an_unknown_name_with_our_prefix_is_refused_with_a_suggestion(environmen
     assert "RERANK_COLOUR is not a setting (" in str(refused.value)
 
 
-def test_the_other_workers_settings_are_none_of_our_business(environment):
+def test_the_settings_of_the_other_worker_are_ignored(environment):
     environment("INGEST_NONSENSE", "1")
 
     read_settings(RerankSettings)
 
 
-def test_what_a_platform_injects_kills_no_worker(environment):
+def test_variables_that_a_platform_injects_are_ignored(environment):
     for service in ("RERANK", "KAFKA", "REDIS", "RERANK_METRICS"):
         environment(f"{service}_SERVICE_HOST", "10.0.0.1")
         environment(f"{service}_SERVICE_PORT", "9092")
@@ -89,7 +89,7 @@ def test_a_misspelled_port_is_no_service_link(environment):
         read_settings(RerankSettings)
 
 
-def test_a_shared_name_close_to_ours_is_told_and_not_refused(environment):
+def test_a_shared_name_similar_to_a_setting_is_reported_and_not_refused(environment):
     environment("KAFKA_BROKER", "a:9092")
 
     read_settings(RerankSettings)
@@ -128,7 +128,7 @@ def test_a_shared_name_close_to_ours_is_told_and_not_refused(environment):
         (IngestSettings, {"INGEST_MAX_BATCH_IMAGES": "1000"}, "max_batch_images=1000 is more than"),
     ],
 )
-def test_what_is_wrong_or_contradictory_refuses_to_start(environment, kind, given, sentence):
+def test_wrong_or_contradictory_settings_are_refused(environment, kind, given, sentence):
     for name, value in given.items():
         environment(name, value)
 
@@ -138,7 +138,7 @@ def test_what_is_wrong_or_contradictory_refuses_to_start(environment, kind, give
     assert sentence in str(refused.value)
 
 
-def test_everything_wrong_is_told_at_once(environment):
+def test_all_faults_are_reported_together(environment):
     environment("RERANK_COLOUR", "red")
     environment("RERANK_DELIVERY", "sometimes")
     environment("RERANK_HTTP_PORT", "70000")
@@ -153,7 +153,7 @@ def test_everything_wrong_is_told_at_once(environment):
     ]
 
 
-def test_secrets_are_neither_shown_nor_told_in_errors(environment):
+def test_secrets_are_neither_listed_nor_in_errors(environment):
     environment("KAFKA_SECURITY_PROTOCOL", "SASL_SSL")
     environment("KAFKA_SASL_MECHANISM", "PLAIN")
     environment("KAFKA_SASL_USERNAME", "worker")

@@ -269,7 +269,7 @@ def test_a_held_member_commits_while_others_wait_to_rebalance_and_they_go_on_whe
 
     first.hold()
     second = kafka.inbox(topic)
-    eventually(lambda: first._consumer._coordinator.need_rejoin())  # told by a heartbeat
+    eventually(lambda: first._consumer._coordinator.need_rejoin())  # the answer to a heartbeat announces it
     committed = [first.commit({Partition(topic, 0): Commit(number)}).exception(LIMIT_S) for number in range(3)]
     assert not second.assigned()
     first.close(5.0)
@@ -302,7 +302,7 @@ def test_a_closed_member_leaves_its_partitions_at_once(kafka, revocation_is_pend
 
 
 @pytest.mark.services
-def test_a_member_that_was_thrown_out_says_so_and_comes_back(kafka):
+def test_a_member_that_was_removed_reports_lost_partitions_and_rejoins(kafka):
     topic = kafka.topic("in")
     send_all(kafka.outbox(), messages(topic, 3))
     inbox = kafka.inbox(topic)
@@ -355,7 +355,7 @@ def test_the_lag_of_a_full_queue_grows_with_what_is_published(kafka, monkeypatch
 
 
 @pytest.mark.services
-def test_what_a_poll_has_brought_stays_when_the_lag_cannot_be_looked_up(kafka, monkeypatch):
+def test_polled_records_stay_when_the_lag_cannot_be_looked_up(kafka, monkeypatch):
     monkeypatch.setattr(workers.bus.assigned, "LAG_INTERVAL_S", 0.0)
     topic = kafka.topic("in")
     send_all(kafka.outbox(), messages(topic, 20))
@@ -397,7 +397,7 @@ def test_members_with_full_queues_share_with_a_new_one_in_few_rebalances(kafka, 
 
 
 @pytest.mark.services
-def test_records_that_were_laid_aside_in_a_pause_come_after_it(kafka):
+def test_records_set_aside_during_a_pause_are_returned_after_it(kafka):
     paused, other = TopicPartition(kafka.topic("in"), 0), TopicPartition(kafka.topic("other"), 0)
     send_all(kafka.outbox(), [*messages(paused.topic, 10), *messages(other.topic, 10)])
     consumer = KafkaConsumer(**kafka.connection, auto_offset_reset="earliest", max_poll_records=4)
@@ -478,7 +478,7 @@ def test_a_transaction_of_an_earlier_membership_is_refused_and_the_next_one_pass
 
 
 @pytest.mark.services
-def test_a_producer_that_was_fenced_starts_anew(kafka):
+def test_a_fenced_producer_is_replaced(kafka):
     topic, replies = kafka.topic("in"), kafka.topic("out")
     inbox = kafka.inbox(topic)
     eventually(inbox.assigned)

@@ -57,7 +57,7 @@ def test_a_key_of_another_certificate_is_named(authority):
         kafka_connection(settings(certfile=ours.certificate, keyfile=other.key), "edje")
 
 
-def test_a_key_is_opened_with_its_password_alone_and_nobody_is_asked_for_one(authority):
+def test_a_key_is_opened_with_its_password_only_and_without_a_prompt(authority):
     ours = authority.issue("worker")
     locked = ours.key.with_suffix(".locked")
     command = ["openssl", "pkey", "-in", ours.key, "-out", locked, "-aes256", "-passout", "pass:opensesame"]

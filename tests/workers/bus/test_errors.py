@@ -32,7 +32,7 @@ def test_an_error_with_a_remedy_names_itself_once(error, kind, sentence):
         raise error
 
 
-def test_an_error_without_a_remedy_stays_what_it_is():
+def test_an_error_without_a_remedy_is_not_translated():
     error = kafka_errors.IllegalStateError("a bug")
 
     assert translated(error) is error
@@ -56,12 +56,12 @@ def test_an_error_without_a_remedy_stays_what_it_is():
         ),
     ],
 )
-def test_a_refused_message_is_told_by_its_number_and_its_topic(error, kind, sentence):
+def test_a_refusal_names_the_message_by_its_number_and_its_topic(error, kind, sentence):
     refused = refusal(error, MESSAGE, 3)
 
     assert (type(refused), str(refused), refused.message_number) == (kind, sentence, 3)
 
 
 @pytest.mark.parametrize("error", [None, kafka_errors.NotEnoughReplicasError(), kafka_errors.ProducerFencedError()])
-def test_what_another_attempt_may_mend_is_no_refusal(error):
+def test_an_error_that_another_attempt_may_resolve_is_no_refusal(error):
     assert refusal(error, MESSAGE) is None

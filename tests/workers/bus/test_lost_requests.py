@@ -119,7 +119,7 @@ def test_the_end_of_a_transaction_is_asked_for_until_a_broker_answers(kafka, inb
     assert values(take(kafka.inbox(replies, group="readers"), 2)) == [b"0", b"1"]
 
 
-def test_an_abort_that_nobody_answers_is_left_to_the_next_producer(kafka, inbox, lost):
+def test_an_abort_without_an_answer_is_left_to_the_next_producer(kafka, inbox, lost):
     (partition,) = inbox.assigned()
     replies = kafka.topic("out")
     now = inbox.membership()

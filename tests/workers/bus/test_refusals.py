@@ -1,4 +1,4 @@
-"""What a real Kafka refuses for good, and what any client may have written to it."""
+"""Messages, topics and permissions that a real Kafka refuses, and records as any client may have written them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.services
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Creates no topic unasked, and knows who may write where."""
+    """A Kafka that creates no topics by itself and checks permissions."""
     made = KafkaServer(
         tmp_path_factory.mktemp("kafka") / "kafka",
         {
@@ -141,7 +141,7 @@ def test_while_the_broker_is_away_an_unknown_topic_is_not_refused(server, kafka)
         server.thaw()
 
 
-def test_what_waits_for_its_topic_fails_when_the_outbox_is_closed(kafka, monkeypatch):
+def test_messages_that_wait_for_their_topic_fail_when_the_outbox_is_closed(kafka, monkeypatch):
     monkeypatch.setattr(workers.bus.topics, "APPEARANCE_S", LIMIT_S)
     outbox = kafka.outbox()
     waiting = outbox.send(Outgoing(kafka.prefix + "nowhere", None, b""))

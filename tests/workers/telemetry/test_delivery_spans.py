@@ -60,7 +60,7 @@ def test_a_send_that_is_tried_again_is_one_span(recorded, spans):
     assert seconds(recorded.one("send out")) == 21.0
 
 
-def test_a_refused_message_is_a_failed_send_and_what_takes_its_place_has_a_span_of_its_own(recorded, spans):
+def test_a_refused_message_is_a_failed_send_and_its_replacement_has_another_span(recorded, spans):
     bench, done = AtLeastOnceBench(spans=spans), finished()
     instead = replace(done.messages[0], value=b"short", span=child_of(done.span))
     done = replace(done, messages=(replace(done.messages[0], if_refused=lambda refused: instead),))

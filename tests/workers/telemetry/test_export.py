@@ -100,7 +100,7 @@ def queue_to(exporter: HeldExporter, dropped: Dropped, *, delay_s: float = GIVE_
     return SpanQueue(exporter, QueueLimits(max_spans=8, max_batch=4, delay_s=delay_s), dropped)
 
 
-def test_a_destination_that_takes_its_time_holds_nobody_up_and_what_finds_no_room_is_counted():
+def test_a_slow_destination_does_not_block_and_spans_that_find_the_queue_full_are_counted():
     exporter, dropped = HeldExporter(), Dropped()
     queue = queue_to(exporter, dropped)
 
@@ -113,7 +113,7 @@ def test_a_destination_that_takes_its_time_holds_nobody_up_and_what_finds_no_roo
     assert (len(exporter.exported), dropped.number) == (8, 12)
 
 
-def test_what_a_destination_does_not_take_is_counted():
+def test_spans_that_a_destination_refuses_are_counted():
     exporter, dropped = HeldExporter(is_taken=False), Dropped()
     exporter.go.set()
     queue = queue_to(exporter, dropped)
@@ -184,7 +184,7 @@ def every_kind_of_span() -> list[FinishedSpan]:
     return recorded.finished
 
 
-def test_spans_are_encoded_to_what_the_sdks_own_encoder_says():
+def test_spans_are_encoded_as_by_the_sdk():
     """Read back and compared, because equal messages may be written in more than one way."""
     finished = every_kind_of_span()
     theirs = encode_spans(list(map(as_sdk_span, finished)))
@@ -196,7 +196,7 @@ def test_spans_are_encoded_to_what_the_sdks_own_encoder_says():
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Keeps what it is sent."""
+    """Keeps the spans it receives."""
 
     bodies: ClassVar[list[tuple[str, bytes]]] = []
 
@@ -275,7 +275,7 @@ def test_a_span_file_goes_on_where_an_earlier_worker_ended(tmp_path):
     assert len(path.read_bytes().splitlines()) == 2
 
 
-def test_a_span_file_that_cannot_be_written_is_told_at_the_start(tmp_path):
+def test_a_span_file_that_cannot_be_written_is_an_error_at_the_start(tmp_path):
     with pytest.raises(Misconfigured, match="spans cannot be written to"):
         SpanFile(NOBODY, tmp_path / "none" / "spans.jsonl", max_bytes=1)
 
@@ -330,7 +330,7 @@ def test_every_standard_sampler_decides_as_the_sdks_own_does(name, ratio, trace_
     assert ours == (theirs is Decision.RECORD_AND_SAMPLE)
 
 
-def test_who_tells_it_is_the_worker_unless_the_environment_says_otherwise(monkeypatch):
+def test_the_resource_names_the_worker_unless_the_environment_names_another_service(monkeypatch):
     assert resource_of("rerank").attributes["service.name"] == "edje-rerank"
     monkeypatch.setenv("OTEL_SERVICE_NAME", "team-a-rerank")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
@@ -342,7 +342,7 @@ def test_who_tells_it_is_the_worker_unless_the_environment_says_otherwise(monkey
     assert attributes["service.instance.id"]
 
 
-def test_the_registry_is_told_in_the_words_of_otlp():
+def test_the_registry_is_converted_to_otlp():
     metrics = Metrics()
     metrics.count_event("ok")
     metrics.observe_batch(num_pairs=5, num_tokens=400, max_tokens=800, seconds=0.003)
@@ -362,7 +362,7 @@ def test_the_registry_is_told_in_the_words_of_otlp():
     assert "edje_backlog_seconds" not in told
 
 
-def test_metrics_are_told_once_more_at_the_end():
+def test_metrics_are_exported_once_more_at_the_end():
     class Collected(MetricExporter):
         told: list[object]
 

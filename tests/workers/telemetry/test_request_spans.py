@@ -1,4 +1,4 @@
-"""The spans of rerank requests: what is recorded, that it agrees with the reply, and what it is linked to."""
+"""The spans of rerank requests, their links, and that they agree with the timings of the reply."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_request_in_several_batches_is_linked_to_each(recorded):
     assert links(recorded.one(PROCESS)) == batches
 
 
-def test_a_read_of_blobs_is_told_once_and_linked_to_every_request_that_waits_for_it(recorded):
+def test_a_read_of_blobs_is_one_span_linked_to_every_request_that_waits_for_it(recorded):
     rig = rig_over(recorded)
     rig.send(request(["i1"], request_id="one"), SAMPLED)
     rig.turn()
@@ -129,7 +129,7 @@ def test_a_read_of_blobs_is_told_once_and_linked_to_every_request_that_waits_for
     assert read.attributes[names.DB_BATCH.name] == 1
 
 
-def test_nothing_is_recorded_of_what_is_not_sampled(recorded):
+def test_messages_that_are_not_sampled_have_no_spans(recorded):
     rig = rig_over(recorded)
     rig.send(request(["i1", "none"]), UNSAMPLED)
     rig.send(b"no event at all", UNSAMPLED)
@@ -147,7 +147,7 @@ def test_nothing_is_recorded_of_what_is_not_sampled(recorded):
         (b"no event at all", "dead_letter", "undecodable"),
     ],
 )
-def test_what_ends_without_a_ranking_says_why(recorded, sent, status, error):
+def test_a_request_that_ends_without_a_ranking_records_the_reason(recorded, sent, status, error):
     rig = rig_over(recorded)
     rig.send(sent, SAMPLED, key=None)
     rig.run()
@@ -170,7 +170,7 @@ def test_a_request_that_expires_while_it_waits_shows_what_for(recorded):
     assert "score" not in timings
 
 
-def test_one_poll_is_told_once_and_linked_to_each_sampled_producer(recorded):
+def test_a_poll_is_one_span_linked_to_each_sampled_producer(recorded):
     rig = rig_over(recorded)
     poll = Poll(Interval(rig.now - 0.05, rig.now - 0.02), num_records=3)
     value = rig.send(request(["i1"]), UNSAMPLED).value
@@ -185,7 +185,7 @@ def test_one_poll_is_told_once_and_linked_to_each_sampled_producer(recorded):
     assert seconds(span) == pytest.approx(0.03)
 
 
-def test_copies_to_and_from_the_device_are_told_apart_where_the_runtime_can(recorded):
+def test_copies_to_and_from_the_device_have_spans_if_the_runtime_measures_them(recorded):
     engine = Engine(num_slots=8, max_pairs=8)
     engine.last_copies = lambda: DeviceCopies(to_device_s=0.001, to_host_s=0.002)
     rig = rig_over(recorded, engine=engine)

@@ -46,7 +46,7 @@ def test_a_new_context_is_valid_and_unlike_any_other():
     assert one.trace_id != other.trace_id
 
 
-def test_a_message_without_a_context_is_told_from_one_with_a_broken_one():
+def test_a_message_without_a_context_differs_from_one_with_an_invalid_context():
     assert read_context((("tracestate", b"vendor=1"),)) is None
     assert not names_context((("tracestate", b"vendor=1"),))
     assert read_context((("traceparent", b"garbage"),)) is None
@@ -77,7 +77,7 @@ parents = st.from_regex(r"[ \t]?[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2
 @example(PARENT.replace(SPAN.encode(), b"0" * 16))
 @example(PARENT.replace(TRACE.encode(), b"0" * 32))
 @example(b"")
-def test_what_is_a_context_and_what_is_not_is_what_opentelemetry_says(value):
+def test_the_same_contexts_are_valid_as_for_opentelemetry(value):
     headers = (("traceparent", value),)
     theirs = span_context_by_opentelemetry(headers)
 

@@ -22,7 +22,7 @@ def test_a_sampled_message_is_recorded_under_its_producers_span():
     assert trace.exemplar() == {"trace_id": TRACE}
 
 
-def test_what_answers_a_sampled_message_carries_the_span_of_its_sending():
+def test_the_answer_to_a_sampled_message_carries_the_span_of_its_sending():
     trace = Recorded().tracer().begin(SAMPLED)
 
     headers, sent = trace.outgoing()
@@ -77,7 +77,7 @@ def test_a_malformed_traceparent_is_counted_without_tracing_as_well():
     assert counted == [1]
 
 
-def test_a_ratio_decides_where_the_producer_says_nothing_and_the_producer_where_it_does():
+def test_a_ratio_decides_only_for_traces_without_a_decision_of_the_producer():
     tracer = Recorded().tracer(sampling=Sampling.named("parentbased_traceidratio", 0.1))
 
     num_sampled = sum(tracer.begin(()).span is not None for _ in range(2000))

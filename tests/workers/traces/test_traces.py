@@ -1,4 +1,4 @@
-"""Looking at one request from a file of spans, whatever else the file holds."""
+"""The waterfall of one request from a file of spans, which may hold anything else."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_read_of_blobs_that_two_requests_wait_for_brings_nothing_else_of_the_o
     assert (one, two) == ([False], [True])
 
 
-def test_a_request_that_nobody_recorded_is_not_found(file):
+def test_a_request_without_spans_is_not_found(file):
     assert waterfall_of(read_spans([file]).spans, "three") is None
 
 
@@ -151,7 +151,7 @@ def test_spans_that_are_each_others_parents_end(file):
     waterfall_of(read_spans([file]).spans, "one")
 
 
-def test_a_page_escapes_what_it_is_given_and_a_terminal_is_not_steered(file, tmp_path):
+def test_a_page_escapes_its_texts_and_a_terminal_gets_no_control_characters(file, tmp_path):
     name = "process <script>\x1b[2J"
     file.write_bytes(file.read_bytes().replace(b"process rerank.requests", json.dumps(name)[1:-1].encode()))
     waterfall = waterfall_of(read_spans([file]).spans, "one")
@@ -182,7 +182,7 @@ def test_the_command_reads_the_file_and_the_one_before_it_and_writes_a_page(file
     assert "micro-batch" in page.read_text()
 
 
-def test_the_command_says_what_is_missing(file, tmp_path):
+def test_the_command_names_what_is_missing(file, tmp_path):
     unknown = CliRunner().invoke(app, ["three", "--file", str(file)])
     no_file = CliRunner().invoke(app, ["one", "--file", str(tmp_path / "none.jsonl")])
 
