@@ -88,7 +88,16 @@ def main(
         Path | None, typer.Option(help="Model to take captions from where neither A nor B is one.")
     ] = None,
     texts: Annotated[int, typer.Option(min=1, help="Texts to compare on.")] = 48,
-    images: Annotated[int, typer.Option(min=2, help="Pictures to compare on, each with every text.")] = 24,
+    num_images: Annotated[int, typer.Option(min=2, help="Pictures to compare on, each with every text.")] = 24,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            help="Photographs to compare on, perhaps with captions.txt; else drawn scenes or random pictures.",
+        ),
+    ] = None,
     top1: Annotated[float | None, typer.Option(help="Least share of texts with the same best picture.")] = None,
     tau: Annotated[float | None, typer.Option(help="Least mean of Kendall's tau.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Largest error of a logit, of their spread.")] = None,
@@ -101,11 +110,11 @@ def main(
         if pair[0].config != pair[1].config:
             raise EngineMismatch("A and B are of models of different shapes: their logits cannot be compared")
         words = next((each.path for each in pair if each.manifest is None), checkpoint)
-        held = hold_pairs(pair[0].config, None if words is None else Tokenizer.load(words), texts, images)
+        held = hold_pairs(pair[0].config, None if words is None else Tokenizer.load(words), texts, num_images, images)
         with progress_bars(remarks, transient=True) as bars:
-            logits = scored(pair[0].load(kind, images, device), held, bars)
+            logits = scored(pair[0].load(kind, len(held.pixels), device), held, bars)
             thresholds = _thresholds(pair[1], {"top1": top1, "tau": tau, "max_error": max_error})
-            report = report_on(pair[1].load(kind, images, device), logits, held, thresholds, bars)
+            report = report_on(pair[1].load(kind, len(held.pixels), device), logits, held, thresholds, bars)
         print(report.model_dump_json())
         require(report, reference)
     except (CheckpointError, EngineError, PackageMissing) as error:

@@ -74,7 +74,16 @@ def main(
     verify_tau: Annotated[float | None, typer.Option(help="Least mean of Kendall's tau.")] = None,
     verify_max_error: Annotated[float | None, typer.Option(help="Largest error of a logit, of their spread.")] = None,
     verify_texts: Annotated[int, typer.Option(min=1, help="Texts to compare on.")] = 48,
-    verify_images: Annotated[int, typer.Option(min=2, help="Pictures to compare on, each with every text.")] = 24,
+    verify_num_images: Annotated[int, typer.Option(min=2, help="Pictures to compare on, each with every text.")] = 24,
+    verify_images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            help="Photographs to compare on, perhaps with captions.txt; else drawn scenes or random pictures.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the engine that is there.")] = False,
 ) -> None:
     """Build an engine directory. Thresholds that are not given depend on the precision."""
@@ -104,7 +113,7 @@ def main(
         )
         folder = find_source(checkpoint, _CHECKPOINT_FILES)
         loaded = load_checkpoint(folder)
-        held = hold_pairs(loaded.config, Tokenizer.load(folder), verify_texts, verify_images)
+        held = hold_pairs(loaded.config, Tokenizer.load(folder), verify_texts, verify_num_images, verify_images)
         with draft_of(out, MANIFEST_FILE, replace=force) as draft, progress_bars(remarks, transient=True) as bars:
             manifest = assemble(loaded, draft, options, held, thresholds, compiler, bars)
     except (CheckpointError, DirectoryExists, EngineError, PackageMissing, SourceError) as error:

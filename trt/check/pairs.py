@@ -1,28 +1,34 @@
-"""Pairs that engines are compared on: pictures and texts of every length that no training saw.
+"""Pairs that engines are compared on: pictures and texts that no training has seen.
 
-Drawn scenes where the tokenizer knows their words, since ranks mean something there; random ones elsewhere, told apart
-in the report. Knows the engines' contract, and no engine.
+The user's photographs where a folder is given; drawn scenes where the tokenizer knows their words, because their ranks
+mean something; random pictures and texts elsewhere. The report names which. Knows the engines' contract and no engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edje.config import EdjeConfig
 from edje.data.scenes.dataset import holdout
+from edje.images import ImageError, ImageLimits, decode_image
 from edje.text import Tokenizer
 from protocols.quantize import quantize
-from trt.contract import Engine
+from trt.contract import Engine, EngineUnavailable
 from trt.parity import ParityFailed
 
 _SEED = 20_260
 #: Every so many pairs the first stage gave nothing.
 _MISSING = 7
 _UNKNOWN = "[UNK]"
+_LIMITS = ImageLimits(max_bytes=64_000_000, max_pixels=100_000_000)
+_MIN_PHOTOGRAPHS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +41,26 @@ class HeldPairs:
     first_stage: NDArray[np.float32]  # (Q, N), read by models that read it
 
 
-def hold_pairs(config: EdjeConfig, tokenizer: Tokenizer | None, num_texts: int, num_images: int) -> HeldPairs:
-    """The same pairs for the same arguments. Without a tokenizer, texts are random numbers."""
+def hold_pairs(
+    config: EdjeConfig, tokenizer: Tokenizer | None, num_texts: int, num_images: int, folder: Path | None = None
+) -> HeldPairs:
+    """The same pairs for the same arguments. Without a tokenizer, texts are random numbers.
+
+    `folder` holds photographs to use instead, in the order of their names; `captions.txt` in it has a caption per
+    line. Raises `EngineUnavailable` for a folder with fewer than two images that can be decoded.
+    """
+    photographs = None if folder is None else _photographs(config, folder, num_images)
+    if photographs is not None:
+        num_images = len(photographs)
     random = np.random.default_rng(_SEED)
     first = config.joint.first_stage
     mean, std = (0.0, 1.0) if first is None else (first.mean, first.std)
     first_stage = random.normal(mean, std, (num_texts, num_images)).astype(np.float32)
     first_stage.reshape(-1)[::_MISSING] = np.nan
+    if photographs is not None and folder is not None:
+        captions = _captions(config, tokenizer, folder, num_texts) or _random(config, random, num_texts, num_images)[1]
+        first_stage = np.resize(first_stage, (len(captions), num_images))
+        return HeldPairs(f"{num_images} photographs of {folder}", photographs, captions, first_stage)
     scenes = None if tokenizer is None else _scenes(config, tokenizer, num_texts, num_images)
     if scenes is None:
         pixels, texts = _random(config, random, num_texts, num_images)
@@ -80,6 +99,37 @@ def _store(engine: Engine, start: int, tokens: NDArray[np.float32]) -> None:
             raise ParityFailed(f"the {engine.info.runtime} engine's tokens of picture {slot}: {error}") from error
         to_tokens[row], to_scales[row] = np.frombuffer(values, np.uint8), np.frombuffer(scales, np.uint8)
     engine.slab.publish(slots, rows)
+
+
+def _photographs(config: EdjeConfig, folder: Path, num_images: int) -> NDArray[np.uint8]:
+    """The first images of a folder that can be decoded: (n, 3, S, S)."""
+    found: list[NDArray[np.uint8]] = []
+    preprocess = config.preprocess
+    for path in sorted(each for each in folder.glob("*") if each.is_file()):
+        if len(found) == num_images:
+            break
+        if path.stat().st_size <= _LIMITS.max_bytes:
+            with suppress(ImageError, OSError):
+                found.append(decode_image(path.read_bytes(), preprocess.image_size, _LIMITS, preprocess.resample))
+    if len(found) < _MIN_PHOTOGRAPHS:
+        raise EngineUnavailable(
+            f"{folder} holds {len(found)} images that can be decoded, and {_MIN_PHOTOGRAPHS} are needed: name a folder "
+            "of photographs"
+        )
+    return np.stack(found)
+
+
+def _captions(
+    config: EdjeConfig, tokenizer: Tokenizer | None, folder: Path, num_texts: int
+) -> tuple[tuple[int, ...], ...]:
+    """The ids of the first lines of a folder's `captions.txt`; empty without the file or a tokenizer."""
+    path = folder / "captions.txt"
+    if tokenizer is None or not path.is_file():
+        return ()
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in islice(file, num_texts)]
+    encoded = [tokenizer.encode(line) for line in lines if line]
+    return tuple(tuple(ids) for ids in encoded if 0 < len(ids) <= config.preprocess.max_text_tokens)
 
 
 def _scenes(

@@ -30,7 +30,7 @@ from trt.runtimes.onnx_engine import OnnxEngine
 
 pytestmark = pytest.mark.timeout(FIRST_LIMIT_S)
 
-FEW = ("--verify-texts", "6", "--verify-images", "3")
+FEW = ("--verify-texts", "6", "--verify-num-images", "3")
 OPTIONS = ("--precision", "fp32", "--max-pairs", "16", "--max-images", "4", "--length-buckets", "8,16,32")
 
 
@@ -295,7 +295,7 @@ def test_an_engine_whose_files_were_cut_off_is_not_described(made, tmp_path):
 
 
 def verify(*words):
-    return typed(trt.verify.main, *words, "--texts", 6, "--images", 3)
+    return typed(trt.verify.main, *words, "--texts", 6, "--num-images", 3)
 
 
 def test_an_engine_is_held_against_its_checkpoint(made):

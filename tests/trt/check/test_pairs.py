@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edje.model.variants import VARIANTS
 from edje.text import Tokenizer
 from edje.vocabulary import character_tokenizer
 from trt.check.pairs import hold_pairs, logits_of
+from trt.contract import EngineUnavailable
 from trt.parity import ParityFailed
 
 TINY = VARIANTS["tiny"]
@@ -84,3 +86,31 @@ def test_tokens_that_cannot_be_stored_are_told_with_the_picture():
 
     with pytest.raises(ParityFailed, match="the broken engine's tokens of picture 1"):
         logits_of(Broken(), hold_pairs(TINY, None, num_texts=2, num_images=2))
+
+
+def test_photographs_of_a_folder_are_used_with_their_captions(tmp_path):
+    for number in range(4):
+        Image.new("RGB", (40, 30), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "captions.txt").write_text("a dog\n\na red cat\n")
+
+    held = hold_pairs(TINY, Letters(), num_texts=5, num_images=3, folder=tmp_path)
+    random = hold_pairs(TINY, None, num_texts=5, num_images=9, folder=tmp_path)
+
+    assert held.pixels.shape == (3, 3, 64, 64)
+    assert held.texts == ((2, 5, 3), (2, 9, 3))
+    assert held.first_stage.shape == (2, 3)
+    assert held.said == f"3 photographs of {tmp_path}"
+    assert (len(random.pixels), len(random.texts)) == (4, 5)
+
+
+def test_a_folder_without_photographs_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+
+    with pytest.raises(EngineUnavailable, match="holds 0 images that can be decoded, and 2 are needed"):
+        hold_pairs(TINY, None, num_texts=5, num_images=3, folder=tmp_path)
+
+
+class Letters:
+    def encode(self, text):
+        return [2, len(text), 3]
