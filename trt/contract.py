@@ -14,12 +14,12 @@ from typing import Any, Literal, NewType, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-#: What `encode_queries` returns and `score_pairs` takes back; opaque to everybody but the engine that made it.
+#: The result of `encode_queries`, passed to `score_pairs` of the same engine; only that engine reads it.
 QueryStates = NewType("QueryStates", object)
 
 
 class EngineError(Exception):
-    """Root of what an engine raises; anything else that escapes one is a bug."""
+    """Root of the errors that an engine raises; any other exception is a bug."""
 
 
 class LimitExceeded(EngineError):
@@ -27,11 +27,11 @@ class LimitExceeded(EngineError):
 
 
 class EngineBroken(EngineError):
-    """The device or the engine is in a state it cannot leave (out of memory, sticky error): end the process."""
+    """The device or the engine does not recover (out of memory, sticky error): end the process."""
 
 
 class EngineUnavailable(EngineError):
-    """The runtime or device asked for is not on this machine; the message says what to install or to change."""
+    """The requested runtime or device is missing here; the message says what to install or to change."""
 
 
 class EngineMismatch(EngineError):
@@ -40,7 +40,7 @@ class EngineMismatch(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is and what it accepts; read once, after loading."""
+    """Identity and limits of an engine; read once, after loading."""
 
     runtime: str  # "torch", "tensorrt", "onnx" or "constant"
     model_digest: str  # of the checkpoint: content, not file names
@@ -53,19 +53,18 @@ class EngineInfo:
     max_images: int  # in one `encode_images`
     max_pairs: int  # in one `score_pairs`
     num_slots: int  # of the token slab; 0 for an engine that only encodes images
-    reads_first_stage: bool  # whether `score_pairs` makes anything of the first stage's scores
+    reads_first_stage: bool  # whether `score_pairs` reads first-stage scores
     resample: Literal["bilinear", "bicubic"] = "bilinear"  # how pictures are brought to `image_size`
 
 
 class TokenSlab(Protocol):
     """Fixed-size slots of stored tokens on the engine's own device.
 
-    One thread fills slots while another scores; the owner sees to it that no slot is written while a pair in work
-    names it.
+    One thread fills slots while another scores. The owner does not write a slot while a pair that reads it is scored.
     """
 
     def stage(self, slots: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[int]]:
-        """Give host memory to decode blobs into.
+        """Return host memory to decode blobs into.
 
         Returns `(tokens, scales, rows)`: byte arrays `(n, token bytes)` and `(n, scale bytes)`, and for each slot the
         row of both that is its own. On a CPU the rows are the slots themselves, elsewhere a staging buffer.
@@ -73,7 +72,7 @@ class TokenSlab(Protocol):
         ...
 
     def publish(self, slots: Sequence[int], rows: Sequence[int]) -> None:
-        """Make the staged rows the content of the slots, visible to every later `score_pairs`."""
+        """Make the staged rows the content of the slots for every later `score_pairs`."""
         ...
 
 
@@ -84,7 +83,7 @@ class ImageEncoder(Protocol):
     def info(self) -> EngineInfo: ...
 
     def warm_up(self) -> None:
-        """Run every profile once, so that the first real call is as fast as the hundredth."""
+        """Run and capture every size that a call can have: afterwards no call compiles or captures."""
         ...
 
     def encode_images(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -105,7 +104,7 @@ class PairScorer(Protocol):
     def slab(self) -> TokenSlab: ...
 
     def warm_up(self) -> None:
-        """Run every profile once, so that the first real call is as fast as the hundredth."""
+        """Run and capture every size that a call can have: afterwards no call compiles or captures."""
         ...
 
     def encode_queries(self, text_ids: Sequence[Sequence[int]]) -> QueryStates:
@@ -143,10 +142,10 @@ class DeviceCopies:
 
 @runtime_checkable
 class ReportsCopies(Protocol):
-    """A scorer whose runtime can tell copies from computing; asked on the thread that scores, after each call."""
+    """A scorer that times its copies; called on the thread that scores, after each call."""
 
     def last_copies(self) -> DeviceCopies | None:
-        """Of the last `score_pairs`; None where host and device are one."""
+        """The copies of the last `score_pairs`; None where host and device share memory."""
         ...
 
 
@@ -190,7 +189,7 @@ class Engine(ImageEncoder, PairScorer, Protocol):
 
 
 def check_images(info: EngineInfo, pixels: NDArray[Any]) -> None:
-    """Refuse what is not a batch of images of this engine's size."""
+    """Raise `LimitExceeded` unless the pixels are a batch of images of this engine's size."""
     expected = (3, info.image_size, info.image_size)
     if pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
         raise LimitExceeded(
@@ -201,7 +200,7 @@ def check_images(info: EngineInfo, pixels: NDArray[Any]) -> None:
 
 
 def check_texts(info: EngineInfo, text_ids: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Refuse texts that the model has no positions or no embedding for."""
+    """Raise `LimitExceeded` for texts that the model has no positions or no embedding for."""
     for ids in text_ids:
         if not 0 < len(ids) <= info.max_text_tokens:
             raise LimitExceeded(f"a text of {len(ids)} tokens; this engine takes 1 to {info.max_text_tokens}")
@@ -216,7 +215,7 @@ def check_pairs(
     num_queries: int,
     first_stage: NDArray[Any] | None = None,
 ) -> None:
-    """Refuse what would read outside the slab or the queries, in every runtime with the same words."""
+    """Raise `LimitExceeded` for pairs outside the slab or the queries; every runtime calls it."""
     if len(pair_query) != len(pair_slot):
         raise LimitExceeded(f"{len(pair_query)} query numbers for {len(pair_slot)} slots")
     if first_stage is not None and (first_stage.dtype != np.float32 or first_stage.shape != pair_query.shape):

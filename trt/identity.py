@@ -1,4 +1,4 @@
-"""What an engine says of itself: its digest, and its limits as the model's configuration and its owner give them."""
+"""The digest and the `EngineInfo` of an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m trt.inspect DIR`: what an engine directory is, for whom it was built, how well it agrees, what it runs.
+"""`python -m trt.inspect DIR`: prints an engine's digests, options, profiles, parity reports and layers.
 
 Ends with 0, or with 1 and a sentence for a directory that holds no engine or whose files are not the manifest's.
 """

@@ -1,4 +1,4 @@
-"""What an engine directory is: the manifest that is read before anything else of it.
+"""The manifest of an engine directory, which is read before any other file of it.
 
     manifest.json             this
     image.onnx ...            the three graphs, each with image.onnx.data beside it if its weights are kept apart
@@ -30,7 +30,7 @@ from trt.text_lengths import TEXT_LENGTHS
 
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
-#: A manifest is a few kilobytes; what is a thousand times as large is none.
+#: A manifest has a few kilobytes; a thousand times as much is an error.
 _MAX_MANIFEST_BYTES = 10_000_000
 
 HardwareCompatibility = Literal["none", "same_compute_capability", "ampere_plus"]
@@ -44,7 +44,7 @@ class _Part(BaseModel):
 
 
 class FileDigest(_Part):
-    """A file of the directory and its content."""
+    """Name, SHA-256 and size of a file in the directory."""
 
     name: FileName
     sha256: Sha256
@@ -62,7 +62,7 @@ class GraphFiles(_Part):
 
 
 class BuiltOn(_Part):
-    """Where a plan was built, which decides where it runs."""
+    """TensorRT version and GPU of the build; a plan runs only where they match."""
 
     tensorrt_version: str
     gpu: str
@@ -70,7 +70,7 @@ class BuiltOn(_Part):
 
 
 class BuildOptions(_Part):
-    """What `python -m trt.build` was asked for. Whatever is left out of a command line is as here."""
+    """The options of `python -m trt.build` that shape an engine, with their defaults."""
 
     storage: str = "int8"
     precision: Precision = "bf16"
@@ -105,7 +105,7 @@ class ParityReport(_Part):
 
 
 class Manifest(_Part):
-    """One engine: what it was made of, what of, for what and how well."""
+    """One engine: its model, options, files, where its plans were built, and its parity reports."""
 
     format_version: Literal[1] = FORMAT_VERSION
     model_digest: str
