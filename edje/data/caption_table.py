@@ -99,7 +99,7 @@ def _split_of(row: Row) -> Split | None:
 
 
 def _number(row: Row, column: str) -> float | None:
-    """The number in an optional column. Raises `ValueError` if it is none."""
+    """The number in an optional column. Raises `ValueError` for any other text."""
     text = row.cells.get(column, "").strip()
     if not text:
         return None
@@ -113,7 +113,7 @@ def _number(row: Row, column: str) -> float | None:
 
 
 def _unknown_split(row: Row) -> str:
-    return f"{row.cells['split']!r} is none of {', '.join(SPLIT_NAMES)}"
+    return f"{row.cells['split']!r} is not one of {', '.join(SPLIT_NAMES)}"
 
 
 def _no_rows(csv_path: Path, split: Split, num_rows: Counter[str], has_splits: bool) -> str:

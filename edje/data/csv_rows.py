@@ -140,7 +140,7 @@ def _cause(error: csv.Error) -> str:
     if "unexpected end of data" in text:
         return _UNCLOSED
     if "expected after" in text:
-        return "a quotation mark stands within a quoted field: double it"
+        return "a quoted field contains a single quotation mark: double it"
     if "field larger" in text:
         return f"a field has more than {csv.field_size_limit():,} characters"
     return text

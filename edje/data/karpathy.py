@@ -69,7 +69,7 @@ def karpathy(
         is_restval = entry.split.casefold() == _RESTVAL
         entry_split: Split | None = "train" if is_restval else split_named(entry.split)
         if entry_split is None:
-            cause = f"{entry.split!r} is none of {', '.join([*SPLIT_NAMES, _RESTVAL])}"
+            cause = f"{entry.split!r} is not one of {', '.join([*SPLIT_NAMES, _RESTVAL])}"
             builder.problems.record("unknown_split", cause, location)
         elif entry_split != split or (is_restval and not restval):
             continue

@@ -106,25 +106,27 @@ def extract(
     it. Images that cannot be decoded are recorded in the dataset's problems and have no row in `Features.rows`; with
     `strict` they raise `DataError`. Raises `FeaturesError` for features that are not finite.
     """
-    place = folder / hashlib.sha256(extractor.digest.encode()).hexdigest()[:_KEY_CHARS]
-    place.mkdir(parents=True, exist_ok=True)
+    store_folder = folder / hashlib.sha256(extractor.digest.encode()).hexdigest()[:_KEY_CHARS]
+    store_folder.mkdir(parents=True, exist_ok=True)
     image_keys = np.array([key_of(dataset.image_key(index)) for index in range(len(dataset.images))], np.uint64)
     # Without connected processes, a second one waits here and then finds the features.
-    with _locked(place / f".{rank}-of-{num_processes}.lock"):
-        store = FeatureStore(place)
+    with _locked(store_folder / f".{rank}-of-{num_processes}.lock"):
+        store = FeatureStore(store_folder)
         missing = _missing(store, image_keys)
         share = missing[image_keys[missing] % np.uint64(num_processes) == rank]
         if len(share):
-            _Extraction(extractor, dataset, place, store, image_keys, batch_size, console).run(share)
+            _Extraction(extractor, dataset, store_folder, store, image_keys, batch_size, console).run(share)
     wait()
     if len(missing):
-        store = FeatureStore(place)
+        store = FeatureStore(store_folder)
     positions = store.positions(image_keys)
     unreadable = {}
     for index in np.flatnonzero(positions < 0).tolist():
         found = store.unreadable.get(int(image_keys[index]))
         if found is None:
-            raise FeaturesError(f"{place} lacks features of {dataset.images[index].image_id}: run the command again")
+            raise FeaturesError(
+                f"{store_folder} lacks features of {dataset.images[index].image_id}: run the command again"
+            )
         unreadable[index] = found.cause
     for index, cause in unreadable.items():
         dataset.problems.record("undecodable_image", dataset.images[index].image_id)
@@ -161,7 +163,7 @@ class _Extraction:
         self,
         extractor: Extractor,
         dataset: Dataset,
-        place: Path,
+        store_folder: Path,
         store: FeatureStore,
         image_keys: Keys,
         batch_size: int,
@@ -169,7 +171,7 @@ class _Extraction:
     ) -> None:
         self._extractor = extractor
         self._dataset = dataset
-        self._place = place
+        self._folder = store_folder
         self._store = store
         self._image_keys = image_keys
         self._batch_size = batch_size
@@ -220,7 +222,7 @@ class _Extraction:
         return stored
 
     def _write(self) -> None:
-        self._shard.write(self._place)
+        self._shard.write(self._folder)
         self._shard = _Shard()
 
     def _decoded(self, indices: NDArray[np.int64], num_ahead: int) -> Iterator[_Decoded]:
@@ -274,13 +276,13 @@ class _Shard:
         num_rows = sum(map(len, self._keys)) + len(self.unreadable)
         return num_bytes >= _MAX_SHARD_BYTES or num_rows >= _MAX_SHARD_ROWS
 
-    def write(self, place: Path) -> None:
+    def write(self, store_folder: Path) -> None:
         """Write the rows, if there are any."""
         if self._keys:
             tokens, pooled = np.concatenate(self._tokens), np.concatenate(self._pooled)
-            write_shard(place, np.concatenate(self._keys), tokens, pooled, self.unreadable)
+            write_shard(store_folder, np.concatenate(self._keys), tokens, pooled, self.unreadable)
         elif self.unreadable:
-            write_shard(place, np.empty((0, 2), np.uint64), None, None, self.unreadable)
+            write_shard(store_folder, np.empty((0, 2), np.uint64), None, None, self.unreadable)
 
 
 @contextmanager

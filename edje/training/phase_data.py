@@ -263,7 +263,7 @@ class PhaseData:
 
     def _report_unreadable(self, image_id: str, cause: str) -> None:
         """Print, on whichever process it happens, that an image was lost during training."""
-        text = f"{self._data.name}: {image_id} can no longer be read ({cause}); a grey image takes its place"
+        text = f"{self._data.name}: {image_id} can no longer be read ({cause}); a grey image replaces it"
         self._console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def _report(self, dataset: Dataset, features: Features | None = None) -> None:

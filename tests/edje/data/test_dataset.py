@@ -455,7 +455,7 @@ def test_an_image_may_be_named_by_an_absolute_path_or_with_backslashes(root, nam
         ("b.png", "1 fields where the header names 2"),
         ("b.png,a dog,extra", "3 fields where the header names 2"),
         (",a dog", "the column image is empty"),
-        ('b.png,"a dog" barks', "a quotation mark stands within a quoted field: double it"),
+        ('b.png,"a dog" barks', "a quoted field contains a single quotation mark: double it"),
         (f'b.png,"{"w" * 200_000}"', "a field has more than 131,072 characters"),
         ('b.png,"a dog', "a quotation mark opens a field and does not close it in the same row"),
         ('"b.png,a dog', "a quotation mark opens a field and does not close it in the same row"),
@@ -552,7 +552,7 @@ def test_an_unknown_split_is_reported_with_its_line_and_the_known_ones(root, nam
     dataset = table(root, f"image,caption,split\na.png,a cat,train\nb.png,a dog,{name}\n", split="train")
 
     assert (
-        f"1 row with an unknown split (list.csv line 3: {name!r} is none of train, training, dev, val, valid, "
+        f"1 row with an unknown split (list.csv line 3: {name!r} is not one of train, training, dev, val, valid, "
         "validation, test, testing)"
     ) in dataset.problems.report()
 
