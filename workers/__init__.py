@@ -1,1 +1,1 @@
-"""The service: the loop, batching, ranking, the slot cache, adapters, and the two workers."""
+"""The service: the loop, the rerank, ingest and index workers, the gateway, their adapters and tools."""

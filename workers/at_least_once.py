@@ -1,6 +1,6 @@
-"""The promise `at_least_once`: publishes a message as soon as it is finished, commits behind the acknowledgements.
+"""The delivery promise `at_least_once`: publishes each outcome at once, and commits offsets after acknowledgements.
 
-An offset is committed only after the broker has every message before it. After a crash a reply can come twice. Messages
+An offset is committed only when the broker has acknowledged every earlier outcome. A crash may repeat a reply. Messages
 of one topic and key are published in order. Knows no Kafka; time is an argument.
 """
 
@@ -34,7 +34,7 @@ class _Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """One message until the broker has it; a repeated attempt is the same sending."""
+    """One message until the broker has acknowledged it; all attempts share the object."""
 
     outcome: _Outcome
     message: Outgoing
@@ -64,7 +64,7 @@ class AtLeastOnce:
         self._landing = Landing(wake)
         self._undelivered = Undelivered(limits)
         self._retries: list[tuple[float, _Sending]] = []
-        # By topic and key: the messages behind the one that is on its way.
+        # By topic and key: the messages that wait for the one that is being sent.
         self._behind: dict[tuple[str, bytes], deque[_Sending]] = {}
         self._now = 0.0
 
@@ -83,7 +83,7 @@ class AtLeastOnce:
             self._ledger.finish(finished.record, finished.span)
 
     def _queue(self, sending: _Sending) -> None:
-        """Send a message, unless an earlier one with its key is on its way."""
+        """Send a message, unless an earlier one with its key is being sent."""
         message = sending.message
         if message.key is not None:
             behind = self._behind.get((message.topic, message.key))
@@ -124,7 +124,7 @@ class AtLeastOnce:
         message, now = sending.message, self._now
         if not isinstance(error, (Refused, Transient)):
             raise error
-        if not self._ledger.is_open(sending.outcome.record):  # dropped: the next owner answers it
+        if not self._ledger.is_open(sending.outcome.record):  # dropped: the partition's next owner answers it
             self._end(message)
             return
         replacement = message.instead(error) if isinstance(error, Refused) else None
@@ -139,7 +139,7 @@ class AtLeastOnce:
         self._retries.append((now + pause_s(sending.attempt), replace(sending, attempt=sending.attempt + 1)))
 
     def _end(self, message: Outgoing) -> None:
-        """The message needs no more attempts: send the next one with its key."""
+        """Remove a message that needs no more attempts, and send the next one with its key."""
         self._undelivered.remove([message])
         if message.key is None:
             return

@@ -10,8 +10,8 @@
         for result in reply.response.results:
             print(result.id, result.relevance_score)
 
-Synchronous and for one thread; any number of images and up to `MAX_OUTSTANDING` requests may be outstanding. Every
-program that can write to Kafka can do the same without it: the contract is `protocols`.
+Synchronous and for one thread. Any number of images and up to `MAX_OUTSTANDING` requests may be outstanding. Any
+program that can write to Kafka can do the same without this client: the contract is `protocols`.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ EventT = TypeVar("EventT", bound=Event)
 MAX_MESSAGE_BYTES = 1 << 20
 CLOSE_TIMEOUT_S = 10.0
 PUBLISH_TIMEOUT_S = 60.0
-#: Requests that a client keeps waiting for, and replies that it keeps; beyond it the oldest one is forgotten.
+#: Requests that a client waits for, and replies that it keeps; the oldest is forgotten to make room for another.
 MAX_OUTSTANDING = 10_000
-#: The longest single wait for messages: between two of them an interrupt is noticed.
+#: The longest single wait for messages: an interrupt is noticed between two waits.
 POLL_S = 0.5
 
 
 class NoAnswer(WorkerError):
-    """The service has not answered in time; the message names the request and the time."""
+    """The service has not answered in time; the error names the request and the timeout."""
 
 
 class Reader(Protocol):
-    """Reads some topics from their ends at the time the reader was made."""
+    """Reads the records published to some topics after the reader was made."""
 
     def poll(self, timeout_s: float) -> list[Record]:
         """Return the records that have arrived, waiting at most this long for the first one."""
@@ -88,10 +88,10 @@ ImageOutcome = ImageIndexed | Removed | DeadLetter
 
 
 class Client:
-    """Publishes events and matches the answers with them, by id."""
+    """Publishes events and matches the answers to them by id."""
 
     def __init__(self, outbox: Outbox, reader: Reader, topics: Topics) -> None:
-        """`reader` reads `answer_topics`, and any other topic to which replies are directed."""
+        """`reader` reads `answer_topics` and any other reply topic that requests name."""
         self._outbox = outbox
         self._reader = reader
         self._topics = topics
@@ -113,7 +113,7 @@ class Client:
         """Publish an image; with `watch`, `image_outcomes` will return its outcome."""
         if watch:
             self._images.add(image.image_id)
-        # JSON would add a third to the bytes.
+        # JSON would enlarge the bytes by a third.
         content_type = JSON if image.data is None else MSGPACK
         value = encode(image, content_type)
         return self._publish(self._topics.images_new, image.image_id, value, content_type)
@@ -153,7 +153,7 @@ class Client:
         return frozenset(self._images)
 
     def publish_request(self, request: RerankRequest) -> Future[None]:
-        """Publish a request, for whose reply `reply_to` waits."""
+        """Publish a request; `reply_to` waits for its reply."""
         _bound(self._requests)
         self._requests[request.request_id] = None
         value = encode(request, JSON)
@@ -184,8 +184,8 @@ class Client:
             self.forget_request(request.request_id)
 
     def _publish(self, topic: str, event_id: str, value: bytes | None, content_type: str | None) -> Future[None]:
-        # A span of the program's own tracing, if it has any; else nothing is recorded, no header is written and the
-        # worker starts the trace.
+        # A span of the calling program's tracing, if it has any; else nothing is recorded, no header is written and the
+        # worker begins the trace.
         attributes = {
             names.SYSTEM.name: "kafka",
             names.OPERATION.name: "send",
@@ -217,7 +217,7 @@ class Client:
                 self._note_dead_image(record)
             else:
                 self._note_reply(_decoded(RerankResponse, record), record.headers)
-        except ValueError as error:  # of another producer; it answers no request of this client
+        except ValueError as error:  # from another producer; it answers no request of this client
             log.warning(
                 "an answer cannot be decoded", topic=record.partition.topic, offset=record.offset, error=str(error)
             )
@@ -240,7 +240,7 @@ class Client:
             self._outcomes.append(outcome)
 
     def _note_reply(self, response: RerankResponse, headers: Headers) -> None:
-        # Delivered at least once: the second reply to a request no longer finds the request.
+        # Replies are delivered at least once: a second reply to a request finds no open request and is ignored.
         if response.request_id in self._requests:
             del self._requests[response.request_id]
             _bound(self._replies)
@@ -267,7 +267,7 @@ def connect(
 ) -> Client:
     """Return a client on Kafka. Raises `WorkerError`.
 
-    `connection` is the addresses of brokers with commas between them, or the keyword arguments that every client of
+    `connection` holds the addresses of brokers, separated by commas, or the keyword arguments that every client of
     kafka-python needs for these brokers (`bootstrap_servers`, `security_protocol`…). The client reads all
     `answer_topics`, or the topics of `read`: some of them, and other reply topics.
     """
@@ -281,7 +281,7 @@ def connect(
 
 
 def _bound(oldest_first: dict[str, Any]) -> None:
-    """Make room for one more entry."""
+    """Remove the oldest entries to make room for one more."""
     while len(oldest_first) >= MAX_OUTSTANDING:
         del oldest_first[next(iter(oldest_first))]
 
@@ -291,7 +291,7 @@ def _decoded(kind: type[EventT], record: Record) -> EventT:
 
 
 def _trace_headers() -> Headers:
-    """The headers of the caller's trace, if it has one."""
+    """Return the headers of the caller's trace, if it has one."""
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
     return tuple((name, value.encode()) for name, value in carrier.items())

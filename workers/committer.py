@@ -1,4 +1,4 @@
-"""Commits offsets at an interval, behind the deliveries that have settled them.
+"""Commits offsets at an interval, after the outcomes of their records are published.
 
 Knows the inbox by its port only; time is an argument.
 """
@@ -56,7 +56,7 @@ class Committer:
         self._now = 0.0
 
     def add(self, offsets: Mapping[Partition, int], num_events: int, spans: Iterable[SpanIds]) -> None:
-        """Commit these offsets next; `spans` are those of the sampled events before them."""
+        """Commit these offsets next; `spans` are the spans of the sampled events before them."""
         self._waiting.add(offsets, num_events, spans)
 
     def turn(self, now: float) -> None:

@@ -1,4 +1,4 @@
-"""Connects a worker to Kafka: its inbox, and the delivery of its promise with its outbox.
+"""Connects a worker to Kafka: makes its inbox, its outbox and the delivery for its delivery promise.
 
 The only module besides `workers.runtime` that names adapters of the bus for a worker.
 """
@@ -33,7 +33,7 @@ CLOSE_S = 5.0
 class Subscription:
     """What a worker reads and writes."""
 
-    name: str  # of the worker
+    name: str  # name of the worker
     group_id: str
     input_topic: str
     output_topics: tuple[str, ...]
@@ -43,7 +43,7 @@ class Subscription:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """A member of the group, with the delivery of its outcomes."""
+    """A group member's inbox, and the delivery of its outcomes."""
 
     inbox: Inbox
     partitions: Partitions
@@ -74,7 +74,7 @@ def connect(
         group_id=subscription.group_id,
     )
     with ExitStack() as opened:
-        if subscription.followed_topic is not None:  # before a record is taken, so that no later event is missed
+        if subscription.followed_topic is not None:  # before any record is taken, so that no later event is missed
             follower = KafkaFollower(
                 connection, subscription.followed_topic, wake=wake, max_message_bytes=settings.max_message_bytes
             )
@@ -104,7 +104,7 @@ def connect(
                 transaction_timeout_ms=settings.session_timeout_ms,
             )
             executor = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="transaction"))
-            opened.callback(transactional.close, CLOSE_S)  # first, because it ends a transaction that waits
+            opened.callback(transactional.close, CLOSE_S)  # closed first: this ends a waiting transaction
             interval_s = settings.transaction_interval_ms / 1000
             delivery = ExactlyOnce(transactional, executor, partitions, wake, interval_s, metrics, spans, limits)
         else:
@@ -117,9 +117,9 @@ def connect(
 
 
 def transactional_id(group_id: str, http_port: int) -> str:
-    """Return an id that no other running worker has, and that the successor of this one has too.
+    """Return an id that no other running worker has, and that this worker has again after a restart.
 
-    A container that restarts in its pod then ends the open transaction of its predecessor at once. The port of the
+    A restarted container thus ends the open transaction of its predecessor at once. The port of the
     health pages is unique on a host: two pods on a host's network share its name and their process numbers.
     """
     return f"{group_id}-{socket.gethostname()}-{http_port}"

@@ -10,7 +10,7 @@ from workers.errors import Poison, Refused, TooLarge
 from workers.metrics import Metrics
 from workers.ports import Finished, Outgoing, Record
 
-#: A dead letter is not shortened below this size: cause and origin need about as much.
+#: A dead letter is not shortened below this size, which cause and origin need.
 MIN_LETTER_BYTES = 1_000
 
 
@@ -28,9 +28,9 @@ class DeadLetters:
         return Finished(record, (self.of(record, error_class=error_class, code=error.code, message=str(error)),))
 
     def of(self, record: Record, *, error_class: str, code: str, message: str, attempts: int = 1) -> Outgoing:
-        """Return the message to publish for a record that can never succeed.
+        """Return the dead letter of a record that can never succeed, as a message.
 
-        A letter that is too large for the broker loses its end; if the topic takes even less, more of it.
+        A letter that is too large for the broker is cut; if the topic's limit is lower still, it is cut further.
         """
         self.metrics.count_event("dead_letter")
         self.metrics.count_dead_letter(code)
@@ -50,7 +50,7 @@ class DeadLetters:
 
 
 def _outgoing(topic: str, letter: DeadLetter, next_max_bytes: int) -> Outgoing:
-    """The letter's message; refused for its size, it is replaced by one of at most `next_max_bytes`, and so on."""
+    """Return the letter's message; if refused as too large, a message of at most `next_max_bytes` replaces it."""
 
     def shortened(refused: Refused) -> Outgoing | None:
         if not isinstance(refused, TooLarge) or next_max_bytes < MIN_LETTER_BYTES:

@@ -1,4 +1,4 @@
-"""The port between the loop and a delivery promise, and what both promises share.
+"""The port between the loop and a delivery promise, and the code that both promises share.
 
 A delivery turns finished records into published messages and committed offsets: `workers.at_least_once` or
 `workers.exactly_once`. Knows no Kafka; time is an argument.
@@ -28,23 +28,23 @@ class DeliveryMetrics(Protocol):
     def count_retry(self, kind: Literal["publish", "commit"]) -> None: ...
 
     def observe_publish(self, seconds: float, span: SpanIds | None) -> None:
-        """From a record's outcome until the broker has all its messages; `span` is that of the record's processing."""
+        """Observe the time from a record's outcome until the broker has its messages; `span` is the processing span."""
         ...
 
 
 class Delivery(Protocol):
-    """Gives each record its one outcome, and commits it."""
+    """Publishes the one outcome of each record and commits the record's offset."""
 
     def has_room(self) -> bool:
         """Whether more records may be taken; False while too many outcomes wait for the broker."""
         ...
 
     def begin(self, record: Record) -> None:
-        """Enter a record in work."""
+        """Note that work on a record has begun."""
         ...
 
     def finish(self, finished: Finished, now: float) -> None:
-        """Take the outcome of a record in work."""
+        """Accept the outcome of a record in work."""
         ...
 
     def turn(self, now: float) -> None:
@@ -56,7 +56,7 @@ class Delivery(Protocol):
         ...
 
     def settled(self, partitions: Collection[Partition] | None = None) -> bool:
-        """Whether nothing of these partitions (or of any) is in work, unpublished or uncommitted."""
+        """Whether no record of these partitions (None: of all) is in work, unpublished or uncommitted."""
         ...
 
     def committing(self) -> Collection[Partition]:
@@ -64,7 +64,7 @@ class Delivery(Protocol):
         ...
 
     def hurry(self) -> None:
-        """Commit in the next turn whatever can be committed, instead of at the next interval."""
+        """Commit all that can be committed in the next turn instead of at the next interval."""
         ...
 
     def drop(self, partitions: Collection[Partition]) -> None:
@@ -74,7 +74,7 @@ class Delivery(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class UndeliveredLimits:
-    """How many messages, and bytes of them, may wait for the broker before reading pauses."""
+    """Limits on the messages, and their bytes, that may wait for the broker before reading pauses."""
 
     max_messages: int = 10_000
     max_bytes: int = 64 << 20

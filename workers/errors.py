@@ -1,13 +1,13 @@
-"""The errors of a worker, by remedy.
+"""The errors of a worker, grouped by remedy.
 
     WorkerError
       Transient      a service was not ready: try the same message again, later
-      Poison         this message can never succeed: dead letter, and go on
+      Poison         this message can never succeed: publish a dead letter, and go on
         Internal       an unexpected exception while one message was handled; its traceback is in the log
         Refused        the broker never accepts this message; another may be published in its place
           TooLarge       the message is larger than the broker accepts
           TopicRefused   the topic does not exist, or this worker may not write to it
-      Misconfigured  no message can succeed until a person changes a setting: the process ends with the sentence
+      Misconfigured  no message can succeed until a person changes a setting: the process ends and logs the message
 
 Any other exception while one message is decoded, fetched or prepared becomes `Internal` (`as_internal_error`). Only the
 engine, the ledger and the loop end the process with a traceback. Foreign errors become one of these in the adapter that
@@ -32,9 +32,9 @@ class Transient(WorkerError):
 
 
 class Poison(WorkerError):
-    """This message can never succeed: dead-letter it and go on.
+    """This message can never succeed: publish a dead letter and go on.
 
-    `code` is the stable word in replies, dead letters and metrics.
+    `code` is the stable error code in replies, dead letters and metrics.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -66,7 +66,7 @@ class TooLarge(Refused):
 
 
 class TopicRefused(Refused):
-    """The topic of a message does not exist, does not take this message, or is not this worker's to write to."""
+    """The topic of a message does not exist, does not accept this message, or may not be written to by this worker."""
 
     def __init__(self, message: str, message_number: int = 0) -> None:
         super().__init__("topic_refused", message, message_number)

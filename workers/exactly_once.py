@@ -1,6 +1,6 @@
-"""The promise `exactly_once`: the messages of a run of finished records and their offsets are one transaction.
+"""The delivery promise `exactly_once`: publishes the outcomes of finished records and their offsets in transactions.
 
-A finished record waits for every earlier one of its partition, because its offset cannot be committed before theirs.
+A finished record waits for every earlier record of its partition, because offsets are committed in order.
 Knows no Kafka; time is an argument.
 """
 
@@ -62,7 +62,7 @@ class ExactlyOnce:
         self._undelivered = Undelivered(limits)
         self._batch: list[Done[_Ready]] = []
         self._is_in_flight = False
-        self._dropped: set[Partition] = set()  # while their transaction was in flight
+        self._dropped: set[Partition] = set()  # dropped while their transaction was in flight
         self._began_at = 0.0
         self._due = 0.0
         self._attempt = 0
@@ -89,7 +89,7 @@ class ExactlyOnce:
             self._publish()
 
     def _is_ready(self, ready: _Ready) -> bool:
-        """Whether all topics are known or refused; else only the record's own partition waits."""
+        """Whether all topics of an outcome are known or refused; until then, only the record's partition waits."""
         return all([self._outbox.is_decided(message.topic) for message in ready.messages])
 
     def _publish(self) -> None:
@@ -141,7 +141,7 @@ class ExactlyOnce:
         self._undelivered.add([replacement])
         self._undelivered.remove([refused])
         self._spans.sent(refused, Interval(self._began_at, self._now), error)
-        self._due = self._now  # the others of the batch have waited long enough
+        self._due = self._now  # the rest of the batch has waited long enough
         return True
 
     def _try_again(self) -> None:
@@ -169,7 +169,7 @@ class ExactlyOnce:
         self._spans.committed(spans, len(self._batch), transaction)
 
     def wants_turn_in_s(self, now: float) -> float | None:
-        # Trying is the cheap way to see whether the head of a partition is finished, so it is tried at the interval.
+        # Trying at an interval is cheaper than finding out whether a partition's oldest record is finished.
         if self._is_in_flight or (not self._batch and self._ledger.num_open() == 0):
             return None
         return max(self._due - now, 0.0 if self._batch else self._interval_s)
@@ -201,7 +201,7 @@ def _messages(batch: Sequence[Done[_Ready]]) -> list[Outgoing]:
 
 
 def _replaced(batch: Sequence[Done[_Ready]], message_number: int, replacement: Outgoing) -> list[Done[_Ready]]:
-    """Return the batch with another message at this index of all its messages."""
+    """Return the batch with `replacement` at index `message_number` among all its messages."""
     replaced, start = [], 0
     for done in batch:
         messages = list(done.payload.messages)

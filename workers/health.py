@@ -1,7 +1,7 @@
 """Serves a worker's state and metrics over HTTP: `/livez`, `/readyz` and `/metrics`.
 
-Alive: the loop turns. Ready: every condition of the start is met, and no problem is known. Other modules report both;
-here they are only read. Knows neither Kafka nor Redis nor the engine.
+Alive: the loop turns. Ready: every start condition is met, and no problem is known. Other modules report both states;
+this module serves them. Knows neither Kafka nor Redis nor the engine.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class Health:
                 self._problems.pop(part, None)
 
     def turned(self, now: float) -> None:
-        """Note that the loop has turned; a plain write, because every turn makes it."""
+        """Note that the loop has turned; a plain write, because every turn calls this."""
         self._last_turn = now
 
     def draining(self) -> None:
-        """Note that the worker ends: alive, and not ready again. A plain write, because a signal handler makes it."""
+        """Note that the worker drains: alive, and unready until it ends. A plain write: a signal handler calls this."""
         self._draining = True
 
     def unready_reasons(self) -> list[str]:
-        """Why the worker is not ready; empty when it is."""
+        """Return the reasons why the worker is not ready; empty if it is ready."""
         with self._lock:
             reasons = [
                 f"waits for: {condition}" + (f" ({reason})" if reason else "")
@@ -83,7 +83,7 @@ class Health:
         return [*reasons, "draining"] if self._draining else reasons
 
     def stall(self, now: float) -> str | None:
-        """Why the worker counts as dead, None while it is alive. Before its first turn it is starting, not stalled."""
+        """Return why the worker counts as dead, None while it is alive. Before its first turn it counts as alive."""
         if self._last_turn is None or now - self._last_turn <= self._stall_limit_s:
             return None
         return f"the loop has not turned for {now - self._last_turn:.1f} s; the limit is {self._stall_limit_s:g} s"
@@ -92,7 +92,7 @@ class Health:
 class _Server(ThreadingTCPServer):
     """A server whose connections are bounded in number and in time.
 
-    Not http.server's class: that one asks the DNS for the name of its own address before it serves.
+    Not `http.server.HTTPServer`, which looks up its host name in the DNS before it serves.
     """
 
     allow_reuse_address = True
@@ -100,7 +100,7 @@ class _Server(ThreadingTCPServer):
     request_queue_size = 64
 
     def __init__(self, address: tuple[str, int], handler: Callable[[Any, Any, Any], BaseHTTPRequestHandler]) -> None:
-        self._open: dict[socket.socket, float] = {}  # by connection, when it was accepted; the oldest first
+        self._open: dict[socket.socket, float] = {}  # connection to time of acceptance; the oldest first
         self._open_lock = threading.Lock()
         super().__init__(address, handler)
 
@@ -112,7 +112,7 @@ class _Server(ThreadingTCPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Called between requests and twice a second: cut the connections whose time is up."""
+        """Cut the connections whose time is up; called between requests and twice a second."""
         with self._open_lock:
             late = [request for request, at in self._open.items() if at + REQUEST_LIMIT_S < time.monotonic()]
             for request in late:
@@ -150,7 +150,7 @@ class HealthServer:
         port: int,
         settings: tuple[str, str] = ("http_host", "http_port"),
     ) -> None:
-        """Port 0 takes a free one. Raises `Misconfigured`, with the names of the settings, if that is impossible."""
+        """Port 0 takes a free port. Raises `Misconfigured`, which names the settings, if the port cannot be bound."""
 
         class Pages(BaseHTTPRequestHandler):
             timeout = REQUEST_LIMIT_S
@@ -167,7 +167,7 @@ class HealthServer:
                         encode, content_type = choose_encoder(self.headers.get("Accept", ""))
                         self._send(200, encode(registry), content_type)
                     case _:
-                        self._answer(404, "here are /livez, /readyz and /metrics")
+                        self._answer(404, "not found; this server has /livez, /readyz and /metrics")
 
             def _answer(self, status: int, text: str) -> None:
                 self._send(status, f"{text}\n".encode(), "text/plain; charset=utf-8")

@@ -1,7 +1,7 @@
 """Records which consumed messages are finished and how far each partition may be committed.
 
-Only a run of finished messages from the oldest one on is released, so that a commit never passes a message that is
-still in work. Offsets may have gaps (compaction, transaction markers): order is order of arrival. Knows nothing of
+Only an unbroken run of finished messages from the oldest on is released, so that a commit never passes a message
+still in work. Offsets may have gaps (compaction, transaction markers); the order is that of arrival. Knows nothing of
 Kafka or of the clock.
 """
 
@@ -27,7 +27,7 @@ class _Entry(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[T]):
-    """One finished message at the head of its partition."""
+    """One finished message with no unfinished message before it in its partition."""
 
     partition: Partition
     offset: int
@@ -42,7 +42,7 @@ class Ledger(Generic[T]):
         self._index: dict[tuple[Partition, int], _Entry[T]] = {}
 
     def begin(self, record: Record) -> None:
-        """Enter a message in work. Raises `ValueError` if it is entered already."""
+        """Enter a message in work. Raises `ValueError` if the message is in work already."""
         partition, offset = key = record.partition, record.offset
         if key in self._index:
             raise ValueError(f"{partition.topic}-{partition.number} offset {offset} is in work already")
@@ -51,7 +51,7 @@ class Ledger(Generic[T]):
         self._index[key] = entry
 
     def finish(self, record: Record, payload: T) -> bool:
-        """Mark a message finished; False if it is not, or no longer, in work for this assignment of its partition."""
+        """Mark a message finished; returns False if it is not in work for this assignment of its partition."""
         entry = self._open(record)
         if entry is None or entry.finished:
             return False
@@ -61,7 +61,7 @@ class Ledger(Generic[T]):
     def take_done(
         self, limit: int | None = None, is_ready: Callable[[T], bool] = lambda payload: True
     ) -> list[Done[T]]:
-        """Remove and return the finished messages that have nothing unfinished, or not ready, before them."""
+        """Remove and return the finished messages with no unfinished or unready message before them."""
         done: list[Done[T]] = []
         for partition in list(self._entries):
             for taken in self._pop_finished(partition, is_ready):
@@ -105,7 +105,7 @@ class Ledger(Generic[T]):
 
 
 def commit_offsets(done: Collection[Done[T]]) -> dict[Partition, int]:
-    """The offsets to commit for these messages: one past the last of each partition."""
+    """Return the offsets to commit for these messages: one past the last message of each partition."""
     offsets: dict[Partition, int] = {}
     for message in done:
         offsets[message.partition] = max(offsets.get(message.partition, 0), message.offset + 1)

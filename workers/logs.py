@@ -1,7 +1,7 @@
-"""Sets up logging: one line for each event, for people or as JSON, for this program and its libraries.
+"""Sets up logging of this program and its libraries: one line for each event, for people or as JSON.
 
 Modules log through `structlog.get_logger(__name__)` and pass the ids with each line
-(`log.warning("…", request_id=…, trace_id=…)`), so that a request without a line costs nothing. Knows no setting by
+(`log.warning("…", request_id=…, trace_id=…)`), so a request that logs nothing costs nothing. Knows no setting by
 name: secrets are passed as values.
 """
 
@@ -22,7 +22,7 @@ from workers.secrets import SecretMask
 
 Level = Literal["debug", "info", "warning", "error"]
 
-#: The least level of libraries that log every connection, unless `debug` is wanted. kafka-python warns in healthy
+#: Lowest level of libraries that log every connection, unless the level is `debug`. kafka-python warns in healthy
 #: operation (`No partition metadata…`, `Task … is blocking the event loop`); the adapter logs what matters.
 LIBRARY_LEVELS = {
     "kafka": logging.CRITICAL,
@@ -63,7 +63,7 @@ def set_up_logs(
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            # What all lines share is added here, for this program's lines and for those of libraries.
+            # Adds the fields that all lines share, for this program's lines and those of libraries.
             processors=[*shared, structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
             foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
         )
@@ -78,13 +78,13 @@ def set_up_logs(
 
 
 def _hiding(mask: SecretMask) -> Processor:
-    """Return a processor that masks the values of a line and converts them to what every renderer can write."""
+    """Return a processor that masks the values of a line and converts them to types that every renderer can write."""
 
     def hidden(value: Any) -> Any:
         match value:
             case bool() | int() | None:
                 return value
-            case float() if math.isfinite(value):  # JSON has no other numbers
+            case float() if math.isfinite(value):  # JSON has no NaN or infinity
                 return value
             case Mapping():
                 return {str(name): hidden(inner) for name, inner in value.items()}

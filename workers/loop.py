@@ -1,7 +1,7 @@
-"""The loop of a worker: takes records, turns the job, delivers what is finished, gives partitions back, drains.
+"""The loop of a worker: takes records, turns the job, delivers finished records, gives partitions back, drains.
 
-One thread. It waits for nothing but its wake signal; whatever else waits (the bus, fetches, the engine) does so on
-other threads and wakes it. Knows neither Kafka nor what the job computes.
+One thread. It waits only for its wake signal; everything else that waits (the bus, fetches, the engine) runs on
+other threads and wakes the loop. Knows neither Kafka nor what the job computes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ log = structlog.get_logger(__name__)
 
 #: The loop turns at least this often: liveness is judged by turns and not by traffic, and a stop is noticed.
 MAX_WAIT_S = 0.25
-#: Records accepted in one turn: bounds how long a burst delays the publishing of finished work.
+#: Most records accepted in one turn, so that a burst does not delay the publishing of finished work.
 MAX_RECORDS_PER_TURN = 64
-#: Time after which a turn accepts no further record: hostile records of a megabyte take 0.1 s each to refuse.
+#: Time after which a turn accepts no further record: refusing a malformed record of a megabyte can take 0.1 s.
 MAX_ACCEPT_S = 0.05
-#: Longest wait, after the grace period, for the commit that reports an orderly end.
+#: Longest wait, after the grace period, for the commit that marks an orderly end.
 LEAVE_S = 1.0
 
 
@@ -50,7 +50,7 @@ class _Leaving:
 
     revocation: Revocation
     deadline: float
-    left: Future[None] | None = None  # the commit of an orderly end
+    left: Future[None] | None = None  # the commit that marks an orderly end
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class Loop:
         revoke_grace_s: float,
         on_turn: Callable[[float], None] = lambda now: None,
     ) -> None:
-        """`dead_letter` makes the outcome of a record that the job cannot give one."""
+        """`dead_letter` makes the outcome of a record for which the job cannot make an outcome."""
         self._inbox = inbox
         self._job = job
         self._delivery = delivery
@@ -92,7 +92,7 @@ class Loop:
         self._on_turn = on_turn
         self._leaving: list[_Leaving] = []
         self._alone: _Alone | None = None
-        self._awaits_settled = False  # to take the next record alone
+        self._awaits_settled = False  # the next record is taken alone, when nothing is in work
         self._must_stop = False
         self._stopping = False
         self._stop_by = 0.0
@@ -106,20 +106,20 @@ class Loop:
         self._must_stop = True
 
     def run(self) -> None:
-        """Turn until stopped and drained. Whatever a turn raises ends the loop and the process."""
+        """Turn until stopped and drained. An exception of a turn ends the loop and the process."""
         while self.turn():
             self._wake.wait(self._wait_s(self._clock()))
 
     def turn(self) -> bool:
-        """Do everything that can be done without waiting; False when the loop has ended."""
+        """Do everything that needs no waiting; returns False when the loop has ended."""
         now = self._clock()
         self._on_turn(now)
         self._note_revocations(now)
         self._begin_stop(now)
         self._partitions.turn(now)
-        self._deliver(now)  # first, because it makes room
+        self._deliver(now)  # before accepting, because it makes room
         if not self._stopping and self._accept(now):
-            self._deliver(self._clock())  # with a new time, because accepting took time
+            self._deliver(self._clock())  # with a new time, because accepting takes time
         if self._stopping:
             self._delivery.hurry()
         self._delivery.turn(now)
@@ -130,7 +130,7 @@ class Loop:
         return not self._has_ended(now)
 
     def _accept(self, now: float) -> int:
-        """Take records while there is room; returns how many were taken."""
+        """Accept records while there is room; returns their number."""
         if self._alone is not None or self._partitions.are_suspect():
             return self._accept_alone(now)
         began_at = self._clock()
@@ -147,7 +147,7 @@ class Loop:
         return MAX_RECORDS_PER_TURN
 
     def _accept_alone(self, now: float) -> int:
-        """Take a record only when nothing else is in work; a suspect one after the commit of its marker."""
+        """Accept a record only when nothing else is in work; a suspect record after the commit of its marker."""
         if self._alone is not None:
             return self._accept_marked(self._alone, now) if self._alone.marked.done() else 0
         if self._job.num_active() > 0 or not self._delivery.settled():
@@ -185,15 +185,15 @@ class Loop:
             self._accept_record(record, now)
             return 1
         died = Poison("worker_died", "the worker's process died while it handled this message alone")
-        log.error("the process died under a message", **_ids(record))
+        log.error("the process died while it handled this message alone", **_ids(record))
         if alone.num_deaths == 1:
             self._refuse(record, died, now)
-        else:  # even refusing it was the end of the process
+        else:  # the process died even while it refused the message
             self._delivery.finish(self._dead_letter(record, died), now)
         return 1
 
     def _accept_record(self, record: Record, now: float) -> None:
-        """Start work on a record; whatever is raised becomes its outcome and the work goes on."""
+        """Start work on a record; an exception becomes the record's outcome."""
         try:
             self._job.accept(record, now)
         except Exception as error:
@@ -203,7 +203,7 @@ class Loop:
         try:
             self._job.refuse(record, error, now)
         except Exception as second:
-            # The job cannot even write the record's outcome: the dead letter without any reply.
+            # The job cannot write the record's outcome either: publish a dead letter without a reply.
             self._delivery.finish(self._dead_letter(record, as_internal_error(second, **_ids(record))), now)
 
     def _deliver(self, now: float) -> None:
@@ -218,7 +218,7 @@ class Loop:
                 self._alone = None
 
     def _give_back(self, now: float) -> None:
-        """Release the partitions whose messages are all committed, or whose time is up."""
+        """Release the partitions whose messages are all committed, or whose grace time is over."""
         staying = []
         for leaving in self._leaving:
             partitions = leaving.revocation.partitions
@@ -260,7 +260,7 @@ class Loop:
             log.info("drained")
         elif now >= self._stop_by:
             active = self._job.num_active()
-            log.warning("drain grace is over; the next owner repeats what is left", active=active)
+            log.warning("drain grace is over; the next owner repeats the messages in work", active=active)
         else:
             return False
         self._left, self._stop_by = self._leave(self._inbox.assigned()), now + LEAVE_S

@@ -25,14 +25,14 @@ T = TypeVar("T", Counter, Histogram)
 
 #: Kinds of repeated attempts.
 RetryKind = Literal["connect", "publish", "commit", "store_read", "store_write", "image_fetch", "index_write"]
-#: Outcomes of a message; `dead_letter` also if an error reply went out with it.
+#: Outcomes of a message; `dead_letter` also if an error reply was published too.
 Outcome = Literal["ok", "partial", "expired", "error", "dead_letter", "skipped", "superseded", "removed"]
 #: Stages of an image until it is stored.
 IngestStage = Literal["fetch", "look_up", "decode", "encode", "store"]
 #: The trace of a sampled request, which links a histogram bucket to one of its requests.
 Exemplar = dict[str, str]
 
-#: Most values of one label; further ones are counted as `OTHER`.
+#: Most values of one label; further values are counted as `OTHER`.
 MAX_LABEL_VALUES = 64
 OTHER = "other"
 
@@ -68,7 +68,7 @@ class _KnownGauge(Collector):
 
 
 class Metrics:
-    """All instruments; each kind of worker uses its part."""
+    """All instruments; each kind of worker uses some of them."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
@@ -162,7 +162,7 @@ class Metrics:
     def count_reply(
         self, status: str, *, seconds: float | None, num_pairs: int, exemplar: Exemplar | None = None
     ) -> None:
-        """Count a reply; `seconds` is None if the request was refused before it was timed."""
+        """Count a reply; `seconds` is None if the request was refused before its timing began."""
         self.replies[status].inc()
         if num_pairs:
             self.pairs.inc(num_pairs)
@@ -210,7 +210,7 @@ class Metrics:
         self.blob_bytes.inc(num_bytes)
 
     def set_lag(self, lag: Mapping[Partition, int]) -> None:
-        """Replace the lag of all partitions; a partition of another worker is removed."""
+        """Replace the lag of all partitions; partitions that are not in `lag` are removed."""
         for partition in self._lagging - lag.keys():
             self.lag.remove(partition.topic, str(partition.number))
         for partition, num_events in lag.items():

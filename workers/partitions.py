@@ -1,9 +1,9 @@
-"""Opens and closes the partitions assigned to a worker, and finds the message under which the process dies.
+"""Opens and closes the partitions assigned to a worker, and finds a message that crashes the process.
 
-No `except` sees a crash of the process. So the metadata of each committed offset counts how often work began at that
-offset. A worker that is assigned a partition where work began and ended twice without progress takes that partition's
-next messages one at a time, and commits before each one that it is begun alone. If the process dies then, the next
-owner of the partition knows the message. An orderly end resets the counts.
+No `except` catches a crash. So the metadata of each committed offset counts how often work began at that
+offset. If work on a partition began and ended twice without progress, the worker takes the partition's
+next messages one at a time, and before each one commits that it is begun alone. If the process dies then, the next
+owner of the partition knows which message crashes it. An orderly end resets the counts.
 
 Knows the inbox by its port; time is an argument.
 """
@@ -25,18 +25,18 @@ from workers.retrying import pause_s
 
 log = structlog.get_logger(__name__)
 
-#: Ends without progress after which messages go one at a time: the first may be chance, a second one is a pattern.
+#: Ends without progress after which messages are taken one at a time: the first may be chance, a second is a pattern.
 MAX_FAILED_STARTS = 2
-#: Messages that go one at a time: about as many as a worker has in work when it dies. More are found by later deaths.
+#: Messages taken one at a time: about as many as a worker has in work. Later deaths extend the search.
 MAX_SUSPECTS = 256
 _METADATA = re.compile(r"edje starts=(\d{1,9}) alone=(\d{1,9}) topic=(\S*)")
 
-#: How to handle a record: with others, alone, or not at all because the process died under it.
+#: How to handle a record: with others, alone, or not at all because the process died while handling it alone.
 Verdict = Literal["free", "suspect", "culprit"]
 
 
 class Marker(NamedTuple):
-    """The metadata of a committed offset: how often work began there, and how often on the next message alone."""
+    """The metadata of a committed offset: how often work began there, and how often with the next message alone."""
 
     starts: int = 0
     alone: int = 0
@@ -44,7 +44,7 @@ class Marker(NamedTuple):
 
     @classmethod
     def parse(cls, metadata: str) -> Marker:
-        """Read metadata; metadata of other programs count as absent."""
+        """Return the marker in the metadata; metadata of other programs counts as absent."""
         match = _METADATA.fullmatch(metadata)
         return cls() if match is None else cls(int(match[1]), int(match[2]), match[3])
 
@@ -53,11 +53,11 @@ class Marker(NamedTuple):
 
 
 def first_offset(assignment: Assignment) -> int:
-    """The offset at which to begin: the committed one, unless the partition has changed since.
+    """Return the offset at which to begin: the committed one, unless the partition has changed since.
 
-    Without a committed offset, or where it belongs to a topic that was deleted and created again, or where the broker
-    has removed the records behind it, reading begins at the oldest record; where the broker has lost records, at the
-    end.
+    Reading begins at the oldest record if there is no committed offset, if it belongs to a topic that was deleted and
+    created again, or if the broker has removed the records after it. If the broker has lost records, reading begins at
+    the end.
     """
     committed = assignment.committed
     if committed is None:
@@ -75,10 +75,10 @@ class _Owned:
     """An assigned partition."""
 
     assignment: Assignment
-    committed: int  # the last offset known to be committed
-    marker: Marker  # as committed with it
-    left: Marker  # to commit at an orderly end
-    suspects_end: int  # records before this offset go one at a time; 0 if none does
+    committed: int  # the last committed offset
+    marker: Marker  # the marker committed with it
+    left: Marker  # the marker to commit at an orderly end
+    suspects_end: int  # records before this offset are taken one at a time; 0: no record is
     num_attempts: int = 0
 
 
@@ -89,11 +89,11 @@ class Partitions:
         self._inbox = inbox
         self._landing = Landing(wake)
         self._owned: dict[Partition, _Owned] = {}
-        self._due: list[tuple[float, _Owned]] = []  # to be opened, and when
+        self._due: list[tuple[float, _Owned]] = []  # partitions to open, with the time
         self._now = 0.0
 
     def turn(self, now: float) -> None:
-        """Open what has been assigned, after committing that work begins there."""
+        """Commit that work begins on the assigned partitions, then open them."""
         self._now = now
         for assignment in self._inbox.assignments():
             self._assign(assignment)
@@ -117,7 +117,7 @@ class Partitions:
         num_suspects = min(assignment.end - offset, MAX_SUSPECTS) if has_failed else 0
         if num_suspects > 0:
             log.warning(
-                "the process has died here before: messages go one at a time",
+                "the process has died here before: messages are taken one at a time",
                 **_ids(partition),
                 offset=offset,
                 starts=marker.starts,
@@ -150,7 +150,7 @@ class Partitions:
             self._due.append((self._now + pause_s(owned.num_attempts), owned))
 
     def commits(self, offsets: Mapping[Partition, int]) -> dict[Partition, Commit]:
-        """The commits of these offsets: everything before them is done, and work goes on from there."""
+        """Return the commits of these offsets, with markers that record the progress."""
         return {
             partition: Commit(offset, str(Marker(1, 0, self._topic_id(partition))))
             for partition, offset in offsets.items()
@@ -173,7 +173,7 @@ class Partitions:
         return any(owned.suspects_end for owned in self._owned.values())
 
     def verdict(self, record: Record) -> Verdict:
-        """How to handle a record that has been taken."""
+        """Return how to handle a record that has been taken."""
         owned = self._owned.get(record.partition)
         if owned is None or record.offset >= owned.suspects_end:
             if owned is not None:
@@ -182,7 +182,7 @@ class Partitions:
         return "culprit" if owned.marker.alone and record.offset == owned.committed else "suspect"
 
     def clear_exhausted(self) -> None:
-        """Stop suspecting records of partitions that have no more: compaction may have removed the last ones."""
+        """Stop suspecting partitions without further records: compaction may have removed the last suspects."""
         lag = self._inbox.lag()
         for partition, owned in self._owned.items():
             if owned.suspects_end and lag.get(partition) == 0:
@@ -191,18 +191,18 @@ class Partitions:
     def mark_alone(self, record: Record) -> Future[None]:
         """Commit that a record is begun alone. The future fails with `Transient`."""
         owned = self._owned[record.partition]
-        if record.offset != owned.committed:  # progress: everything before the record is done
+        if record.offset != owned.committed:  # progress: every earlier record is done
             self.committed({record.partition: record.offset})
         owned.marker = owned.marker._replace(alone=owned.marker.alone + 1)
         return self._inbox.commit({record.partition: Commit(record.offset, str(owned.marker))})
 
     def num_deaths_alone(self, record: Record) -> int:
-        """How often the process has died with this record alone in work."""
+        """Return how often the process has died with this record alone in work."""
         owned = self._owned.get(record.partition)
         return owned.marker.alone if owned is not None and record.offset == owned.committed else 0
 
     def leave(self, partitions: Collection[Partition] | None = None) -> Future[None]:
-        """Commit that these partitions (or all) are left in order, so that this start is not counted as a death."""
+        """Commit an orderly end of these partitions (None: of all), so that this start is not counted as a death."""
         commits = {
             partition: Commit(owned.committed, str(owned.left))
             for partition, owned in self._owned.items()

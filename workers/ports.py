@@ -17,7 +17,7 @@ Headers = tuple[tuple[str, bytes], ...]
 
 
 class Interval(NamedTuple):
-    """A stretch of time in the loop's clock, in seconds."""
+    """A time interval by the loop's clock, in seconds."""
 
     started_at: float
     ended_at: float
@@ -44,7 +44,7 @@ class SpanIds(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Poll:
-    """The poll that returned some records; its times are in the loop's clock."""
+    """The poll that returned some records; times are by the loop's clock."""
 
     interval: Interval
     num_records: int
@@ -52,9 +52,9 @@ class Poll:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One consumed message. A `value` of None is a tombstone; an empty value is not one.
+    """One consumed message. A `value` of None is a tombstone; an empty value is not.
 
-    `epoch` numbers the assignments of the partition: an outcome of an earlier one has no effect.
+    `epoch` numbers the assignments of the partition; an outcome from an earlier assignment has no effect.
     """
 
     partition: Partition
@@ -67,7 +67,7 @@ class Record:
     epoch: int = 0
 
     def polled_at(self, taken_at: float) -> float:
-        """The end of the poll that returned the record, at the latest the moment it was taken."""
+        """Return the end of the poll that returned the record, or `taken_at` if that is earlier."""
         return taken_at if self.poll is None else min(self.poll.interval.ended_at, taken_at)
 
     def num_bytes(self) -> int:
@@ -78,11 +78,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """One message to publish. A `value` of None is a tombstone; an empty value is not one.
+    """One message to publish. A `value` of None is a tombstone; an empty value is not.
 
     `partition` is a number within the topic; None lets the key decide.
     `if_refused` returns the message to publish when the broker refuses this one, or None.
-    `span` identifies the span of the sending, which the headers name too.
+    `span` identifies the span of the sending, which the trace headers name too.
     """
 
     topic: str
@@ -117,7 +117,7 @@ class Finished:
 class Job(Protocol):
     """The work of one kind of worker, called from the loop's thread only.
 
-    A job decides and computes; it neither publishes nor commits. Whatever it waits for (a fetch, a batch on the engine)
+    A job decides and computes; it neither publishes nor commits. Whatever takes time (a fetch, a batch on the engine)
     runs on other threads, which wake the loop (`workers.landing`).
     """
 
@@ -126,7 +126,7 @@ class Job(Protocol):
         ...
 
     def accept(self, record: Record, now: float) -> None:
-        """Start work on a record. The loop turns whatever this raises into a call of `refuse`."""
+        """Start work on a record. If this raises, the loop calls `refuse`."""
         ...
 
     def refuse(self, record: Record, error: Poison, now: float) -> None:
@@ -134,11 +134,11 @@ class Job(Protocol):
         ...
 
     def turn(self, now: float) -> list[Finished]:
-        """Advance everything that can advance without waiting and return the records that have their outcome."""
+        """Advance all work that can advance without waiting, and return the finished records with their outcomes."""
         ...
 
     def wants_turn_in_s(self, now: float) -> float | None:
-        """Seconds until time alone changes something (a batch's wait, a deadline), None if nothing is due."""
+        """Return the seconds until the next time-based step (a batch's wait, a deadline), None if there is none."""
         ...
 
     def drop(self, partitions: Collection[Partition]) -> None:
@@ -151,7 +151,7 @@ class Job(Protocol):
 
 
 class Commit(NamedTuple):
-    """A committed offset: everything before it is done. `metadata` is text that the broker keeps with it."""
+    """A committed offset: every earlier record is done. `metadata` is text that the broker keeps with it."""
 
     offset: int
     metadata: str = ""
@@ -165,15 +165,15 @@ class Assignment:
     committed: Commit | None
     beginning: int  # offset of the oldest record
     end: int  # one past the newest record
-    topic_id: str = ""  # a topic that is deleted and created again has another one; "" if the broker reports none
-    epoch: int = 0  # the records of the assignment carry it
+    topic_id: str = ""  # changes when a topic is deleted and created again; "" if the broker reports no id
+    epoch: int = 0  # equals the `epoch` of the assignment's records
 
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
     """Partitions that another worker is about to own or, if `lost`, owns already.
 
-    Until `release` is called the group waits, and the offsets of these partitions can still be committed unless `lost`.
+    Until `release` is called the group waits; unless `lost`, offsets of these partitions can still be committed.
     """
 
     partitions: frozenset[Partition]
@@ -182,10 +182,10 @@ class Revocation:
 
 
 class Inbox(Protocol):
-    """The consuming side of the bus, as a member of a group. Owns a thread, whose error `take` raises."""
+    """The consuming side of the bus, as a member of a group. Owns a thread; `take` raises the thread's error."""
 
     def take(self) -> Record | None:
-        """Return the next record that has arrived, without waiting. Not calling it makes the inbox pause reading."""
+        """Return the next arrived record without waiting, else None. The inbox pauses while nothing is taken."""
         ...
 
     def revocations(self) -> list[Revocation]:
@@ -197,11 +197,11 @@ class Inbox(Protocol):
         ...
 
     def open(self, assignment: Assignment, offset: int) -> None:
-        """Begin to read an assigned partition at this offset; without effect if the assignment is over."""
+        """Begin to read an assigned partition at this offset; no effect if the assignment is over."""
         ...
 
     def commit(self, offsets: Mapping[Partition, Commit]) -> Future[None]:
-        """Commit offsets, in the order of the calls. The future fails with `Transient` if that failed."""
+        """Commit offsets, in the order of the calls. The future fails with `Transient` if the commit fails."""
         ...
 
     def joined(self) -> bool:
@@ -213,13 +213,13 @@ class Inbox(Protocol):
         ...
 
     def lag(self) -> Mapping[Partition, int]:
-        """The number of messages in each assigned partition beyond the last one taken."""
+        """The number of messages in each assigned partition after the last one taken."""
         ...
 
     def hold(self) -> None:
         """Stop reading and join no new rebalance, so that records in work can be committed until `close`.
 
-        Other members wait with a rebalance until this one has left.
+        Other members wait in a rebalance until this one has left.
         """
         ...
 
@@ -230,21 +230,21 @@ class Inbox(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Records of a partition that a follower may have missed, and why."""
+    """Notes that a follower may have missed records of a partition, and why."""
 
     partition: Partition
     reason: str
 
 
 class Follower(Protocol):
-    """Reads new records of a topic without a group, from the end of each partition on.
+    """Reads new records of a topic, from the end of each partition on, without a group.
 
     The end is fixed when the follower is made. A partition that is created later is read from its beginning.
-    Owns a thread, whose error `take` raises.
+    Owns a thread; `take` raises the thread's error.
     """
 
     def take(self) -> Record | Gap | None:
-        """Return the next record or gap that has arrived, without waiting."""
+        """Return the next arrived record or gap without waiting, else None."""
         ...
 
     def close(self, timeout_s: float) -> None: ...
@@ -254,24 +254,25 @@ class Outbox(Protocol):
     """The publishing side of the bus."""
 
     def send(self, message: Outgoing) -> Future[None]:
-        """Publish; the future is done when the broker has the message, or fails with `Refused` or `Transient`."""
+        """Publish a message. The future ends when the broker has it, or fails with `Refused` or `Transient`."""
         ...
 
     def close(self, timeout_s: float) -> None: ...
 
 
 class TransactionalOutbox(Protocol):
-    """Publishes messages and the offsets of the records they answer in one transaction."""
+    """Publishes messages, and the offsets of the records that they answer, in one transaction."""
 
     def is_decided(self, topic: str) -> bool:
-        """Whether messages to this topic can be published or refused without waiting; starts to find out if not."""
+        """Whether messages to this topic can be published or refused without waiting; if not, starts a lookup."""
         ...
 
     def publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, Commit]) -> None:
         """Publish all or nothing; blocks until the broker has decided.
 
-        Raises, with nothing published: `Refused` (its `message_number` is the index of the message) or `Transient` (try
-        again the same messages or some of them; also during a rebalance, which a revocation then explains).
+        Publishes nothing if it raises. `Refused.message_number` is the index of the refused message. After `Transient`
+        publish the same messages, or some of them, again; it is also raised during a rebalance, which a revocation
+        then reports.
         """
         ...
 
@@ -286,7 +287,7 @@ class TokenStore(Protocol):
         ...
 
     def put_many(self, values: Mapping[str, bytes], *, lifetime_s: float | None = None) -> list[bool]:
-        """Write each value unless the store holds one of a later event; return which were written.
+        """Write each value unless the store holds a value of a later event; return which were written.
 
         Comparison and write are one step for each key (`protocols.source_position.may_replace`). One round trip where
         the store allows it. Raises `Transient`; writing is idempotent.
@@ -294,9 +295,9 @@ class TokenStore(Protocol):
         ...
 
     def probe(self, prefixes: Sequence[str], *, writes: bool) -> None:
-        """Try every command that will be needed on keys with these prefixes, and with `writes` those that write.
+        """Try every command that the worker needs on keys with these prefixes; writing commands only with `writes`.
 
-        Raises `Misconfigured` if a person has to mend something, `Transient` while the store cannot be reached.
+        Raises `Misconfigured` if a person has to correct something, `Transient` while the store cannot be reached.
         """
         ...
 

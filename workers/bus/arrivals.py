@@ -24,7 +24,7 @@ class Arrivals:
         self._held = False
 
     def put(self, records: Iterable[Record]) -> None:
-        """Add records, unless the queue is held: the next owner reads those."""
+        """Add records; ignored while the queue is held, because the next owner reads them again."""
         with self._changed:
             if not self._held:
                 for record in records:
@@ -48,17 +48,17 @@ class Arrivals:
             return self._held or self._is_full()
 
     def wait_for_room(self, timeout_s: float, or_else: Callable[[], bool]) -> None:
-        """Wait until polling may go on or the time is up; `or_else` ends the wait too, after a `notify`."""
+        """Wait for room or the timeout. The wait also ends when `or_else()` is true after a `notify`."""
         with self._changed:
             self._changed.wait_for(lambda: not (self._held or self._is_full()) or or_else(), timeout_s)
 
     def pause(self, timeout_s: float, until: Callable[[], bool]) -> None:
-        """Wait this long, or until the condition holds after a `notify`."""
+        """Wait for the timeout, or until `until()` is true after a `notify`."""
         with self._changed:
             self._changed.wait_for(until, timeout_s)
 
     def notify(self) -> None:
-        """Make waits look at their conditions again."""
+        """Wake every wait, so that it checks its condition again."""
         with self._changed:
             self._changed.notify_all()
 

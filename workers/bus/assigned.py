@@ -21,9 +21,9 @@ from workers.ports import Assignment, Commit, Partition
 
 log = structlog.get_logger(__name__)
 
-#: How long one request for offsets waits; the next poll repeats it.
+#: Timeout of one request for offsets; the next poll repeats the request.
 LIMIT_S = 1.0
-#: How often the number of unread records is looked up: it is for people and autoscalers, and costs a small request.
+#: Interval at which the number of unread records is looked up, for people and autoscalers; each costs a small request.
 LAG_INTERVAL_S = 1.0
 
 
@@ -54,7 +54,7 @@ class AssignedPartitions:
         self.num_assignments = 0
         self._topic_ids: dict[str, str] = {}
         self._lag_due = 0.0
-        self.unread: Mapping[Partition, int] = {}  # beyond the last poll, as looked up last
+        self.unread: Mapping[Partition, int] = {}  # records after the last poll, at the last lookup
 
     def add(self, partitions: Collection[TopicPartition]) -> None:
         """Note an assignment, on Kafka's thread."""
@@ -65,7 +65,7 @@ class AssignedPartitions:
             for partition in partitions:
                 self._epoch += 1
                 self._entries[partition] = _Entry(self._epoch)
-        self._consumer.pause(*partitions)  # at once: the poll that brought the assignment goes on to fetch
+        self._consumer.pause(*partitions)  # now, because the poll that brought the assignment fetches next
 
     def remove(self, partitions: Collection[TopicPartition]) -> None:
         """Note a revocation, on Kafka's thread."""
@@ -82,14 +82,14 @@ class AssignedPartitions:
             return offers
 
     def open(self, assignment: Assignment, offset: int) -> None:
-        """Have a partition read from this offset on, from the next poll; for the loop."""
+        """Start to read a partition at this offset with the next poll. Called by the loop."""
         with self._lock:
             entry = self._entries.get(TopicPartition(*assignment.partition))
             if entry is not None and entry.assignment is assignment and entry.state is _State.OFFERED:
                 entry.open_at = offset
 
     def is_opening(self) -> bool:
-        """Whether a partition waits to be looked up or opened: the next poll has something to do."""
+        """Whether a partition waits for its offset lookup or for its opening, which the next poll does."""
         with self._lock:
             return any(entry.state is _State.NEW or entry.open_at is not None for entry in self._entries.values())
 
@@ -116,7 +116,7 @@ class AssignedPartitions:
             self._consumer.resume(*((paused & assigned) - wanted))
 
     def turn(self, wake: Callable[[], None]) -> None:
-        """Look up the offsets of new partitions, and open those that the loop has opened. Raises Kafka's errors."""
+        """Look up the offsets of new partitions, and resume those that the loop has opened. Raises Kafka's errors."""
         assigned = self._consumer.assignment()
         with self._lock:
             to_open = [(p, entry) for p, entry in self._entries.items() if entry.open_at is not None and p in assigned]
@@ -182,7 +182,7 @@ class AssignedPartitions:
     def look_up_lag(self) -> bool:
         """Look up the number of unread records, once per interval; False if it is not due.
 
-        By a request, because fetches report nothing while partitions are paused: when work piles up.
+        Asks the broker, because fetches report no lag for paused partitions, which is when work piles up.
         """
         if time.monotonic() < self._lag_due:
             return False

@@ -1,4 +1,4 @@
-"""Starts Kafka's clients, and turns records and offsets into its types and ours."""
+"""Starts Kafka's clients, and converts records and offsets between kafka-python's types and ours."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def started(kind: Any, **settings: Any) -> Any:
 
 
 def send_to(producer: KafkaProducer, message: Outgoing) -> Any:
-    """Hand a message to the producer. Raises `TopicRefused` for a partition that the topic does not have."""
+    """Pass a message to the producer. Raises `TopicRefused` for a partition that the topic does not have."""
     key = message.key
     if key is None and message.value is None:
-        key = b""  # kafka-python refuses a message with neither, which a dead letter may be
+        key = b""  # kafka-python refuses a message without key and value; a dead letter may be one
     try:
         return producer.send(
             message.topic, value=message.value, key=key, headers=list(message.headers), partition=message.partition
@@ -54,7 +54,7 @@ def kafka_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, O
 
 
 def to_record(partition: Partition, record: Any, epoch: int = 0, poll: Poll | None = None) -> Record:
-    """Return our form of a consumed record; a null header becomes empty."""
+    """Return a consumed record as a `Record`; a null header value becomes empty."""
     return Record(
         partition=partition,
         offset=record.offset,

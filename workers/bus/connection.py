@@ -10,9 +10,9 @@ from typing import Any
 from workers.errors import Misconfigured, Transient
 from workers.settings import KafkaSettings
 
-#: How soon a broker that was away for long is found again; the client's own 30 s would be added to every outage.
+#: Longest pause between two connection attempts; the client's default of 30 s would lengthen every outage by as much.
 RECONNECT_MAX_MS = 2_000
-#: How long one attempt to reach one broker takes.
+#: Timeout of one attempt to reach one broker.
 REACH_S = 2.0
 
 
@@ -41,9 +41,9 @@ def kafka_connection(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
 
 
 def check_reachable(settings: KafkaSettings) -> None:
-    """Raise `Transient` with one sentence unless one of the brokers accepts a connection.
+    """Raise `Transient` unless one of the brokers accepts a connection.
 
-    kafka-python itself logs dozens of lines, the first after half a minute.
+    Checked here because kafka-python reports the same only after half a minute, in dozens of log lines.
     """
     errors = []
     for broker in settings.kafka_brokers:

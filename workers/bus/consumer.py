@@ -1,7 +1,7 @@
 """The consuming side of the bus: a member of a group, on its own thread.
 
-On a thread, because a poll blocks: on the broker, and on a rebalance that waits for records in work. Polled records
-wait in a short queue until the loop takes them. While the queue is full the partitions are paused and polling goes on,
+Runs on a thread because a poll blocks: on the broker, or on a rebalance that waits for records in work. Polled records
+wait in a short queue until the loop takes them. While the queue is full, all partitions are paused and polling goes on,
 so that the group keeps this member.
 """
 
@@ -42,22 +42,22 @@ from workers.retrying import is_worth_a_line
 
 log = structlog.get_logger(__name__)
 
-#: How long a poll waits for records; also how soon the thread notices that it has to stop.
+#: How long a poll waits for records; also the longest time until the thread notices that it has to stop.
 POLL_S = 0.1
-#: While the queue is full, a poll this often keeps the membership and serves rebalances.
+#: Interval of polls while the queue is full: they keep the membership and serve rebalances.
 FULL_POLL_S = 0.5
 COMMIT_TIMEOUT_S = 10.0
-#: A member learns of a rebalance from the answer to its heartbeat. At the client's default of 3 s a partition that
-#: changes hands waits for up to two of them; this costs two small requests a second.
+#: A heartbeat's answer announces a rebalance. At the client's default interval of 3 s, a partition that
+#: changes its owner waits for up to two heartbeats; this interval costs two small requests a second.
 HEARTBEAT_MS = 500
-#: How long a killed member's partitions wait for a new owner, and readers for its open transaction. The client's own
-#: defaults (45 s and 60 s) are for consumers that may pause; this one answers from its IO thread, twice a second.
+#: How long a killed member's partitions wait for a new owner, and readers for its open transaction. The client's
+#: defaults (45 s and 60 s) are for consumers that may block; this one sends heartbeats from its IO thread.
 SESSION_TIMEOUT_MS = 10_000
-#: Bytes of records of one poll, and of one batch once unpacked: the broker limits batches as they are written, and a
-#: compressed one may be a thousand times larger.
+#: Bytes of records of one poll, and of one decompressed batch. The broker limits the size of compressed batches, and a
+#: decompressed one may be a thousand times larger.
 MAX_POLL_BYTES = 16 << 20
 MAX_BATCH_BYTES = 64 << 20
-#: Bytes of one answer to a fetch, still packed.
+#: Bytes of one answer to a fetch, still compressed.
 MAX_FETCH_BYTES = 32 << 20
 
 
@@ -151,7 +151,7 @@ class KafkaInbox:
         if not offsets:
             return
         if num_assignments != self._assigned.num_assignments:
-            # It has waited behind another one: the broker would take it for a commit of the new membership.
+            # The commit waited for an earlier one; the broker would now accept it as a commit of the new membership.
             raise Transient("partitions were assigned before the offsets were committed")
         with translating():
             self._consumer.commit(kafka_offsets(offsets), timeout_ms=int(COMMIT_TIMEOUT_S * 1000))
@@ -193,7 +193,7 @@ class KafkaInbox:
         self._committer.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout_s)
         self._consumer.close(autocommit=False, timeout_ms=max(0, int((give_up_at - time.monotonic()) * 1000)))
-        self._committer.shutdown(wait=True)  # with the consumer closed a commit in flight has failed
+        self._committer.shutdown(wait=True)  # closing the consumer has failed any commit in flight
 
     def _poll_until_closed(self) -> None:
         try:
@@ -206,15 +206,15 @@ class KafkaInbox:
             self._wake()
 
     def _must_join(self) -> bool:
-        """Whether polls have to follow each other and to wait; while the inbox is held, the member begins no join."""
+        """Whether a join is in progress or has to begin; while the inbox is held, none begins."""
         return is_joining(self._consumer) or (not self._held and has_to_join(self._consumer))
 
     def _poll(self) -> None:
-        """Poll once; while the queue is full only for the group's sake, with everything paused."""
+        """Poll once; while the queue is full, with all partitions paused, only to keep the membership."""
         must_join = self._must_join()
         if self._held and not must_join:
-            # Heartbeats go on without. A join, which only a poll begins, would keep this member from committing until
-            # the last of the others has joined as well.
+            # Heartbeats need no poll. A join, which only a poll begins, would keep this member from committing until
+            # every other member has joined too.
             self._arrivals.pause(POLL_S, until=lambda: self._closing)
             return
         is_full = self._arrivals.is_full()
@@ -232,7 +232,7 @@ class KafkaInbox:
                 log.warning("reading failed, trying again", attempt=self._num_failures, error=str(error))
             self._arrivals.pause(POLL_S, until=lambda: self._closing)
         if not is_full and not must_join and not self._assigned.are_all_open():
-            # A poll in which every partition is paused sleeps without noticing that one is opened.
+            # A poll with every partition paused sleeps on when one is opened meanwhile.
             self._arrivals.pause(POLL_S, until=lambda: self._closing or self._assigned.is_opening())
 
     def _fetch(self, timeout_s: float) -> None:
@@ -242,9 +242,9 @@ class KafkaInbox:
         try:
             with translating():
                 polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
-        except PollIsFull:  # of the poll before
+        except PollIsFull:  # raised for the previous poll
             return
-        if polled:  # at once, before anything may fail: the consumer does not return them a second time
+        if polled:  # before anything can fail, because the consumer does not return them again
             self._put(polled, Interval(began_at, time.monotonic()))
 
     def _put(self, polled: Mapping[TopicPartition, list[Any]], interval: Interval) -> None:
@@ -285,8 +285,8 @@ class KafkaInbox:
     async def note_revocation(self, revoked: set[TopicPartition], *, lost: bool) -> None:
         """Runs on Kafka's IO thread, inside a poll: returns when the loop has released the partitions.
 
-        Also for lost ones: were they assigned again before the loop has dropped their records, it would take the
-        repeated records for those.
+        Waits for lost partitions too: if they were assigned again before the loop has dropped their records, the loop
+        would confuse old and repeated records.
         """
         partitions = frozenset(Partition(*partition) for partition in revoked)
         released = KafkaFuture()
@@ -306,6 +306,6 @@ class KafkaInbox:
                 self._unreleased.remove(released)
         if not released.is_done:
             released.success(None)
-            # A future set from another thread does not wake Kafka's IO loop; a commit of nothing does.
-            with contextlib.suppress(RuntimeError, kafka_errors.KafkaError):  # closed meanwhile: nothing waits
+            # A future set from another thread does not wake Kafka's IO loop; an empty commit does.
+            with contextlib.suppress(RuntimeError, kafka_errors.KafkaError):  # closed meanwhile, so nothing waits
                 self._consumer.commit({}, timeout_ms=0)

@@ -1,4 +1,4 @@
-"""Kafka's errors by remedy."""
+"""Translates Kafka's errors into the worker's errors, which are grouped by remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MISCONFIGURED = (
     kafka_errors.UnsupportedVersionError,
     kafka_errors.InvalidTopicError,
 )
-#: The group or the transaction has moved on; the next attempt, with fresh membership, decides.
+#: The membership or the transaction is out of date; the next attempt uses the current membership.
 REBALANCING = (
     kafka_errors.CommitFailedError,
     kafka_errors.RebalanceInProgressError,
@@ -31,13 +31,13 @@ REBALANCING = (
     kafka_errors.FencedInstanceIdError,
     kafka_errors.TransactionAbortedError,
     kafka_errors.TransactionAbortableError,
-    kafka_errors.ProducerFencedError,  # also the end of a transaction over its time limit, and of a restarted broker
+    kafka_errors.ProducerFencedError,  # also after a transaction timeout or a broker restart
     kafka_errors.InvalidProducerEpochError,
     kafka_errors.OutOfOrderSequenceNumberError,
     kafka_errors.UnknownProducerIdError,
 )
 TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
-#: A topic never takes the message, while it or another topic may take the next one.
+#: The topic never accepts this message, but may accept the next one.
 TOPIC_REFUSED = (
     kafka_errors.TopicAuthorizationFailedError,
     kafka_errors.InvalidTopicError,
@@ -57,12 +57,12 @@ def translated(error: BaseException) -> BaseException:
 
 
 def refusal(error: BaseException | None, message: Outgoing, message_number: int = 0) -> Refused | None:
-    """Return the refusal of one message, None if publishing it failed otherwise."""
+    """Return the refusal of one message, None if publishing failed for another reason."""
     if isinstance(error, TOO_LARGE):
         size = message.num_bytes()
         return TooLarge(f"a message of {size} bytes is too large for the topic {message.topic}", message_number)
     if isinstance(error, TOPIC_REFUSED):
-        reason = type(error).message  # the error itself may quote what the sender of a request must not see
+        reason = type(error).message  # its text may quote what a sender must not see
         return TopicRefused(f"the topic {message.topic} does not take the message: {reason}", message_number)
     return None
 
@@ -70,7 +70,7 @@ def refusal(error: BaseException | None, message: Outgoing, message_number: int 
 def failure(error: BaseException, message: Outgoing) -> Exception:
     """Return why publishing one message failed: `Refused`, `Transient` or `Misconfigured`.
 
-    An unknown error of Kafka is worth another attempt; any other error is a fault that refuses this message only.
+    An unknown error of Kafka is retried; any other error is a fault of this message alone, which is refused.
     """
     if isinstance(error, Refused):
         return error
@@ -85,7 +85,7 @@ def failure(error: BaseException, message: Outgoing) -> Exception:
 
 @contextlib.contextmanager
 def translating() -> Iterator[None]:
-    """Turn Kafka's errors into the worker's."""
+    """Raise Kafka's errors as the worker's errors."""
     try:
         yield
     except kafka_errors.KafkaError as error:

@@ -1,6 +1,6 @@
-"""Follows new records of a topic without a group, on a thread, with gaps reported; implements `workers.ports.Follower`.
+"""Reads new records of a topic on a thread, without a group, and reports gaps; implements `workers.ports.Follower`.
 
-The start is fixed when the follower is made: every record published after that is read. Knows nothing of what the
+The start is fixed when the follower is made: every record published later is read. Knows nothing of what the
 records mean.
 """
 
@@ -19,7 +19,7 @@ from workers.ports import Gap, Record
 
 log = structlog.get_logger(__name__)
 
-#: Records that wait to be taken before the follower pauses reading. Without a group nothing happens meanwhile.
+#: Records that may wait before the follower stops polling; it is in no group that would expel it.
 MAX_WAITING_RECORDS = 1024
 MAX_WAITING_BYTES = 16 << 20
 POLL_S = 0.5
@@ -28,7 +28,7 @@ RETRY_S = 0.5
 
 
 class KafkaFollower:
-    """New records of one topic: of all its partitions, or of those named."""
+    """Reads the new records of all partitions of one topic, or of some."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class KafkaFollower:
             return taken
 
     def unknown_topics(self) -> list[str]:
-        """Return the topic if it, or every partition that was named, does not exist as far as the follower knows."""
+        """Return the topic in a list if it, or every chosen partition, is missing; else an empty list."""
         return self._reader.unknown_topics()
 
     def close(self, timeout_s: float) -> None:
@@ -92,7 +92,7 @@ class KafkaFollower:
             self._reader.close()
 
     def _wait_for_room(self) -> bool:
-        """Wait until another poll may be made; False when the follower is closed."""
+        """Wait until there is room for another poll; returns False when the follower is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or not self._is_full())
             return not self._closing

@@ -66,7 +66,7 @@ PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-#: The broker hung up this often before a first connection was ready: about two seconds of attempts.
+#: After so many connections ended by the broker before the first one was ready (about two seconds), starting fails.
 MAX_HANG_UPS = 5
 HANG_UP = "the broker ends every connection before it is ready; check the credentials and KAFKA_SECURITY_PROTOCOL"
 
@@ -74,9 +74,9 @@ HANG_UP = "the broker ends every connection before it is ready; check the creden
 
 
 def make_client(kind: Any, refusals: tuple[type[BaseException], ...], **settings: Any) -> Any:
-    """Make a client; raises at once what `refusals` lists, and leaves nothing open when it fails.
+    """Return a client. Raises errors of the classes in `refusals` at once, and leaves nothing open when it fails.
 
-    kafka-python tries refused credentials again until its time is up, and a client that fails to start leaves its
+    kafka-python retries refused credentials until its timeout, and a client that fails to start leaves its
     thread and its sockets behind.
     """
     nets: list[KafkaNetClient] = []
@@ -96,7 +96,7 @@ def make_client(kind: Any, refusals: tuple[type[BaseException], ...], **settings
             net.close()
         raise
     for net in nets:
-        del net._manager.get_connection  # later, a broker that refuses may be one that is starting
+        del net._manager.get_connection  # only for the start: a later refusal may come from a broker that is starting
     return client
 
 
@@ -109,7 +109,7 @@ def _raise_refusals(net: KafkaNetClient, refusals: tuple[type[BaseException], ..
         if isinstance(error, refusals):
             refused.append(error)
         elif "socket disconnected" in str(error):
-            # Of a refused password kafka-python often sees only that the broker hangs up.
+            # After a refused password kafka-python often sees only a closed connection.
             hang_ups.append(error)
             if len(hang_ups) == MAX_HANG_UPS:
                 refused.append(kafka_errors.KafkaConfigurationError(HANG_UP))
@@ -128,9 +128,9 @@ def _raise_refusals(net: KafkaNetClient, refusals: tuple[type[BaseException], ..
 
 
 def topic_id(consumer: KafkaConsumer, topic: str) -> str:
-    """The broker's identity of a topic, "" if it is unknown. A topic that is deleted and created again has a new one.
+    """Return the broker's id of a topic, "" if unknown. A topic that is deleted and created again gets a new id.
 
-    No public call returns it, and a position in the old topic looks valid in the new one.
+    No public call returns the id, and an offset of the old topic looks valid in the new topic.
     """
     found = consumer._cluster.topic_id(topic)
     return "" if found is None else str(found)
@@ -148,7 +148,7 @@ def seconds_since_contact(consumer: KafkaConsumer) -> float:
 def request_unknown_partitions(consumer: KafkaConsumer, topic: str) -> None:
     """Ask for the partitions of a subscribed topic, unless they are known.
 
-    kafka-python forgets to ask if a topic is subscribed to while an earlier request is on its way, and asks again only
+    kafka-python does not ask if a topic is subscribed to while an earlier request is in flight; it asks again only
     at the next refresh.
     """
     if consumer._cluster.partitions_for_topic(topic) is None:
@@ -161,14 +161,14 @@ def is_topic_known(producer: KafkaProducer, topic: str) -> bool:
 
 
 def is_topic_unauthorized(producer: KafkaProducer, topic: str) -> bool:
-    """Whether the last metadata say that this client may not describe the topic."""
+    """Whether the latest metadata report that this client may not describe the topic."""
     return topic in producer._metadata.unauthorized_topics
 
 
 def request_topics(producer: KafkaProducer, topics: Collection[str], limit_s: float) -> bool:
-    """Make a producer ask for these topics and wait this long; returns whether a broker has answered.
+    """Request metadata of these topics and wait at most `limit_s`; returns whether a broker has answered.
 
-    `KafkaProducer.send` blocks on an unknown topic, and fails alike for a missing topic and for a missing broker.
+    `KafkaProducer.send` blocks on an unknown topic, and fails in the same way for a missing topic and a missing broker.
     """
     cluster = producer._metadata
     cluster._topics = cluster._topics | set(topics)  # a new set: Kafka's thread may be reading the old one
@@ -177,12 +177,12 @@ def request_topics(producer: KafkaProducer, topics: Collection[str], limit_s: fl
     cluster.request_update().add_both(lambda _: ended.set())
     producer._sender.wakeup()
     ended.wait(limit_s)
-    # Not by the future's result: for a single topic that is the error of the topic.
+    # Not by the future's result, which for a single topic is that topic's error.
     return bool(cluster._last_successful_refresh_ms > last_answer_ms)
 
 
 def forget_topics(producer: KafkaProducer, topics: Collection[str]) -> None:
-    """Stop asking for these topics: while one is missing, kafka-python asks ten times a second."""
+    """Stop requesting these topics: while one is missing, kafka-python requests it ten times a second."""
     cluster = producer._metadata
     cluster._topics = cluster._topics - set(topics)
 
@@ -196,7 +196,7 @@ def is_stable(consumer: KafkaConsumer) -> bool:
 
 
 def is_joining(consumer: KafkaConsumer) -> bool:
-    """Whether a join has begun. Polls must follow each other until it ends, each with a timeout.
+    """Whether a join has begun. Until it ends, polls must follow each other, each with a timeout.
 
     A join that ends between two polls, or in a poll without a timeout, is lost, and the whole group begins again.
     """
@@ -204,12 +204,12 @@ def is_joining(consumer: KafkaConsumer) -> bool:
 
 
 def has_to_join(consumer: KafkaConsumer) -> bool:
-    """Whether the next poll begins a join. No public call tells, and a member that drains must not begin one."""
+    """Whether the next poll begins a join. No public call reports this, and a draining member must not begin one."""
     return bool(consumer._coordinator.need_rejoin())
 
 
 def continue_join(consumer: KafkaConsumer) -> None:
-    """Make the next poll continue a join that the last one did not end.
+    """Make the next poll continue a join that the last poll did not finish.
 
     kafka-python forgets a join that began because the topic's partitions had changed (at a first start they appear
     after the first join). The member then has no assignment and sends no heartbeats.
@@ -221,7 +221,7 @@ def continue_join(consumer: KafkaConsumer) -> None:
 def committed_offsets(
     consumer: KafkaConsumer, partitions: Iterable[TopicPartition], limit_s: float
 ) -> dict[TopicPartition, OffsetAndMetadata]:
-    """The group's committed offsets with their metadata. The public `committed` asks for one partition at a time."""
+    """Return the group's committed offsets with metadata in one request; the public call makes one per partition."""
     found: dict[TopicPartition, OffsetAndMetadata] = consumer._coordinator.fetch_committed_offsets(
         list(partitions), timeout_ms=int(limit_s * 1000)
     )
@@ -242,19 +242,19 @@ def close_producer(producer: KafkaProducer, timeout_s: float) -> None:
 def send_offsets(
     producer: KafkaProducer, offsets: Mapping[TopicPartition, OffsetAndMetadata], membership: Any, limit_s: float
 ) -> None:
-    """Add offsets to the transaction. Waits this long: the public call may wait for ever."""
+    """Add offsets to the transaction. Waits at most `limit_s`; the public call may wait for ever."""
     _await_coordinator(
         producer, producer._transaction_manager.send_offsets_to_transaction(dict(offsets), membership), limit_s
     )
 
 
 def commit_transaction(producer: KafkaProducer, limit_s: float) -> None:
-    """Commit the transaction. Waits this long: the public call may wait for ever."""
+    """Commit the transaction. Waits at most `limit_s`; the public call may wait for ever."""
     _await_coordinator(producer, producer._transaction_manager.begin_commit(), limit_s)
 
 
 def abort_transaction(producer: KafkaProducer, limit_s: float) -> None:
-    """Abort the transaction. Waits this long: the public call may wait for ever."""
+    """Abort the transaction. Waits at most `limit_s`; the public call may wait for ever."""
     _await_coordinator(producer, producer._transaction_manager.begin_abort(), limit_s)
 
 
@@ -273,7 +273,7 @@ UNREADABLE_HEADER = "unreadable"
 
 @dataclass(slots=True)
 class PollBudget:
-    """How many bytes of records one poll may still return, and the largest batch that is unpacked."""
+    """The bytes of records that one poll may still return, and the size limit of a decompressed batch."""
 
     max_bytes: int
     max_batch_bytes: int
@@ -281,21 +281,21 @@ class PollBudget:
 
 
 class PollIsFull(Exception):
-    """A poll has used up its budget: it returns the records it has taken, and the next poll raises this once."""
+    """Raised once by the poll after one that used up its budget; that one returned the records it had read."""
 
 
 def install_tolerant_records(consumer: KafkaConsumer, budget: PollBudget) -> None:
-    """Make a consumer read records as other clients may have written them, within a budget.
+    """Make a consumer tolerate invalid records of other clients, and limit the bytes of a poll.
 
-    kafka-python takes a header name that is not UTF-8 for a corrupt record, never returns from a poll after a batch
-    that it cannot read, and unpacks a compressed batch whatever its size. Here such a name gets replacement characters,
+    kafka-python treats a header name that is not UTF-8 as a corrupt record, never returns from a poll after a batch
+    that it cannot read, and decompresses batches of any size. Here such a name gets replacement characters,
     as in Java's client, and one empty record with `UNREADABLE_HEADER` replaces records that cannot be read.
     """
     consumer._fetcher.PartitionRecords = partial(_PartitionRecords, budget)
 
 
 def clear_exhausted_partition(consumer: KafkaConsumer) -> None:
-    """Call before each poll of a consumer that pauses partitions.
+    """Clear an exhausted current partition. Call before each poll of a consumer that pauses partitions.
 
     kafka-python sets aside the fetched records of a paused partition. It restores them only when the current partition
     is None, not when it is an exhausted one, and meanwhile does not fetch that partition again.
@@ -306,7 +306,7 @@ def clear_exhausted_partition(consumer: KafkaConsumer) -> None:
 
 
 class _PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # kafka-python has no types
-    """The records that were fetched of one partition."""
+    """The fetched records of one partition."""
 
     def __init__(self, budget: PollBudget, fetch_offset: int, partition: Any, records: Any, **settings: Any) -> None:
         self._budget = budget
@@ -336,7 +336,7 @@ class _PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # kafk
 
 
 class _Batches:
-    """The batches of a fetch, each made tolerant."""
+    """The batches of a fetch, each wrapped as a `_Batch`."""
 
     def __init__(self, records: Any, max_bytes: int) -> None:
         self._records = records
@@ -348,7 +348,7 @@ class _Batches:
 
 
 class _Batch(DefaultRecordBatch):  # type: ignore[misc]
-    """A batch that continues after an undecodable header name, and is not unpacked beyond a limit."""
+    """A batch that continues after an undecodable header name, and limits its decompressed size."""
 
     _buffer: bytearray
     _pos: int
@@ -369,8 +369,8 @@ class _Batch(DefaultRecordBatch):  # type: ignore[misc]
     def _maybe_uncompress(self) -> None:
         try:
             self._uncompress()
-        except Exception as error:  # each library of a compression has its own
-            self._unreadable = f"it cannot be unpacked: {error}"
+        except Exception as error:  # each compression library raises its own classes
+            self._unreadable = f"it cannot be decompressed: {error}"
 
     def _uncompress(self) -> None:
         if self._decompressed or self._unreadable or self.compression_type not in _UNPACKERS:
@@ -381,7 +381,7 @@ class _Batch(DefaultRecordBatch):  # type: ignore[misc]
         with _UNPACKERS[self.compression_type](packed) as unpacking:
             self._buffer = bytearray(unpacking.read(self._max_bytes + 1))
         if len(self._buffer) > self._max_bytes:
-            self._unreadable = f"it has more than {self._max_bytes} bytes once unpacked"
+            self._unreadable = f"it has more than {self._max_bytes} bytes once decompressed"
         self._pos, self._decompressed = 0, True
 
     def __next__(self) -> Any:
@@ -398,7 +398,7 @@ class _Batch(DefaultRecordBatch):  # type: ignore[misc]
             return self._stand_in(self._unreadable)
 
     def _stand_in(self, reason: str) -> DefaultRecord:
-        """One empty record that replaces the rest of the batch, which may have a hundred million records."""
+        """Return one empty record in place of the rest of the batch, which may have a hundred million records."""
         if self._next_record_index >= self.records_count:
             raise StopIteration
         self._next_record_index = self._num_records = self.records_count
@@ -409,7 +409,7 @@ class _Batch(DefaultRecordBatch):  # type: ignore[misc]
         return DefaultRecord(0, self.last_offset, self.first_timestamp, self.timestamp_type, None, b"", headers)
 
 
-#: Snappy is unpacked by kafka-python: it makes at most some twenty bytes of one.
+#: Snappy is left to kafka-python: it expands one byte to at most some twenty.
 _UNPACKERS: dict[int, Callable[[io.BytesIO], Any]] = {
     DefaultRecordBatch.CODEC_GZIP: lambda packed: gzip.GzipFile(fileobj=packed),
     DefaultRecordBatch.CODEC_LZ4: lambda packed: codec.lz4.LZ4FrameFile(packed),
@@ -420,11 +420,11 @@ _UNPACKERS: dict[int, Callable[[io.BytesIO], Any]] = {
 
 
 class _ReplacingBuffer(bytearray):
-    """Bytes of which every part decodes; in a batch, only header names are decoded."""
+    """Bytes that decode with replacement characters; in a batch, only header names are decoded."""
 
-    def __getitem__(self, place: Any) -> Any:
-        part = super().__getitem__(place)
-        return _ReplacingBuffer(part) if isinstance(place, slice) else part
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        return _ReplacingBuffer(part) if isinstance(index, slice) else part
 
     def decode(self, encoding: str = "utf-8", errors: str = "replace") -> str:
         return super().decode(encoding, errors)

@@ -1,6 +1,6 @@
 """The in-memory twin of Kafka: a broker, an inbox, a follower and outboxes with the same contracts, without a network.
 
-For unit tests and for trying a job without a broker. One process, no threads; a message can be read as soon as it is
+For unit tests and for trying a job without a broker. One process, no threads; a message is readable as soon as it is
 sent.
 """
 
@@ -34,7 +34,7 @@ class MemoryBroker:
         self._wakes: list[Callable[[], None]] = []
 
     def log(self, topic: str) -> list[Record]:
-        """Every record of a topic, partition by partition."""
+        """Return every record of a topic, partition by partition."""
         return [record for number in range(self.num_partitions) for record in self.partition_log(topic, number)]
 
     def partition_log(self, topic: str, number: int) -> list[Record]:
@@ -44,16 +44,16 @@ class MemoryBroker:
         self._wakes.append(wake)
 
     def check(self, message: Outgoing) -> None:
-        """Raise the error with which a broker refuses this message, if it does."""
+        """Raise the error of a broker that refuses this message or is away."""
         if self.away:
             raise Transient("the broker is away")
         if message.topic in self.refused_topics:
-            raise TopicRefused(f"the broker takes no message for the topic {message.topic}")
+            raise TopicRefused(f"the broker accepts no message for the topic {message.topic}")
         if message.partition is not None and not 0 <= message.partition < self.num_partitions:
             raise TopicRefused(f"the topic {message.topic} has no partition {message.partition}")
         size = message.num_bytes()
         if size > self.max_message_bytes:
-            raise TooLarge(f"{size} bytes; the broker takes {self.max_message_bytes}")
+            raise TooLarge(f"{size} bytes; the broker accepts {self.max_message_bytes}")
 
     def append(self, message: Outgoing) -> Record:
         by_key = zlib.crc32(message.key or b"") % self.num_partitions
@@ -108,7 +108,7 @@ class MemoryInbox:
             self._assignments.append(self._assigned[partition])
 
     def lose(self, numbers: Collection[int], *, lost: bool = False) -> None:
-        """Revoke these partitions; with `lost`, another member owns them already."""
+        """Revoke these partitions; `lost` means that another member owns them already."""
         partitions = frozenset(Partition(self._topic, number) for number in numbers)
         for partition in partitions:
             del self._assigned[partition]
@@ -170,7 +170,7 @@ class MemoryInbox:
 
 
 class MemoryFollower:
-    """Reads what is appended to a topic from now on; implements `workers.ports.Follower`."""
+    """Reads the records appended to a topic after its creation; implements `workers.ports.Follower`."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class MemoryFollower:
         broker.on_append(wake)
 
     def lose(self, number: int, reason: str = "records were removed") -> None:
-        """Miss the records of a partition that have not been taken, and report the gap."""
+        """Drop the records of a partition that have not been taken, and report a gap."""
         for partition in self._positions:
             if partition.number == number:
                 self._positions[partition] = len(self._broker.partition_log(*partition))

@@ -1,6 +1,6 @@
-"""Tries, before a worker is ready, what it will need of Kafka: its topics, and the right to read and to write them.
+"""Checks, before a worker is ready, that its topics exist and that it may read and write them.
 
-A broker that reports no permissions (none are set, or it is not Apache Kafka) is taken to allow everything.
+A broker that reports no permissions (it has no ACLs, or is not Apache Kafka) is assumed to allow everything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.bus.errors import translating
 from workers.bus.kafka_internals import close_producer, is_topic_known, request_topics
 from workers.errors import Misconfigured
 
-#: How long a broker that creates topics on request may take.
+#: Time allowed to a broker that creates topics on request.
 CREATION_S = 2.0
 _ALL = "ALL"
 
@@ -26,7 +26,7 @@ _ALL = "ALL"
 def check_access(
     connection: Mapping[str, Any], *, reads: Collection[str], writes: Collection[str], group_id: str
 ) -> None:
-    """Raise `Misconfigured` with a sentence unless the topics exist and this client may use them; or `Transient`.
+    """Raise `Misconfigured` unless the topics exist and this client may use them, `Transient` if no broker answers.
 
     A topic that does not exist is created where the broker creates topics on request.
     """
@@ -42,7 +42,7 @@ def check_access(
 
 
 def _request_creation(connection: Mapping[str, Any], topics: Collection[str]) -> None:
-    """Ask for the topics as a client that wants them created; the broker decides."""
+    """Request the topics' metadata with automatic creation allowed; the broker decides."""
     producer = started(KafkaProducer, **connection, enable_idempotence=False)
     try:
         give_up_at = time.monotonic() + CREATION_S
@@ -59,7 +59,7 @@ def _check_topic(topic: str, described: Mapping[str, Any], operations: Collectio
     if code == kafka_errors.UnknownTopicOrPartitionError.errno:
         raise Misconfigured(f"the topic {topic} does not exist: create it")
     if code == kafka_errors.InvalidTopicError.errno:
-        raise Misconfigured(f"{topic} is not a valid name of a topic")
+        raise Misconfigured(f"{topic} is not a valid topic name")
     allowed = described.get("authorized_operations") or []
     missing = [operation for operation in operations if allowed and operation not in allowed and _ALL not in allowed]
     if missing:

@@ -16,7 +16,7 @@ from workers.bus.topics import Decision, TopicResolver
 from workers.errors import TopicRefused, Transient
 from workers.ports import Outgoing
 
-#: How long a send may wait inside the producer. It should not wait at all: topics are looked up before.
+#: How long a send may block inside the producer. Sends do not block as a rule, because topics are looked up before.
 MAX_BLOCK_MS = 10_000
 
 
@@ -28,8 +28,8 @@ class KafkaOutbox:
             KafkaProducer,
             **connection,
             acks="all",
-            # An idempotent producer of kafka-python 3.0 is beyond repair once the broker has refused one message
-            # for its size, and fails every other message with it. A repeated message is allowed here.
+            # After the broker refuses one message for its size, an idempotent producer of kafka-python 3.0 fails every
+            # later message too. This outbox may repeat messages, so it needs no idempotence.
             enable_idempotence=False,
             allow_auto_create_topics=False,  # naming a reply topic must not create it
             max_request_size=max_message_bytes,
@@ -59,7 +59,7 @@ class KafkaOutbox:
     def _send(self, message: Outgoing, sent: Future[None]) -> None:
         try:
             pending = send_to(self._producer, message)
-        except Exception as error:  # any error belongs to this message
+        except Exception as error:  # every error concerns this message alone
             self._fail(message, sent, error)
         else:
             pending.add_callback(lambda _: sent.set_result(None))
@@ -72,7 +72,7 @@ class KafkaOutbox:
         sent.set_exception(failed)
 
     def _decided(self, topic: str, decision: Decision) -> None:
-        with self._lock:  # until all are sent, so that no later message overtakes them
+        with self._lock:  # held until all are sent, so that no later message overtakes them
             for message, sent in self._held.pop(topic, ()):
                 if decision is None:
                     self._send(message, sent)

@@ -1,6 +1,6 @@
-"""Reads topics of Kafka without a group: for a client that waits for replies, for tools, and below a follower.
+"""Reads topics of Kafka without a group: for a client that waits for replies, for tools and for the follower.
 
-Where reading starts is fixed when the reader is made, so every record published after that is read. Commits nothing.
+The start is fixed when the reader is made, so every record published later is read. Commits nothing.
 Knows nothing of what the records mean.
 """
 
@@ -28,7 +28,7 @@ from workers.ports import Gap, Partition, Record
 
 Start = Literal["end", "beginning"] | datetime
 
-#: How often the reader looks for topics and partitions that have been created.
+#: Interval at which the reader looks for new topics and partitions.
 DISCOVERY_S = 0.5
 OFFSETS_TIMEOUT_MS = 30_000
 #: After a longer silence, compaction may have removed tombstones that were not read (`delete.retention.ms`: 24 hours).
@@ -41,7 +41,7 @@ SILENCE = "no broker answered for so long that records may have been compacted"
 
 
 class KafkaReader:
-    """Every record of some topics from a start on, in the order of each partition."""
+    """Reads every record of some topics from a start on, in the order of each partition."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class KafkaReader:
         """`connection` holds the settings that every client of this broker needs.
 
         Reads these partitions of each topic, or all. A topic or partition that is created later is read from its
-        beginning. An instant as `start` means the first record that is not older. `read_committed` hides the records of
+        beginning. A time as `start` means the first record that is not older. `read_committed` hides the records of
         transactions that are open or aborted.
         """
         self._topics = tuple(topics)
@@ -132,7 +132,7 @@ class KafkaReader:
         return [to_record(Partition(*partition), record) for partition, found in polled.items() for record in found]
 
     def _restart(self, partitions: Collection[TopicPartition], reason: str) -> None:
-        """Continue at the oldest record, or at the end if the broker has fewer records than were read."""
+        """Continue at the oldest record, or at the end if the partition now ends before the read position."""
         beginnings = self._consumer.beginning_offsets(partitions, timeout_ms=OFFSETS_TIMEOUT_MS)
         ends = self._consumer.end_offsets(partitions, timeout_ms=OFFSETS_TIMEOUT_MS)
         for partition in partitions:
@@ -158,7 +158,7 @@ class KafkaReader:
             return beginnings
         start_ms = int(start.timestamp() * 1000)
         found = self._consumer.offsets_for_times(dict.fromkeys(partitions, start_ms), timeout_ms=OFFSETS_TIMEOUT_MS)
-        # A partition without a record that young is read from its end.
+        # A partition without a record after that time is read from its end.
         return {partition: at.offset if at is not None else self._ends[partition] for partition, at in found.items()}
 
     def _discover(self) -> None:

@@ -1,7 +1,7 @@
 """Finds out which topics exist for a producer, and remembers for a while which ones refuse its messages.
 
-A producer of kafka-python blocks on a message to an unknown topic, and fails alike for a topic that does not exist and
-for a broker that is away. Here many topics are looked up at once, on a thread and in short rounds, and the two are
+A producer of kafka-python blocks on a message to an unknown topic, and fails in one way for a missing topic and
+for a missing broker. Here many topics are looked up at once, on a thread and in short rounds, and the two cases are
 distinguished: if a broker answers and does not name the topic, the topic does not exist.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 from workers.bus.kafka_internals import forget_topics, is_topic_known, is_topic_unauthorized, request_topics
 from workers.errors import TopicRefused, Transient
 
-#: How long a topic may take to appear: one that has just been created is not known to every broker.
+#: How long a topic may take to appear: not every broker knows a new topic at once.
 APPEARANCE_S = 2.0
 #: How long a broker may be away before a lookup fails.
 AWAY_S = 5.0
 #: How long a refusal is remembered.
 REFUSED_S = 30.0
-#: Most refusals to remember: requests can contain any topic name.
+#: Number of refusals to remember; bounded, because requests can contain any topic name.
 MAX_REFUSED = 10_000
 #: Longest wait for the broker in one round. kafka-python limits how often rounds are made.
 ANSWER_S = 0.5
@@ -31,7 +31,7 @@ Decision = TopicRefused | Transient | None
 
 
 class TopicResolver:
-    """Looks up topics for one producer, or for one that is replaced at times."""
+    """Looks up topics for a producer, which may be replaced."""
 
     def __init__(self, producer: Callable[[], Any], decided: Callable[[str, Decision], None]) -> None:
         """`producer` returns the current producer or None; `decided` is called on the resolver's thread."""
@@ -45,12 +45,12 @@ class TopicResolver:
         self._thread.start()
 
     def refusal(self, topic: str, message_number: int = 0) -> TopicRefused | None:
-        """Return the refusal of a message to this topic, if the topic was refused lately."""
+        """Return the refusal of a message to this topic if a recent refusal is remembered, else None."""
         until, reason = self._refused.get(topic, (0.0, ""))
         return TopicRefused(reason, message_number) if time.monotonic() < until else None
 
     def refuse(self, topic: str, refused: TopicRefused) -> None:
-        """Remember that this topic takes no messages."""
+        """Remember that this topic accepts no messages."""
         with self._changed:
             self._refused.pop(topic, None)
             while len(self._refused) >= MAX_REFUSED:
@@ -72,7 +72,7 @@ class TopicResolver:
             self._changed.notify_all()
 
     def wait_for(self, topics: Collection[str]) -> None:
-        """Wait until the lookups of these topics have ended, which `AWAY_S` limits."""
+        """Wait until the lookups of these topics have ended; each ends within `AWAY_S`."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or not any(topic in self._asked_since for topic in topics))
 
@@ -98,7 +98,7 @@ class TopicResolver:
                     self._changed.notify_all()
 
     def _ask(self, asked_since: dict[str, float]) -> dict[str, Decision]:
-        """Ask once more about all of these topics; returns those that are decided."""
+        """Look all of these topics up once; returns the decided ones."""
         producer, is_answered = self._producer(), False
         try:
             if producer is not None:

@@ -1,4 +1,4 @@
-"""The publishing side of the bus in transactions: messages and the offsets they answer, all or nothing."""
+"""The publishing side of the bus in transactions: messages and the offsets of the answered records, all or nothing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from workers.ports import Commit, Outgoing, Partition
 
 log = structlog.get_logger(__name__)
 
-#: How long one request to the transaction's coordinator may go unanswered. A coordinator that has moved answers a new
-#: producer, which finds it, at once.
+#: Timeout of one request to the transaction's coordinator. If the coordinator has moved, a new producer finds it and
+#: gets an answer at once.
 COORDINATOR_LIMIT_S = 5.0
-#: How long the start of a producer may take, which waits for the end of its predecessor's transaction.
+#: Timeout of a producer's start, which waits for the end of its predecessor's transaction.
 START_LIMIT_MS = 10_000
 
 
@@ -62,12 +62,12 @@ class KafkaTransactionalOutbox:
             "max_block_ms": START_LIMIT_MS,
             "max_request_size": max_message_bytes,
             "transaction_timeout_ms": transaction_timeout_ms,
-            # After that the broker has aborted the transaction: what is still being sent has no effect.
+            # After this time the broker has aborted the transaction, and later sends have no effect.
             "delivery_timeout_ms": transaction_timeout_ms,
             "request_timeout_ms": transaction_timeout_ms,
         }
-        self._flush_limit_s = 2 * transaction_timeout_ms / 1000  # each message has failed by then
-        self._unknown: Mapping[Partition, Commit] = {}  # offsets of a transaction whose end is not known
+        self._flush_limit_s = 2 * transaction_timeout_ms / 1000  # every message has succeeded or failed by then
+        self._unknown: Mapping[Partition, Commit] = {}  # offsets of a transaction that may or may not be committed
         self._producer: Any = self._opened()
         self._resolver = TopicResolver(lambda: self._producer, lambda topic, decision: None)
         self._outcome: Future[None] = Future()
@@ -104,11 +104,11 @@ class KafkaTransactionalOutbox:
 
     def _publish(self, messages: Sequence[Outgoing], offsets: Mapping[Partition, Commit]) -> None:
         if self._unknown and self._was_committed():
-            return  # after an unknown end the caller repeats the same messages, or a part of them
-        # Before the first message: with a later membership, offsets of partitions that have moved meanwhile would pass.
+            return  # it was committed: the caller repeats the same messages, or some of them
+        # Read before the first message: with a later one the broker would accept offsets of partitions that have moved.
         membership = self._membership()
         if membership.generation_id < 0:
-            # The broker takes the offsets of a transaction that names no generation from any client.
+            # Without a generation in the transaction, the broker would accept the offsets from any client.
             raise Transient("this worker is not a member of its group now")
         with translating():
             self._know_topics({message.topic: number for number, message in enumerate(messages)})
@@ -132,10 +132,10 @@ class KafkaTransactionalOutbox:
         raise refused
 
     def _was_committed(self) -> bool:
-        """Whether the transaction with the unknown end was committed. Raises `Transient` while that is not known.
+        """Whether the unconfirmed transaction was committed. Raises `Transient` while the broker has not decided.
 
-        The start of a new producer ends the transaction: it is completed if the coordinator has received the commit,
-        else aborted. Then the offsets of all its partitions have moved, or none.
+        The start of a new producer ends the transaction: committed if the coordinator has received the commit,
+        else aborted. Then the committed offsets of all its partitions have advanced, or of none.
         """
         if self._producer is None:
             self._producer = self._opened()
@@ -149,10 +149,10 @@ class KafkaTransactionalOutbox:
         return was_committed
 
     def _know_topics(self, topics: Mapping[str, int]) -> None:
-        """Make the producer know these topics, each with the index of a message to it.
+        """Look up these topics, each given with the index of a message to it.
 
-        Outside of a transaction, whose time would run meanwhile. Raises `TopicRefused`, or `Transient` if no broker
-        answers.
+        Called outside a transaction, whose timeout would run meanwhile. Raises `TopicRefused`, or `Transient` if no
+        broker answers.
         """
         if self._producer is None:
             self._producer = self._opened()
@@ -166,7 +166,7 @@ class KafkaTransactionalOutbox:
             raise Transient(f"no broker answers whether the topic {unknown[0]} exists")
 
     def _culprit(self, messages: Sequence[Outgoing], refusals: Sequence[Refused]) -> Refused:
-        """Find the refused message: one fails all that are sent with it with its own error."""
+        """Return the refusal of the one message at fault: its error fails every message that was sent with it."""
         for suspect in _suspects(messages, refusals):
             number = suspect.message_number
             self._know_topics({messages[number].topic: number})
@@ -177,11 +177,11 @@ class KafkaTransactionalOutbox:
                 refused = alone[0]
                 refused.message_number = number
                 return refused
-        raise Transient("the broker refused a message, and then did not")
+        raise Transient("the broker refused one of several messages, then accepted each one alone")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
-        """Begin one, and abort it where the block fails."""
+        """Begin a transaction for the block, and abort it if the block fails."""
         if self._producer is None:
             self._producer = self._opened()
         try:
@@ -194,18 +194,18 @@ class KafkaTransactionalOutbox:
         except BaseException as error:
             self._give_up()
             if type(error) is kafka_errors.KafkaError:
-                # All that kafka-python reports of a producer in a state it cannot leave; the next one starts afresh.
+                # kafka-python reports an unusable producer by this error only; the next attempt makes a new producer.
                 raise Transient(str(error)) from error
             raise
 
     def _give_up(self) -> None:
-        """Abort, and start a new producer at the next attempt.
+        """Abort the transaction, and make a new producer at the next attempt.
 
-        kafka-python continues to count from the numbers of refused messages, which the broker has not seen; and where
-        the abort fails, the start of the new producer aborts for it.
+        kafka-python counts on from the sequence numbers of refused messages, which the broker has not seen. If
+        the abort fails, the start of the new producer aborts the transaction.
         """
         producer, self._producer = self._producer, None
-        if producer is None:  # given up inside the block
+        if producer is None:  # already given up inside the block
             return
         try:
             abort_transaction(producer, COORDINATOR_LIMIT_S)
@@ -219,12 +219,12 @@ class KafkaTransactionalOutbox:
         if producer is not None:
             close_producer(producer, timeout_s)
         if not self._outcome.done():
-            with contextlib.suppress(InvalidStateError):  # it was done just now
+            with contextlib.suppress(InvalidStateError):  # ended meanwhile
                 self._outcome.set_exception(Transient("the worker ends while a transaction is open"))
 
 
 class _UnknownEnd(Exception):
-    """A commit was sent and not answered."""
+    """A commit was sent but not answered, so the transaction may or may not be committed."""
 
 
 def _commit(producer: Any) -> None:
@@ -237,7 +237,7 @@ def _commit(producer: Any) -> None:
 
 
 def _flush(producer: Any, messages: Sequence[Outgoing], limit_s: float) -> list[Refused]:
-    """Send and wait; returns the refusals of the messages that failed with one. Raises for any other failure."""
+    """Send the messages and wait; returns the refusals. Raises any other failure."""
     give_up_at = time.monotonic() + limit_s
     futures: list[Any] = []
     stopped: BaseException | None = None
@@ -251,10 +251,10 @@ def _flush(producer: Any, messages: Sequence[Outgoing], limit_s: float) -> list[
             refused = refusal(error, message, number)
             if refused is not None:
                 raise refused from error
-            stopped = error  # as a rule by the failure of an earlier message, whose future has the better reason
+            stopped = error  # usually caused by an earlier message, whose future has the precise error
             break
     for future in futures:
-        # Not `flush`, which takes it for a bug that a batch too large for its topic has been split and goes on in two.
+        # Not `flush`, which fails when a batch that is too large for its topic has been split in two.
         with contextlib.suppress(kafka_errors.KafkaError):
             future.get(timeout=max(0.0, give_up_at - time.monotonic()))
     ended = [(future.exception, number) for number, future in enumerate(futures) if future.exception is not None]
@@ -268,7 +268,7 @@ def _flush(producer: Any, messages: Sequence[Outgoing], limit_s: float) -> list[
 
 
 def _suspects(messages: Sequence[Outgoing], refusals: Sequence[Refused]) -> list[Refused]:
-    """The messages to try alone: of each topic the largest refused one, because size and topic decide."""
+    """Return the messages to try alone: the largest refused one of each topic, because size and topic decide."""
     largest: dict[str, Refused] = {}
     for refused in sorted(refusals, key=lambda refused: messages[refused.message_number].num_bytes(), reverse=True):
         largest.setdefault(messages[refused.message_number].topic, refused)

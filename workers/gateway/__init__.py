@@ -1,1 +1,1 @@
-"""The gateway: rerank APIs, search, image upload and the search page over HTTP, in front of Kafka and the index."""
+"""The gateway: serves rerank APIs, search, image upload and the search page over HTTP, by Kafka and the index."""

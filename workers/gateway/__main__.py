@@ -29,9 +29,9 @@ def main() -> int:
         prog="python -m workers.gateway", description="Settings come from the environment."
     )
     parser.add_argument(
-        "--show-config", nargs="?", const="table", choices=("table", "json"), help="list every setting, and end"
+        "--show-config", nargs="?", const="table", choices=("table", "json"), help="list every setting, then exit"
     )
-    parser.add_argument("--new-key", metavar="NAME", help="print an API key and its entry in the settings, and end")
+    parser.add_argument("--new-key", metavar="NAME", help="print an API key and its GATEWAY_API_KEYS entry, then exit")
     arguments = parser.parse_args()
     if arguments.new_key is not None:
         return print_new_key(arguments.new_key)
@@ -63,9 +63,9 @@ def print_new_key(name: str) -> int:
     try:
         ApiKeys.parse(entry)
     except ValueError:
-        print("a name has 1 to 64 letters, digits, dots, dashes and underscores", file=sys.stderr)
+        print("invalid name: use 1 to 64 letters, digits, dots, dashes and underscores", file=sys.stderr)
         return 2
-    print(f"key, for {name} alone:\n  {key}\nentry, for GATEWAY_API_KEYS:\n  {entry}")
+    print(f"key, to give to {name} only:\n  {key}\nentry, for GATEWAY_API_KEYS:\n  {entry}")
     return 0
 
 

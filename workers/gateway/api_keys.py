@@ -1,6 +1,6 @@
-"""API keys of the callers, of which the gateway knows only hashes.
+"""Checks the API keys of callers against hashes; the gateway stores no key.
 
-A key is 256 random bits, so a plain SHA-256 protects it; comparisons take the same time for every key.
+A key is 256 random bits, so a plain SHA-256 protects it. Comparisons take the same time for every key.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import re
 import secrets
 from collections.abc import Sequence
 
-#: The caller where no keys are configured.
+#: Name of every caller if no keys are configured.
 ANYONE = "anyone"
 
 _ENTRY = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})")
 
 
 class ApiKeys:
-    """The names and hashes of the valid keys. An empty set lets everyone call."""
+    """The names and hashes of the valid keys. Without keys, everyone may call."""
 
     def __init__(self, hashes: Sequence[tuple[str, bytes]]) -> None:
-        """`hashes` are names with the SHA-256 of their keys; a name may come twice, while a key is replaced."""
+        """`hashes` holds names and the SHA-256 of their keys; a name may occur twice while its key is replaced."""
         self._hashes = tuple(hashes)
 
     @classmethod
@@ -31,7 +31,7 @@ class ApiKeys:
         for number, entry in enumerate(filter(None, re.split(r"[\s,]+", text)), start=1):
             match = _ENTRY.fullmatch(entry)
             if match is None:
-                # Not the entry itself: it may be a key in the place of its hash.
+                # Not the entry itself, which may hold a key instead of its hash.
                 raise ValueError(
                     f"entry {number} is not name:hash, with the SHA-256 of the key in hexadecimal; "
                     "`python -m workers.gateway --new-key NAME` prints both"
@@ -49,7 +49,7 @@ class ApiKeys:
             return ANYONE
         sent = hashlib.sha256((key or "").encode("utf-8", "surrogateescape")).digest()
         caller = None
-        for name, expected in self._hashes:  # all of them, so that the time is the same for every key
+        for name, expected in self._hashes:  # always all of them, so that every key takes the same time
             if hmac.compare_digest(sent, expected):
                 caller = name
         return caller
@@ -62,7 +62,7 @@ def new_key(name: str) -> tuple[str, str]:
 
 
 def key_in(authorization: str | None, x_api_key: str | None) -> str | None:
-    """Return the key of a request's headers: `Authorization: Bearer KEY`, or `X-API-Key: KEY`."""
+    """Return the key in a request's headers: `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
     if authorization is not None:
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() in ("bearer", "api-key", "apikey"):

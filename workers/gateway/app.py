@@ -1,7 +1,7 @@
 """The HTTP side of the gateway: routes, and the checks around every handler.
 
-Every request has an end: its body must arrive in time and within its limit, its answer comes within its deadline, and
-if the caller hangs up its work is cancelled. Knows HTTP and JSON; decides nothing about rankings.
+Every request ends in bounded time: its body must arrive in time and within its limit, its answer has a deadline, and
+the work is cancelled if the caller disconnects. Knows HTTP and JSON; decides nothing about rankings.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from workers.telemetry.tracer import MessageTrace, Tracer
 log = structlog.get_logger(__name__)
 
 IDEMPOTENCY_KEY = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
-#: Status in metrics and logs for a caller that has hung up; it is not sent.
+#: Status in metrics and logs of a caller that has disconnected; it is not sent.
 CLIENT_CLOSED = 499
 INTERNAL_ERROR = ApiError(500, "internal_error", "an unexpected error; the gateway's log has it under this trace id")
 
 
 @dataclass(slots=True)
 class Call:
-    """One HTTP request on its way through a handler."""
+    """One HTTP request that a handler answers."""
 
     request: Request
     caller: str
@@ -76,7 +76,7 @@ class Call:
             raise ApiError(
                 422, "invalid_idempotency_key", "an Idempotency-Key has 1 to 128 letters, digits or ._:+/=@-"
             )
-        # Of one caller alone: two callers that choose the same key are two requests.
+        # Keys are separate for each caller: the same key of two callers names two requests.
         return f"{self.caller}:{key}"
 
 
@@ -89,7 +89,7 @@ Handler = Callable[[Call], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One route: `is_open` needs no API key, `max_body_bytes` of None is the gateway's limit."""
+    """One route. With `is_open` it needs no API key; `max_body_bytes=None` means the gateway's limit."""
 
     path: str
     method: str
@@ -99,7 +99,7 @@ class Endpoint:
 
 
 class Gate:
-    """Wraps every endpoint: API key, rate limit, trace, metrics, hang-up, errors."""
+    """Wraps every endpoint: API key, rate limit, trace, metrics, disconnection, errors."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class Gate:
             if call is not None and call.degraded is not None:
                 response.headers["Edje-Degraded"] = call.degraded
             self._count(endpoint, request, trace, started_at, response.status_code, call)
-            with contextlib.suppress(OSError):  # the caller is gone
+            with contextlib.suppress(OSError):  # the caller has disconnected
                 await response(scope, receive, send)
 
         return app
@@ -204,7 +204,7 @@ class Gate:
 
 
 class _HungUp(Exception):
-    """The caller has closed the connection."""
+    """Raised when the caller has closed the connection."""
 
 
 class _HangUp:
@@ -236,7 +236,7 @@ class _HangUp:
             await asyncio.gather(work, watch, return_exceptions=True)
 
     async def _watch(self) -> None:
-        # The body belongs to the handler; behind it comes nothing but the end of the connection.
+        # Begins after the handler has read the body: the next message is the end of the connection.
         await self._has_body.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
@@ -283,7 +283,7 @@ def build_app(gate: Gate, endpoints: list[Endpoint]) -> Any:
     async def not_found(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return error_response(
-            ApiError(error.status_code, "not_found", "there is nothing here; GET /openapi.json lists every path"), None
+            ApiError(error.status_code, "not_found", "no such path; GET /openapi.json lists every path"), None
         )
 
     app = Starlette(routes=routes, exception_handlers={404: not_found})
@@ -303,7 +303,7 @@ class _Methods:
         app = self._apps.get(scope["method"])
         if app is None:
             allowed = ", ".join(self._apps)
-            error = ApiError(405, "method_not_allowed", f"this path takes {allowed}", {"Allow": allowed})
+            error = ApiError(405, "method_not_allowed", f"this path accepts {allowed}", {"Allow": allowed})
             await error_response(error, None)(scope, receive, send)
             return
         await app(scope, receive, send)

@@ -1,6 +1,6 @@
-"""The JSON bodies of requests and answers; the OpenAPI document is generated from these models.
+"""The models of the JSON bodies of requests and answers, from which the OpenAPI document is generated.
 
-Request bodies ignore unknown fields, because clients of other services send further fields.
+Request bodies ignore unknown fields, because clients of other services send additional fields.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from protocols.events import WarningInfo, WordSimilarities
 from protocols.fields import MAX_CANDIDATES, MAX_PRIORITY, Id, InlineData, Metadata, QueryText, Uri
 
-#: Of one value in a filter or of one string of a document.
+#: Characters of one string of a document.
 MAX_DOCUMENT_CHARS = 10_000
 MAX_FILTER_KEYS = 16
 MAX_FILTER_VALUES = 64
@@ -21,25 +21,28 @@ _FilterKey = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 _FilterValue = Annotated[str, StringConstraints(max_length=2_048)]
 FilterBody = Annotated[
     dict[_FilterKey, _FilterValue | Annotated[list[_FilterValue], Field(min_length=1, max_length=MAX_FILTER_VALUES)]],
-    Field(max_length=MAX_FILTER_KEYS, description="metadata that an image must have: one value, or one of a list"),
+    Field(
+        max_length=MAX_FILTER_KEYS,
+        description="metadata that an image must have; of a list, one value must match",
+    ),
 ]
 
 
 class Body(BaseModel):
-    """Root of the request bodies."""
+    """Base class of the request bodies."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", val_json_bytes="base64", protected_namespaces=())
 
 
 class CallOptions(Body):
-    """Options of the gateway in every kind of request for a ranking."""
+    """Options of the gateway that every request for a ranking accepts."""
 
     on_failure: Annotated[
         Literal["first_stage", "error"] | None,
-        Field(description="the answer when no ranking comes in time: the given order, or an error"),
+        Field(description="the answer if no ranking arrives in time: the given order, or an error"),
     ] = None
     timeout_ms: Annotated[int | None, Field(ge=1, description="the longest wait for the answer")] = None
-    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY, description="higher goes first")] = 0
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY, description="requests with a higher priority go first")] = 0
     explain: Annotated[bool, Field(description="add each word's similarity to each visual token, where possible")] = (
         False
     )
@@ -54,7 +57,7 @@ class QueryObject(Body):
 
 
 class RerankBody(CallOptions):
-    """`POST /v2/rerank`, `/v1/rerank`, `/rerank`: Cohere's, Jina's, vLLM's and LiteLLM's request."""
+    """The request of `POST /v2/rerank`, `/v1/rerank` and `/rerank`, as Cohere, Jina, vLLM and LiteLLM define it."""
 
     query: QueryText | QueryObject
     documents: Annotated[
@@ -65,7 +68,7 @@ class RerankBody(CallOptions):
             "`image`, `image_url` or `text`, and a first-stage `score` where there is one",
         ),
     ]
-    top_n: Annotated[int | None, Field(ge=0, description="results to return; all where absent or 0")] = None
+    top_n: Annotated[int | None, Field(ge=0, description="results to return; all if absent or 0")] = None
     return_documents: bool = False
     model: Annotated[str | None, StringConstraints(max_length=256), Field(description="repeated in the answer")] = None
 
@@ -101,7 +104,7 @@ class RerankedDocument(BaseModel):
 
 
 class RerankAnswerBody(BaseModel):
-    """The answer to `RerankBody`, best first; one result per document where no `top_n` is given."""
+    """The answer to `RerankBody`, best first; one result per document if no `top_n` is given."""
 
     id: Annotated[str, Field(description="the request id")]
     model: str | None = None
@@ -137,16 +140,16 @@ class WeaviateAnswerBody(BaseModel):
 
 
 class SearchBody(CallOptions):
-    """`POST /v1/search`: candidates from the index, ranked."""
+    """The request of `POST /v1/search`: candidates from the index are ranked."""
 
     query: QueryText
     top_n: Annotated[int, Field(ge=1, le=1_000, description="results to return")] = 10
-    candidates: Annotated[int, Field(ge=1, le=1_000, description="images that the index finds, to be ranked")] = 50
+    candidates: Annotated[int, Field(ge=1, le=1_000, description="images taken from the index to be ranked")] = 50
     filter: FilterBody = {}
 
 
 class SearchResult(BaseModel):
-    """One image of a search."""
+    """One result of `SearchAnswerBody`."""
 
     image_id: str
     metadata: dict[str, str] = {}
@@ -154,18 +157,18 @@ class SearchResult(BaseModel):
     rank_before: Annotated[int, Field(description="from 1, in the order of the index")]
     relevance_score: Annotated[float | None, Field(description="null in a degraded answer")] = None
     first_stage_score: Annotated[float, Field(description="the cosine of the vectors of query and image")]
-    is_missing: Annotated[bool, Field(description="in the index, and without tokens in the store")] = False
+    is_missing: Annotated[bool, Field(description="the image is indexed but has no tokens in the store")] = False
     explanation: list[WordSimilarities] | None = None
 
 
 class SearchAnswerBody(BaseModel):
-    """The answer to `SearchBody`: both orders."""
+    """The answer to `SearchBody`: the reranked order and the order of the index."""
 
     id: str
     query: str
     num_candidates: int
     results: Annotated[list[SearchResult], Field(description="best first, reranked")]
-    first_stage: Annotated[list[SearchResult], Field(description="the first of the index's order, best first")]
+    first_stage: Annotated[list[SearchResult], Field(description="the first `top_n` in the index's order, best first")]
     degraded: Annotated[str | None, Field(description="why `results` is in the index's order")] = None
     degraded_message: str | None = None
     warnings: list[WarningInfo] = []
@@ -176,9 +179,9 @@ class SearchAnswerBody(BaseModel):
 
 
 class ImageBody(Body):
-    """`POST /v1/images` as JSON: an image by address, or its bytes in base64."""
+    """The JSON request of `POST /v1/images`: the address of an image, or its bytes in base64."""
 
-    image_id: Annotated[Id | None, Field(description="where absent: the digest of the content or address")] = None
+    image_id: Annotated[Id | None, Field(description="if absent: the digest of the content or address")] = None
     uri: Uri | None = None
     data: InlineData | None = None
     metadata: Metadata = {}
@@ -203,13 +206,13 @@ class ImageState(BaseModel):
     image_id: str
     status: Literal["indexed", "pending", "failed"]
     metadata: dict[str, str] = {}
-    error: Annotated[str | None, Field(description="of an image that failed: the code of its dead letter")] = None
+    error: Annotated[str | None, Field(description="the error code of the dead letter of a failed image")] = None
     message: str | None = None
 
 
 class ErrorBody(BaseModel):
-    """Every error answer."""
+    """The body of every error answer."""
 
-    code: Annotated[str, Field(description="a stable word")]
+    code: Annotated[str, Field(description="a stable error code")]
     message: Annotated[str, Field(description="what is wrong and what to do")]
     trace_id: str | None = None

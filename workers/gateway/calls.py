@@ -1,7 +1,7 @@
 """A rerank call and its answer as plain data, the same for every dialect.
 
-Decides how a reply becomes an answer with one score per document, and how the first stage's order becomes one if there
-is no reply. Knows nothing of HTTP, JSON and Kafka.
+Decides how a reply becomes an answer with one score per document, and makes the answer in the given order if there
+is no reply. Knows nothing of HTTP, JSON or Kafka.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from workers.gateway.errors import ApiError, Unanswered
 DocumentKind = Literal["image_id", "uri", "text"]
 OnFailure = Literal["first_stage", "error"]
 
-#: The score of an image without tokens: below every logit that a joint encoder gives.
+#: The logit of an image without tokens: lower than every logit of a joint encoder.
 MISSING_LOGIT = -30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document of a call: an image by id or address, or a text. `given` is its JSON value."""
+    """One document of a call: an image by id or address, or a text. `given` is the document's JSON value."""
 
     kind: DocumentKind
     value: str
@@ -64,7 +64,7 @@ class RankedDocument:
 class RerankAnswer:
     """The ranking of a call's documents, best first; at least as many as the call's `num_results`.
 
-    `degraded` is the code of why the documents are in the given order instead of a ranked one.
+    `degraded` is the code of the reason why the documents are in the given order, None for a ranking.
     """
 
     request_id: str
@@ -82,7 +82,7 @@ class RerankAnswer:
 def candidates_of(documents: Sequence[Document], ids_by_uri: Mapping[str, str]) -> tuple[list[Candidate], list[int]]:
     """Return the candidates to rank and, for each, the index of its document.
 
-    An address without an image is no candidate. Raises `ApiError` if a document's kind does not fit the others.
+    An address without an indexed image gives no candidate. Raises `ApiError` if documents are of different kinds.
     """
     candidates: list[Candidate] = []
     indexes: list[int] = []
@@ -112,10 +112,10 @@ def ranked_answer(
     *,
     trace_id: str | None,
 ) -> RerankAnswer:
-    """Return the answer of a reply with a ranking; documents without tokens come last.
+    """Return the answer for a reply with a ranking; documents without tokens come last.
 
-    `candidates` are those of the request, `indexes` the document of each. Raises `ApiError` if the call asks about an
-    image without tokens, `ValueError` for a reply that does not fit the request.
+    `candidates` are the request's, `indexes` the indexes of their documents. Raises `ApiError` if the query image lacks
+    tokens, `ValueError` if the reply does not fit the request.
     """
     without_tokens = set(response.missing)
     if call.query.image_id is not None and call.query.image_id in without_tokens:
@@ -149,12 +149,12 @@ def ranked_answer(
 
 
 def given_order(call: RerankCall, request_id: str, why: Unanswered, *, trace_id: str | None) -> RerankAnswer:
-    """Return the degraded answer: the documents in the given order, with scores that fall from 1 by equal steps."""
+    """Return the degraded answer: the documents in the given order, with scores that fall from 1 in equal steps."""
     num_documents = len(call.documents)
     scores = [(num_documents - index) / num_documents for index in range(num_documents)]
     return RerankAnswer(
         request_id=request_id,
-        # The logit of the middle is 0; the steps are those of the scores.
+        # The logit is the score scaled to [-1, 1].
         results=[RankedDocument(index, score, 2 * score - 1) for index, score in enumerate(scores)],
         degraded=why.code,
         degraded_message=why.message,
@@ -163,7 +163,7 @@ def given_order(call: RerankCall, request_id: str, why: Unanswered, *, trace_id:
 
 
 def missing_answer(call: RerankCall, request_id: str, *, trace_id: str | None) -> RerankAnswer:
-    """Return the answer of a call none of whose documents can be asked about; also of a call without documents."""
+    """Return the answer to a call without candidates: every document is missing, or there are no documents."""
     return RerankAnswer(
         request_id=request_id,
         results=[RankedDocument(index, 0.0, MISSING_LOGIT, is_missing=True) for index in range(len(call.documents))],

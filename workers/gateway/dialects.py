@@ -1,7 +1,7 @@
-"""The rerank APIs of other services: a request's body to a `RerankCall`, a `RerankAnswer` to the body of the answer.
+"""Translates the rerank APIs of other services: request bodies to `RerankCall`, and `RerankAnswer` to answer bodies.
 
-The dialect follows from path and body: `texts` is text-embeddings-inference's, `property` Weaviate's, everything else
-Cohere's, Jina's, vLLM's and LiteLLM's, which are one. Pure functions; knows nothing of HTTP.
+The body decides the dialect: `texts` is text-embeddings-inference's, `property` Weaviate's, everything else
+Cohere's, Jina's, vLLM's and LiteLLM's, which share one dialect. Pure functions; knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from workers.gateway.errors import ApiError
 Dialect = Literal["cohere", "tei", "weaviate"]
 BodyT = TypeVar("BodyT", bound=Body)
 
-#: Schemes of addresses that an image may have; a string without one of them is an id.
+#: Schemes of image addresses; a string that starts with none of them is an id.
 _URI_SCHEMES = ("http://", "https://", "s3://", "gs://", "file://")
 _USE_IDS = "publish the image first (POST /v1/images) and send its id"
 
@@ -40,7 +40,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def validated(kind: type[BodyT], given: Mapping[str, Any]) -> BodyT:
-    """Return the body as this model. Raises `ApiError` that names the first problem."""
+    """Return the body as this model. Raises an `ApiError` that names the first problem."""
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -60,7 +60,7 @@ def read_call(given: Mapping[str, Any], *, strings_are: DocumentKind, max_docume
     """
     dialect = dialect_of(given)
     listed = given.get("texts" if dialect == "tei" else "documents")
-    if isinstance(listed, list) and len(listed) > max_documents:  # before 10,000 documents are validated
+    if isinstance(listed, list) and len(listed) > max_documents:  # before validating, which is slow for a long list
         raise ApiError(
             422, "too_many_documents", f"{len(listed)} documents; at most {max_documents} are ranked in one request"
         )
@@ -85,7 +85,7 @@ def read_call(given: Mapping[str, Any], *, strings_are: DocumentKind, max_docume
 
 
 def options_of(options: CallOptions) -> dict[str, Any]:
-    """Return the fields of a `RerankCall` that all bodies have."""
+    """Return the `RerankCall` fields that every body has."""
     return {
         "on_failure": options.on_failure,
         "timeout_s": None if options.timeout_ms is None else options.timeout_ms / 1000,
@@ -102,7 +102,7 @@ def _call(
     **fields: Any,
 ) -> RerankCall:
     asked = _query(query, strings_are)
-    # Whoever asks about an image sends texts.
+    # Documents of an image query are texts.
     kind: DocumentKind = "text" if asked.image_id is not None else strings_are
     read = [_document(given, number, kind) for number, given in enumerate(documents)]
     wanted = "text" if asked.image_id is not None else "image"
@@ -173,7 +173,7 @@ def _image(value: str, where: str, score: float | None, given: dict[str, Any]) -
 
 
 def checked_id(value: str, where: str) -> str:
-    """Return an image id as it is. Raises `ApiError` that names where the value was."""
+    """Return a valid image id unchanged. Raises an `ApiError` that names the field."""
     is_id = 1 <= len(value) <= MAX_ID_CHARS and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in value)
     if not is_id:
         raise ApiError(
@@ -193,7 +193,7 @@ def _score(value: Any, where: str) -> float | None:
 
 
 def render(dialect: Dialect, path: str, call: RerankCall, answer: RerankAnswer) -> Any:
-    """Return the body of the answer as JSON values. Every score is a float, also 0.0 and 1.0."""
+    """Return the body of the answer as JSON values. Every score is a float, 0.0 and 1.0 included."""
     results = answer.results[: call.num_results()]
     if dialect == "tei":
         return [_tei_result(call, result) for result in results]
@@ -207,7 +207,7 @@ def render(dialect: Dialect, path: str, call: RerankCall, answer: RerankAnswer) 
         "warnings": [warning.model_dump() for warning in answer.warnings],
         "timings_ms": dict(answer.timings_ms),
         "trace_id": answer.trace_id,
-        # Clients of Cohere read the first, clients of Jina and vLLM the second.
+        # Clients of Cohere read the first field, clients of Jina and vLLM the second.
         "meta": {"api_version": {"version": "2" if "/v2/" in path else "1"}, "billed_units": {"search_units": 1}},
         "usage": {"total_tokens": 0},
     }
@@ -235,7 +235,7 @@ def _tei_result(call: RerankCall, result: RankedDocument) -> dict[str, Any]:
 
 
 def _weaviate_scores(call: RerankCall, results: Sequence[RankedDocument]) -> list[dict[str, Any]]:
-    """In the order of the documents, which is how Weaviate reads them."""
+    """Return the scores in the order of the documents, as Weaviate requires."""
     ordered = sorted(results, key=lambda result: result.index)
     return [
         {"document": call.documents[result.index].given, "score": float(result.relevance_score)} for result in ordered

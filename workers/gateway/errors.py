@@ -1,4 +1,4 @@
-"""The error that becomes an HTTP answer. Knows no HTTP library."""
+"""The errors that become HTTP answers. Knows no HTTP library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 class ApiError(Exception):
     """A request that is answered with an error status.
 
-    `code` is the stable word in answers and metrics; `message` is for the person who sent the request.
+    `code` is the stable error code in answers and metrics; `message` is for the person who sent the request.
     """
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
@@ -20,9 +20,9 @@ class ApiError(Exception):
 
 
 class Unanswered(Exception):
-    """No ranking came back for a request that is valid: the reason of a degraded answer, or of an error answer.
+    """A valid request got no ranking: the reason for a degraded answer, or for an error answer.
 
-    `status` is that of the error answer: 504 if the time is over, 503 if a part of the service is away.
+    `status` is the status of the error answer: 504 after a timeout, 503 if a part of the service is away.
     """
 
     def __init__(self, status: int, code: str, message: str) -> None:

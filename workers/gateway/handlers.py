@@ -1,4 +1,4 @@
-"""The handlers of the gateway's routes: bodies in, answers out.
+"""The handlers of the gateway's routes: they read the bodies of requests and return the answers.
 
 Knows HTTP and JSON; rankings, searches and images are decided elsewhere.
 """
@@ -26,12 +26,12 @@ from workers.gateway.images import Images, image_id_of
 from workers.gateway.reranking import Reranking
 from workers.gateway.searching import IndexSearch, Searching
 
-#: Uploads that are read at once; each may take `GATEWAY_MAX_UPLOAD_BYTES` of memory.
+#: Most uploads read at once; each may take `GATEWAY_MAX_UPLOAD_BYTES` of memory.
 MAX_UPLOADS = 4
 MAX_FILES = 50
 MAX_FIELDS = 10
 MAX_FIELD_BYTES = 64 << 10
-#: A day: the thumbnail of an image changes only with the image.
+#: Clients cache thumbnails for a day: a thumbnail changes only with its image.
 THUMBNAIL_CACHE = "private, max-age=86400"
 
 RERANK_PATHS = ("/v2/rerank", "/v1/rerank", "/rerank", "/openai/v1/rerank")
@@ -65,7 +65,7 @@ class Handlers:
         self._uploads = asyncio.Semaphore(MAX_UPLOADS)
 
     def endpoints(self) -> list[Endpoint]:
-        """The endpoints of the APIs."""
+        """Return the endpoints of the APIs."""
         return [
             *(Endpoint(path, "POST", self.rerank) for path in RERANK_PATHS),
             Endpoint("/v1/search", "POST", self.search),
@@ -126,7 +126,7 @@ class Handlers:
             if not files:
                 raise ApiError(422, "no_file", "the form has no file")
             if image_id is not None and len(files) > 1:
-                raise ApiError(422, "invalid_request", "image_id: only with one file")
+                raise ApiError(422, "invalid_request", "image_id: allowed only with a single file")
             described = parse_object(metadata.encode()) if isinstance(metadata, str) else {}
             contents = [(file.filename, await file.read()) for file in files]
         finally:
@@ -168,7 +168,7 @@ def _described(body: ImageBody) -> ImageNew:
     content = body.data if body.data is not None else body.uri or ""
     metadata = dict(body.metadata)
     if body.uri is not None and len(body.uri) <= MAX_METADATA_VALUE_CHARS:
-        metadata.setdefault("uri", body.uri)  # documents may name images by their address
+        metadata.setdefault("uri", body.uri)  # lets documents name images by address
     image_id = body.image_id or image_id_of(content)
     return ImageNew(image_id=image_id, uri=body.uri, data=body.data, metadata=metadata or None)
 

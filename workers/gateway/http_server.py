@@ -1,4 +1,4 @@
-"""Uvicorn's HTTP server with limits that it lacks: time and bytes of a request's head, time for a slow reader."""
+"""Uvicorn's HTTP server with additional limits: time and bytes of a request's head, time of a slow reader."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from workers.errors import Misconfigured
 
-#: From the first byte of a connection, or the end of the answer before, to the last byte of a request's head.
+#: Longest time from a connection's start, or from the previous answer's end, to the end of a request's head.
 HEAD_TIMEOUT_S = 15.0
 MAX_HEAD_BYTES = 32 << 10
-#: A connection that is to be closed and still has bytes to send is cut off after this long.
+#: A closing connection that still has bytes to send is cut off after this time.
 LINGER_S = 15.0
-#: Longer than common load balancers keep an idle connection, so that they are the ones who close it.
+#: Longer than common load balancers keep an idle connection, so that the load balancer closes it.
 KEEP_ALIVE_S = 75
-#: Connections that wait to be accepted.
+#: Most connections that wait to be accepted.
 BACKLOG = 2_048
 
 
@@ -86,7 +86,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 class HttpServer(uvicorn.Server):
-    """The server of one application. Set `should_exit` to drain it: its signals are the caller's."""
+    """The server of one application. Set `should_exit` to drain it; the caller handles signals."""
 
     def __init__(self, app: Any, *, max_connections: int, drain_grace_s: float) -> None:
         super().__init__(

@@ -1,7 +1,7 @@
-"""Images of the gateway: published and removed over Kafka, their state, their thumbnails.
+"""Publishes and removes images over Kafka, and reports their state and thumbnails.
 
-An image is indexed when the index finds it, failed when its dead letter has come, and pending until then. Every replica
-follows the dead letters, so that each knows the failures of the others' uploads too. Knows nothing of HTTP.
+An image is indexed when the index has it, failed when its dead letter has arrived, and pending before. Every replica
+follows the dead letters, so that it knows the failed uploads of other replicas too. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ V = TypeVar("V")
 
 log = structlog.get_logger(__name__)
 
-#: Published images and failures to remember, for `GET /v1/images/{id}`.
+#: Most published images, and most failures, to remember for `GET /v1/images/{id}`.
 MAX_REMEMBERED = 10_000
-#: Bytes of an event besides the image: ids, headers and framing.
+#: Bytes of an event in addition to the image: ids, headers and framing.
 EVENT_OVERHEAD_BYTES = 4_096
-#: What a thumbnail may be, by its first bytes; nothing else is served.
+#: Formats of thumbnails by their first bytes; other values are not served.
 _MEDIA_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
@@ -56,13 +56,13 @@ class Images:
         self._store_threads = ThreadPoolExecutor(2, thread_name_prefix="thumbnails")
         self._pending: OrderedDict[str, None] = OrderedDict()
         self._failures: OrderedDict[str, tuple[str, str]] = OrderedDict()
-        #: Both are set when Kafka is connected; until then nothing can be published.
+        #: Outbox and follower are set when Kafka is connected; until then nothing can be published.
         self.outbox: Outbox | None = None
         self.dead_letters: Follower | None = None
 
     async def publish(self, image: ImageNew, trace_headers: Headers) -> None:
         """Publish an image. Raises `ApiError`."""
-        content_type = JSON if image.data is None else MSGPACK  # JSON would make a third more of the bytes
+        content_type = JSON if image.data is None else MSGPACK  # JSON would enlarge the bytes by a third
         if image.data is not None and len(image.data) > self.max_image_bytes:
             raise too_large(self.max_image_bytes)
         headers = ((CONTENT_TYPE_HEADER, content_type.encode()), *trace_headers)
@@ -92,7 +92,9 @@ class Images:
         if image_id in self._pending:
             return ImageState(image_id=image_id, status="pending")
         raise ApiError(
-            404, "image_not_found", "this image is not in the index, and was not published through this replica lately"
+            404,
+            "image_not_found",
+            "this image is not indexed and was not published through this replica recently",
         )
 
     async def thumbnail(self, image_id: str) -> tuple[bytes, str]:
@@ -111,7 +113,11 @@ class Images:
         file = thumbnail_of(value) or b""
         media_type = next((kind for start, kind in _MEDIA_TYPES.items() if file.startswith(start)), None)
         if media_type is None:
-            raise ApiError(404, "thumbnail_not_found", "this image has no thumbnail (INGEST_THUMBNAILS)")
+            raise ApiError(
+                404,
+                "thumbnail_not_found",
+                "this image has no thumbnail (INGEST_THUMBNAILS)",
+            )
         return file, media_type
 
     def receive_dead_letters(self) -> None:
@@ -140,18 +146,18 @@ class Images:
             async with asyncio.timeout(self._timeout_s):
                 await asyncio.wrap_future(self.outbox.send(message))
         except TimeoutError:
-            raise Unanswered(503, "kafka_away", "Kafka did not take the event in time").error() from None
+            raise Unanswered(503, "kafka_away", "Kafka did not accept the event in time").error() from None
         except Refused as error:
             if error.code == "too_large":
                 raise too_large(self.max_image_bytes) from error
-            raise Unanswered(503, "kafka_refused", "Kafka does not take the event").error() from error
+            raise Unanswered(503, "kafka_refused", "Kafka does not accept the event").error() from error
         except WorkerError as error:
             log.warning("event not sent", topic=message.topic, error=str(error))
-            raise Unanswered(503, "kafka_away", "Kafka does not take events at the moment").error() from error
+            raise Unanswered(503, "kafka_away", "Kafka does not accept events at the moment").error() from error
 
 
 def image_id_of(content: bytes | str) -> str:
-    """Return the id of an image that has none: the first half of the SHA-256 of its bytes or address."""
+    """Return the id of an image without a given id: the first half of the SHA-256 of its bytes or address."""
     data = content if isinstance(content, bytes) else content.encode()
     return hashlib.sha256(data).hexdigest()[:32]
 

@@ -25,7 +25,7 @@ class PairBudget:
         self._last_at: float | None = None
 
     def take(self, num_pairs: int) -> None:
-        """Count a request in. Raises `ApiError` with Retry-After; a request that is alone is always taken."""
+        """Count a request's pairs. Raises `ApiError` with Retry-After; the only open request is always accepted."""
         if self.num_pairs and self.num_pairs + num_pairs > self.max_pairs:
             retry_s = self._seconds_until_free(self.num_pairs + num_pairs - self.max_pairs)
             raise ApiError(
@@ -38,7 +38,7 @@ class PairBudget:
         self.num_pairs += num_pairs
 
     def give_back(self, num_pairs: int, now: float) -> None:
-        """Count a request out."""
+        """Remove a finished request's pairs from the count."""
         self.num_pairs -= num_pairs
         if self._last_at is not None:
             elapsed = max(now - self._last_at, 1e-3)
@@ -56,7 +56,7 @@ class RateLimit:
     """A token bucket for each caller. Callers are the names of API keys, so their number is bounded."""
 
     def __init__(self, requests_per_s: float | None, *, burst_s: float = 2.0) -> None:
-        """`requests_per_s` is None for no limit; a caller that was quiet may send `burst_s` seconds' worth at once."""
+        """`requests_per_s=None` means no limit. An idle caller may send the requests of `burst_s` seconds at once."""
         self._rate = requests_per_s
         self._burst = 0.0 if requests_per_s is None else max(1.0, requests_per_s * burst_s)
         self._buckets: dict[str, tuple[float, float]] = {}

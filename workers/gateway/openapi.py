@@ -51,8 +51,8 @@ _ERRORS = {
     "404": "no such image or path",
     "408": "the body took too long to arrive",
     "413": "the body or the image is too large",
-    "422": "the body is read and something in it is wrong",
-    "429": "too many pairs in flight or requests per second; Retry-After says when to try again",
+    "422": "the body can be read, but a value in it is invalid",
+    "429": "too many pairs in flight or requests per second; try again after Retry-After",
     "503": "Kafka, the index or the token store is away",
     "504": "no ranking in time, with on_failure=error",
 }
@@ -61,7 +61,7 @@ _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:+/=@-]{1,128}$"},
-    "description": "names the request: the same key with the same body is the same request",
+    "description": "identifies the request: calls with the same key and the same body are one request",
 }
 
 
@@ -92,7 +92,7 @@ def openapi_document() -> dict[str, Any]:
     paths["/v1/images"] = {
         "post": _operation(
             "publishImages",
-            "Publish images: files of a form, an address, or bytes in base64.",
+            "Publish images: files in a form, an address, or bytes in base64.",
             body={**_json(ImageBody), "multipart/form-data": {"schema": form}},
             answer=_json(ImagesAccepted),
             status="202",
@@ -100,7 +100,10 @@ def openapi_document() -> dict[str, Any]:
     }
     paths["/v1/images/{image_id}"] = {
         "get": _operation(
-            "imageState", "Whether an image can be found yet.", answer=_json(ImageState), parameters=[_IMAGE_ID]
+            "imageState",
+            "The state of an image.",
+            answer=_json(ImageState),
+            parameters=[_IMAGE_ID],
         ),
         "delete": _operation("removeImage", "Remove an image.", answer=None, status="202", parameters=[_IMAGE_ID]),
     }

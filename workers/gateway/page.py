@@ -1,8 +1,8 @@
-"""Serves the search page, and the waterfalls of requests.
+"""Serves the search page and the waterfalls of requests.
 
-The page is one template, and a style sheet and modules from the folder `assets`.
+The page is one template with a style sheet and modules from the folder `assets`.
 
-Nothing comes from another host, and the page's policy allows nothing else. Whatever the template is given is escaped.
+The page loads nothing from other hosts, and its policy forbids it. The template escapes every value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from workers.traces.waterfall import waterfall_of
 FOLDER = Path(__file__).parent / "assets"
 TEMPLATE = "page.html"
 _MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-#: Pictures come from this gateway's thumbnails, and from the user's files before they are uploaded.
+#: Pictures are thumbnails of this gateway, or the user's files before their upload (`blob:`).
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -35,12 +35,12 @@ POLICY = (
 
 
 class SearchPage:
-    """The page and its assets, rendered and read once."""
+    """The page and its assets; rendered and read once, at the start."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        """`options` are for the page's modules, as JSON in the document."""
+        """`options` are passed to the page's modules, as JSON in the document."""
         self._assets = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in _MEDIA_TYPES}
-        # Part of every address, so that an asset may be cached for long and is still loaded again when it has changed.
+        # Part of every asset's address, so that assets may be cached for long and are loaded again after a change.
         joined = b"".join(name.encode() + data for name, data in sorted(self._assets.items()))
         self._version = hashlib.sha256(joined).hexdigest()[:12]
         environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
@@ -50,7 +50,7 @@ class SearchPage:
         self._page = page.encode()
 
     def endpoints(self) -> list[Endpoint]:
-        """The routes of the page."""
+        """Return the routes of the page."""
         return [
             Endpoint("/", "GET", self.page, is_open=True),
             Endpoint("/assets/{version}/{name}", "GET", self.asset, is_open=True),
@@ -70,9 +70,9 @@ class SearchPage:
         return Response(data, media_type=_MEDIA_TYPES[Path(name).suffix], headers=headers)
 
 
-#: The address of a request's waterfall, as a link of the page.
+#: Path of a request's waterfall, as the page links to it.
 TRACE_PATH = "/traces/{request_id}"
-#: The waterfall has its style in the document.
+#: Allows inline styles, which the waterfall uses.
 TRACE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
 
 
@@ -88,7 +88,7 @@ class TracePages:
     async def page(self, call: Call) -> Response:
         page = await asyncio.to_thread(self._page_of, call.request.path_params["request_id"])
         if page is None:
-            raise ApiError(404, "trace_not_found", "there are no spans of this request; was it sampled?")
+            raise ApiError(404, "trace_not_found", "no spans of this request in the span files; was it sampled?")
         return Response(page, media_type="text/html", headers={"Content-Security-Policy": TRACE_POLICY})
 
     def _page_of(self, request_id: str) -> str | None:

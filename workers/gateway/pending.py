@@ -1,6 +1,6 @@
-"""The requests that wait for their replies, by request id.
+"""Keeps the requests that wait for their replies, by request id.
 
-Matches a reply with its callers and distinguishes late replies from unknown ones. Two callers that send the same
+Matches a reply to its callers and distinguishes late replies from unknown ones. Two callers that send the same
 request under the same id share one reply. Pure: waiters are opaque, time is an argument.
 """
 
@@ -14,12 +14,12 @@ from workers.gateway.errors import ApiError
 
 W = TypeVar("W")
 
-#: A reply can come this long after its callers have left; deadlines are far shorter.
+#: A reply may arrive up to this long after its callers have left; deadlines are far shorter.
 REMEMBERED_S = 600.0
-#: Closed requests to remember: ten minutes at 160 requests per second.
+#: Most closed requests to remember: ten minutes at 160 requests per second.
 MAX_REMEMBERED = 100_000
 
-#: A reply that came after its callers had left, or that answers no request of this process.
+#: `late`: the reply came after its callers had left; `unknown`: it answers no request of this process.
 Unexpected = Literal["late", "unknown"]
 
 
@@ -31,7 +31,7 @@ class _Open(Generic[W]):
 
 
 class PendingReplies(Generic[W]):
-    """Open requests with their waiters, and the requests that were closed lately."""
+    """Open requests with their waiters, and recently closed requests."""
 
     def __init__(self, *, max_remembered: int = MAX_REMEMBERED, remembered_s: float = REMEMBERED_S) -> None:
         self._max_remembered = max_remembered
@@ -45,8 +45,8 @@ class PendingReplies(Generic[W]):
     def join(self, request_id: str, fingerprint: bytes, make: Callable[[], W], now: float) -> tuple[W, bool]:
         """Return the waiter of a request, and whether the request is new and has to be sent.
 
-        `fingerprint` identifies the content of the request. Raises `ApiError` if the id was used for another content:
-        a reply to that request could still come.
+        `fingerprint` identifies the request's content. Raises `ApiError` if the id was used with other content, because
+        a reply to the earlier request could still arrive.
         """
         self._forget_old(now)
         present = self._open.get(request_id)
@@ -64,7 +64,7 @@ class PendingReplies(Generic[W]):
         return self._open[request_id].waiter, True
 
     def close(self, request_id: str, now: float) -> W | Unexpected:
-        """Take the waiter of a request whose reply has come, or whose sending failed."""
+        """Remove and return the waiter of a request whose reply has arrived, or whose sending failed."""
         entry = self._open.pop(request_id, None)
         if entry is None:
             return "late" if request_id in self._closed else "unknown"
@@ -72,7 +72,7 @@ class PendingReplies(Generic[W]):
         return entry.waiter
 
     def leave(self, request_id: str, now: float) -> bool:
-        """Note that one caller waits no longer; returns whether it was the last one of an open request."""
+        """Note that one caller has stopped waiting; returns whether it was the last caller of an open request."""
         entry = self._open.get(request_id)
         if entry is None:
             return False

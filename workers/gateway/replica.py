@@ -1,6 +1,6 @@
-"""One replica of the gateway, put together from its settings: HTTP server, Kafka, index, store, health, signals.
+"""Builds and runs one replica of the gateway: HTTP server, Kafka, index, store, health, signals.
 
-Of the gateway only this module names adapters; everything else knows ports.
+The only module of the gateway that names adapters; all others know ports.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ log = structlog.get_logger(__name__)
 #: The conditions of `/readyz`.
 FIRST_STAGE_LOADED, KAFKA_CONNECTED = "first stage loaded", "Kafka connected and replies followed"
 CLOSE_S = 5.0
-#: How often the event loop shows that it turns.
+#: Interval at which the event loop reports to the health pages that it turns.
 TURN_S = 0.25
-#: `model_info` of a gateway without a checkpoint.
+#: The model's information in a gateway without a checkpoint.
 NO_MODEL: dict[str, Any] = {"model": None, "digest": None, "token_grid": None, "explains": False}
-#: Spans and gauges are brought up to date this often.
+#: Interval at which spans and gauges are updated.
 HOUSEKEEPING_S = 1.0
 
 
@@ -60,7 +60,7 @@ class Gateway:
     """One replica of the gateway, from its settings to its end."""
 
     def __init__(self, settings: GatewaySettings, stack: ExitStack) -> None:
-        """`stack` closes what outlives the event loop."""
+        """`stack` closes the resources that outlive the event loop."""
         self._settings = settings
         self._stack = stack
         self._clock = time.monotonic
@@ -82,7 +82,7 @@ class Gateway:
         self._spans = BusSpans(self._tracer, topic=self._topics.gateway_replies, group_id="")
 
     async def run(self) -> None:
-        """Serve until a signal has come and the requests in work are answered, or their grace is over."""
+        """Serve until a signal arrives, then until the open requests are answered or the drain grace is over."""
         settings, loop = self._settings, asyncio.get_running_loop()
         listener = listening_socket(settings.host, settings.port)
         vectors, index = await self._open_index()
@@ -137,7 +137,7 @@ class Gateway:
             self._spans.flush()
 
     async def _open_index(self) -> tuple[VectorModel | None, IndexSearch | None]:
-        """Return the first stage and the index of the settings' checkpoint, None without a search."""
+        """Return the first stage of the checkpoint and its index; None for both if search is off."""
         settings = self._settings
         if not settings.search:
             return None, None
@@ -219,7 +219,7 @@ class Gateway:
             loop.add_signal_handler(number, drain)
 
     async def _connect(self, requests: RerankRequests, images: Images) -> None:
-        """Connect to Kafka, tried again until it answers; `/readyz` reports why it does not."""
+        """Connect to Kafka, retrying until it answers; `/readyz` reports the last error."""
         pause_s = BASE_PAUSE_S
         while True:
             try:
@@ -280,7 +280,7 @@ class Gateway:
         )
 
     async def _keep_turning(self, connecting: asyncio.Task[None]) -> None:
-        """Show that the event loop turns, and bring spans up to date. Raises what ended another part of the process."""
+        """Report that the event loop turns, and update spans and gauges. Raises the error that ended another thread."""
         due = 0.0
         while True:
             if connecting.done():
@@ -298,7 +298,7 @@ class Gateway:
 
 
 def receive_dead_letters(requests: RerankRequests, images: Images) -> None:
-    """Have the dead letters that have arrived read; the error of the follower's thread ends the process."""
+    """Read the dead letters that have arrived; an error of the follower's thread ends the process."""
     try:
         images.receive_dead_letters()
     except Exception as error:
@@ -307,7 +307,7 @@ def receive_dead_letters(requests: RerankRequests, images: Images) -> None:
 
 
 def _quietly(call: Callable[[], object]) -> None:
-    """Call from a follower's thread; the event loop may be closed already."""
+    """Call a function from a follower's thread; ignore that the event loop is closed."""
     try:
         call()
     except RuntimeError:
@@ -327,9 +327,9 @@ def rules_of(settings: GatewaySettings, topics: Topics) -> RerankRules:
 
 
 def model_info(checkpoint: Path, digest: str) -> dict[str, Any]:
-    """Return what callers and the page may know of the model. Raises `CheckpointError`.
+    """Return the public information about the model, for callers and the page. Raises `CheckpointError`.
 
-    `token_grid` is the (rows, columns) of the visual tokens where the adapter keeps their places, else None.
+    `token_grid` is (rows, columns) of the visual tokens if the adapter keeps their positions, else None.
     """
     config = read_config(checkpoint)
     side = math.isqrt(config.adapter.num_tokens)

@@ -1,7 +1,7 @@
 """Sends rerank requests over Kafka and waits for their replies, from asyncio.
 
-Each replica reads one partition of the replies' topic, without a group: no rebalance moves the partition, and no
-replica reads the replies of another. Every wait has an end. Used from the event loop's thread alone, which the
+Each replica reads one partition of the reply topic without a group, so no rebalance moves the partition and no
+replica reads another's replies. Every wait has a timeout. Used from the event loop's thread only, which the
 follower's thread wakes.
 """
 
@@ -27,13 +27,13 @@ from workers.ports import Follower, Gap, Headers, Interval, Outbox, Outgoing, Re
 
 log = structlog.get_logger(__name__)
 
-#: Bytes of requests that the broker has not acknowledged. Beyond it the producer's buffer could fill, and sending would
+#: Most bytes of unacknowledged requests. Beyond this the producer's buffer could fill, and sending would
 #: block the event loop.
 MAX_UNSENT_BYTES = 16 << 20
 
 
 class Sent(Protocol):
-    """Records the sending of a message."""
+    """Records the span of sending a message (`BusSpans.sent`)."""
 
     def __call__(self, message: Outgoing, interval: Interval, error: BaseException | None = None) -> None: ...
 
@@ -65,14 +65,14 @@ class RerankRequests:
         self._sent = sent
         self._pending: PendingReplies[asyncio.Future[Reply]] = PendingReplies()
         self._num_unsent_bytes = 0
-        #: Both are set when Kafka is connected; until then requests are unanswered.
+        #: Outbox and follower are set when Kafka is connected; until then requests raise `Unanswered`.
         self.outbox: Outbox | None = None
         self.follower: Follower | None = None
-        #: Done with the error of the follower's thread: the process has to end.
+        #: Ends with the error of the follower's thread, after which the process has to end.
         self.failed: asyncio.Future[None] = loop.create_future()
 
     def wake(self) -> None:
-        """Have the replies that have arrived read; called on the follower's thread."""
+        """Schedule reading the replies that have arrived; called on the follower's thread."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed: the process ends
             self.loop.call_soon_threadsafe(self._receive)
 
@@ -102,7 +102,7 @@ class RerankRequests:
                 return await asyncio.shield(waiter)
         except TimeoutError:
             raise Unanswered(
-                504, "timeout", f"no reply within {timeout_s:.3g} s; the rerank workers are overloaded or away"
+                504, "timeout", f"no reply within {timeout_s:.3g} s; the rerank workers are overloaded or not running"
             ) from None
         except asyncio.CancelledError:
             is_cancelled = True
@@ -129,12 +129,12 @@ class RerankRequests:
         )
 
     def _cancel(self, request_id: str) -> None:
-        """Withdraw a request: a worker that has not started it does not score it."""
+        """Cancel a request: a worker that has not started it does not score it."""
         if self.outbox is None:
             return
         message = Outgoing(self._topic, request_id.encode(), None, ((CANCEL_HEADER, b"1"),))
         self.outbox.send(message).add_done_callback(
-            lambda sent: sent.exception()  # a request that is scored in vain is no harm
+            lambda sent: sent.exception()  # retrieves the error: scoring a cancelled request is harmless
         )
 
     def _on_loop(self, call: Callable[[], None]) -> None:
@@ -159,10 +159,10 @@ class RerankRequests:
         waiter = self._pending.close(request_id, self._clock())
         if isinstance(waiter, asyncio.Future) and not waiter.done():
             waiter.set_exception(error)
-            waiter.exception()  # retrieved here too: its caller may have left
+            waiter.exception()  # retrieved here too, because the caller may have left
 
     def _receive(self) -> None:
-        """Give every reply that has arrived to its caller."""
+        """Pass every reply that has arrived to its callers."""
         assert self.follower is not None
         try:
             while (taken := self.follower.take()) is not None:

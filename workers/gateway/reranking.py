@@ -1,6 +1,6 @@
-"""Answers rerank calls: admission, request, reply or the given order.
+"""Answers rerank calls: checks a call, sends its request, and returns the ranking or the given order.
 
-Decides which failures degrade an answer and which are the caller's. Knows nothing of HTTP.
+Decides which failures lead to a degraded answer and which to an error. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from workers.telemetry.tracer import MessageTrace
 
 log = structlog.get_logger(__name__)
 
-#: Error codes of replies that are the caller's to mend, with the status of the answer; all others are the service's.
+#: Error codes of replies that the caller can correct, with the answer's status; other codes are the service's faults.
 CALLERS_FAULTS = {
     "invalid_event": 422,
     "undecodable": 422,
@@ -47,7 +47,7 @@ ResolveUris = Callable[[Sequence[str]], Awaitable[Mapping[str, str]]]
 
 @dataclass(frozen=True, slots=True)
 class RerankRules:
-    """The gateway's settings of a call."""
+    """The settings of the gateway that apply to rerank calls."""
 
     reply_topic: str
     reply_partition: int
@@ -61,12 +61,12 @@ class RerankRules:
         return min(call.timeout_s or self.timeout_s, self.max_timeout_s)
 
     def deadline(self, timeout_s: float, now: datetime) -> datetime:
-        """The deadline of a request: before the caller's, so that a reply made in time also arrives in time."""
+        """Return the deadline of a request: earlier than the caller's timeout, so that the reply arrives in time."""
         return now + timedelta(seconds=timeout_s - min(self.deadline_margin_s, timeout_s / 2))
 
 
 class Reranking:
-    """The rerank calls of one replica."""
+    """Answers the rerank calls of one replica."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Reranking:
     async def rerank(self, call: RerankCall, *, request_id: str | None, trace: MessageTrace) -> RerankAnswer:
         """Return the ranking of a call. Raises `ApiError`.
 
-        If no ranking comes, the answer is in the given order or an error, as the call or the settings say.
+        If no ranking arrives, the call or the settings decide between the given order and an error.
         """
         request_id = request_id or uuid.uuid4().hex
         give_up_at = self._clock() + self._rules.timeout_of(call)
@@ -151,5 +151,5 @@ def _check(response: RerankResponse) -> None:
 
 
 async def without_index(uris: Sequence[str]) -> Mapping[str, str]:
-    """The `ResolveUris` of a gateway without an index."""
+    """Raise `ApiError`: the `ResolveUris` of a gateway without an index."""
     raise ApiError(422, "no_index", "this gateway has no index to look up the address of an image: send image ids")

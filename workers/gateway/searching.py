@@ -1,6 +1,6 @@
-"""Searches: the query's vector, candidates from the index, and their ranking.
+"""Answers searches: embeds the query, finds candidates in the index and ranks them.
 
-The index and the first stage are blocking code and run on threads; every wait has an end. Knows nothing of HTTP.
+The index and the first stage are blocking code and run on threads; every wait has a timeout. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-#: Vectors of queries that are remembered: popular ones come again, and typing on the page asks the same twice.
+#: Most query vectors to remember: popular queries are repeated, and so are those typed on the page.
 MAX_REMEMBERED_QUERIES = 10_000
 
 
@@ -40,7 +40,7 @@ class TextEmbedder(Protocol):
 
 
 class IndexSearch:
-    """The index as asyncio code: each call on a thread, with an end to the wait."""
+    """Calls the index from asyncio: each call runs on a thread and has a timeout."""
 
     def __init__(self, index: ImageIndex, embedder: TextEmbedder, *, num_threads: int, timeout_s: float) -> None:
         self._index = index
@@ -91,13 +91,13 @@ class IndexSearch:
         except TimeoutError:
             raise Unanswered(504, "index_timeout", "the index of images did not answer in time") from None
         except (Transient, Misconfigured) as error:
-            # What is wrong with the database is for its operator: the log has it.
+            # The details of a database error are for its operator, in the log.
             log.warning("the index did not answer", error=str(error), kind=type(error).__name__)
             raise Unanswered(503, "index_away", "the index of images is not available at the moment") from error
 
 
 class Searching:
-    """The searches of one replica."""
+    """Answers the searches of one replica."""
 
     def __init__(
         self, index: IndexSearch, reranking: Reranking, *, metrics: Metrics, clock: Callable[[], float]
@@ -108,7 +108,7 @@ class Searching:
         self._clock = clock
 
     async def search(self, body: SearchBody, *, request_id: str | None, trace: MessageTrace) -> SearchAnswerBody:
-        """Return both orders of a search. Raises `ApiError`: without the index there is no order to return."""
+        """Return both orders of a search. Raises `ApiError`, also if the index does not answer."""
         timings_ms: dict[str, float] = {}
         matching = {key: [value] if isinstance(value, str) else value for key, value in body.filter.items()}
         num_candidates = max(body.candidates, body.top_n)
@@ -138,7 +138,7 @@ class Searching:
 def search_answer(
     body: SearchBody, found: Sequence[Neighbour], answer: RerankAnswer, timings_ms: Mapping[str, float]
 ) -> SearchAnswerBody:
-    """Return the answer of a search: the ranking, and the first of the index's order with the ranks of these."""
+    """Return the answer of a search: the ranking, and the first images in the index's order with their ranks."""
     is_degraded = answer.degraded is not None
     ranks = {result.index: rank for rank, result in enumerate(answer.results, start=1)}
     ranked = {result.index: result for result in answer.results}
@@ -176,5 +176,5 @@ def search_answer(
 
 
 def no_index(*_: object) -> ApiError:
-    """The error of a gateway without an index."""
+    """Return the error of a gateway without an index."""
     return ApiError(404, "no_search", "this gateway has no index: it runs with GATEWAY_SEARCH=false")

@@ -24,8 +24,12 @@ class GatewaySettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="GATEWAY_")
 
     host: str = Field("127.0.0.1", description="Address of the APIs and the page; 0.0.0.0 for all interfaces.")
-    port: int = Field(8000, ge=0, le=65535, description="Port of the APIs and the page; 0: a free one, logged.")
-    http_port: int = Field(8083, ge=0, le=65535, description="Port of health and metrics; 0: a free one, logged.")
+    port: int = Field(
+        8000, ge=0, le=65535, description="Port of the APIs and the page; 0 takes a free one and logs it."
+    )
+    http_port: int = Field(
+        8083, ge=0, le=65535, description="Port of health and metrics; 0 takes a free one and logs it."
+    )
     redis_url: SecretStr = Field(
         SecretStr("redis://localhost:6379/0"),
         validation_alias="REDIS_URL",
@@ -38,42 +42,42 @@ class GatewaySettings(ServiceSettings):
     )
     api_keys: SecretStr = Field(
         SecretStr(""),
-        description="Who may call: name:SHA-256 of the key, separated by commas; none: anyone. "
-        "`python -m workers.gateway --new-key NAME` makes one.",
+        description="Callers as name:SHA-256 of the key, separated by commas; none: everyone may call. "
+        "`python -m workers.gateway --new-key NAME` makes an entry.",
     )
     documents: Literal["id", "uri", "text"] = Field(
         "id",
-        description="A document that is a string: an image id, an image's address, or a text about the query's image.",
+        description="Meaning of a document that is a string: an image id, an image's address, or a text.",
     )
     on_failure: Literal["first_stage", "error"] = Field(
-        "first_stage", description="The answer when no ranking comes in time: the given order, or an error."
+        "first_stage", description="The answer if no ranking arrives in time: the given order, or an error."
     )
-    timeout_ms: PositiveInt = Field(5_000, description="Longest wait for an answer, where a request names none.")
-    max_timeout_ms: PositiveInt = Field(30_000, description="Longest wait that a request may name.")
+    timeout_ms: PositiveInt = Field(5_000, description="Longest wait for an answer, unless the request sets one.")
+    max_timeout_ms: PositiveInt = Field(30_000, description="Longest wait that a request may set.")
     deadline_margin_ms: NonNegativeFloat = Field(
-        100.0, description="The deadline of a request is this much before the end of the wait; at most half of it."
+        100.0, description="Time between a request's deadline and the end of the wait; at most half of the wait."
     )
     max_documents: PositiveInt = Field(1_000, description="Documents of one request; at most RERANK_MAX_CANDIDATES.")
     max_body_bytes: PositiveBytes = Field(ByteSize(MIB), description="Largest body of a request, uploads excepted.")
     max_upload_bytes: PositiveBytes = Field(ByteSize(32 * MIB), description="Largest upload, all its files together.")
     body_timeout_s: PositiveFloat = Field(15.0, description="A body that takes longer to arrive is refused.")
-    max_connections: PositiveInt = Field(4_000, description="Connections at once; others are answered with 503.")
+    max_connections: PositiveInt = Field(4_000, description="Most connections at once; others get 503.")
     max_inflight_pairs: PositiveInt = Field(20_000, description="Pairs without a reply before requests get 429.")
     requests_per_s: PositiveFloat | None = Field(None, description="Rate limit of each API key; none: no limit.")
     reply_partition: int | None = Field(
         None,
         ge=0,
-        description="The partition of the replies' topic that this replica reads; none: the number at the end of the "
+        description="The partition of the reply topic that this replica reads; none: the number at the end of the "
         "host's name (a StatefulSet's pod), else 0.",
     )
     examples: str = Field("", description="Queries that the page offers, separated by semicolons.")
     trace_files: Paths = Field(
         (), description="Span files (RERANK_SPAN_FILE, GATEWAY_SPAN_FILE) on this machine, shown by /traces/REQUEST_ID."
     )
-    index_threads: PositiveInt = Field(4, le=64, description="Searches of the index at once.")
-    trace_url: str = Field("", description="Address of a trace in your tracing tool, with {trace_id} in it.")
+    index_threads: PositiveInt = Field(4, le=64, description="Most searches of the index at once.")
+    trace_url: str = Field("", description="Address of a trace in your tracing tool; must contain {trace_id}.")
     drain_delay_s: NonNegativeFloat = Field(
-        0.0, description="After SIGTERM, before connections are refused: for load balancers to notice."
+        0.0, description="Pause after SIGTERM before connections are refused, so that load balancers notice."
     )
 
     @check(mode="after")
@@ -86,11 +90,11 @@ class GatewaySettings(ServiceSettings):
         return self
 
     def example_queries(self) -> list[str]:
-        """The queries that the page offers."""
+        """Return the queries that the page offers."""
         return [query.strip() for query in self.examples.split(";") if query.strip()]
 
     def own_partition(self) -> int:
-        """The partition of replies that belongs to this replica."""
+        """Return the partition of replies that this replica reads."""
         if self.reply_partition is not None:
             return self.reply_partition
         match = _ORDINAL.fullmatch(socket.gethostname())

@@ -1,4 +1,4 @@
-"""The index worker: `python -m workers.index`. Puts the job together over its first stage and its database."""
+"""The index worker: `python -m workers.index`. Builds the job with its first stage and its database."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIRST_STAGE_LOADED, DATABASE_ANSWERS = "first stage loaded", "database answers"
 
 @contextmanager
 def build(shared: Shared[IndexSettings]) -> Iterator[Built]:
-    """The index job over a loaded first stage. Raises `Misconfigured`."""
+    """Build the index job with a loaded first stage. Raises `Misconfigured`."""
     settings = shared.settings
     vectors = VectorModel.load(settings.checkpoint)
     index = PostgresIndex(

@@ -1,4 +1,4 @@
-"""Reads `images.indexed` into changes of the index, and reduces a batch to one change per image.
+"""Converts records of `images.indexed` to changes of the index, and reduces a batch to one change per image.
 
 Pure functions over records; knows nothing of databases and threads.
 """
@@ -18,7 +18,7 @@ from workers.ports import Record
 
 @dataclass(frozen=True, slots=True)
 class OtherModel:
-    """An event of a model that has another index."""
+    """An event of another model, which has its own index."""
 
     image_id: str
 
@@ -33,7 +33,7 @@ class EventChange:
 
 
 def read_change(record: Record, *, model_digest: str, pooled_dim: int) -> EventChange | OtherModel:
-    """Return the change of a record. Raises `Poison` for a record that is no event, or of another embedding."""
+    """Return the change of a record. Raises `Poison` for an invalid event, or an embedding of another width."""
     position = SourcePosition(record.offset, record.timestamp_ms)
     if record.value is None:
         return EventChange(_image_id(record.key), position, None)
@@ -52,7 +52,7 @@ def read_change(record: Record, *, model_digest: str, pooled_dim: int) -> EventC
 
 
 def last_of_each(changes: Iterable[EventChange]) -> list[EventChange]:
-    """Return the last change of each image, in the order of these."""
+    """Return the last change of each image, in the order of the last changes."""
     last: dict[str, EventChange] = {}
     for change in changes:
         last.pop(change.image_id, None)

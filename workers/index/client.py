@@ -1,7 +1,7 @@
-"""Postgres with pgvector behind `workers.index.port.ImageIndex`: the only file that knows psycopg.
+"""Implements `workers.index.port.ImageIndex` with Postgres and pgvector; the only file that uses psycopg.
 
-Takes any server with the extension, by URL, also behind a connection pooler that works by transaction. Safe for any
-number of threads: a call takes a connection from a pool that grows to as many as there are calls at once. Never
+Works with any server that has the extension, also behind a connection pooler in transaction mode. Safe for any
+number of threads: a call takes a connection from a pool that grows to the number of simultaneous calls. Never
 retries; foreign errors become `workers.errors` here.
 """
 
@@ -27,10 +27,10 @@ from workers.errors import Misconfigured, Poison, Transient
 from workers.index import tables
 from workers.index.port import Change, Filter, ImageRow, IndexedImage, Neighbour, RemovedImage, Vector
 
-#: SQLSTATE classes and states that a person has to fix: wrong credentials, no such database, missing permission,
+#: SQLSTATE classes and states that a person has to correct: wrong credentials, unknown database, missing permission,
 #: missing extension or type.
 _MISCONFIGURED = ("28", "3D", "42", "0A", "58P01")
-#: States of class 42 that pass: tables of another worker's start are not there yet.
+#: States of class 42 that pass: another worker has not yet created the tables.
 _NOT_YET = (errors.UndefinedTable,)
 #: A failed connection has no SQLSTATE, only text.
 _REFUSED_LOGIN = ("authentication failed", "does not exist", "no pg_hba.conf entry", "permission denied")
@@ -50,11 +50,11 @@ class PostgresIndex:
     ) -> None:
         """`dim` is the width of the model's vectors. With `creates`, `ping` creates extension and tables.
 
-        Raises `Misconfigured` for a URL that no server could make valid, or vectors too wide for the index.
+        Raises `Misconfigured` for an invalid URL, or vectors that are too wide for the index.
         """
         if dim > tables.MAX_DIM:
             raise Misconfigured(
-                f"the checkpoint's first stage has vectors of {dim} values; an index of pgvector takes {tables.MAX_DIM}"
+                f"the checkpoint's first stage has vectors of {dim} values; pgvector indexes at most {tables.MAX_DIM}"
             )
         try:
             given = conninfo_to_dict(url)
@@ -71,7 +71,7 @@ class PostgresIndex:
         }
         self._name = f"Postgres at {given.get('host', 'localhost')}:{given.get('port', 5432)}"
         self._timeout_ms = int(timeout_s * 1000)
-        self._limit_s = timeout_s + 1.0  # after the server's limit, which ends the statement and keeps the connection
+        self._limit_s = timeout_s + 1.0  # later than the server's timeout, which keeps the connection open
         self._model_digest = model_digest
         self._dim = dim
         self._creates = creates
@@ -180,7 +180,7 @@ class PostgresIndex:
             self._give_back(connection)
 
     def _open(self) -> psycopg.Connection[Any]:
-        # No prepared statements: a pooler that works by transaction does not know them.
+        # No prepared statements: a pooler in transaction mode does not support them.
         return psycopg.connect(**self._parameters, autocommit=True, prepare_threshold=None)  # type: ignore[arg-type]
 
     def _connect(self) -> psycopg.Connection[Any]:
@@ -195,7 +195,7 @@ class PostgresIndex:
 
     @contextlib.contextmanager
     def _limiting(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
-        """End the connection after the time limit: psycopg waits for a server that stands still without limit."""
+        """End the connection after the time limit, because psycopg waits for a hung server without limit."""
 
         def cut_off() -> None:
             with (
@@ -225,7 +225,7 @@ class PostgresIndex:
 
     @contextlib.contextmanager
     def _translating(self) -> Iterator[None]:
-        """Turn psycopg's errors into the worker's."""
+        """Raise psycopg's errors as the worker's errors."""
         try:
             yield
         except psycopg.Error as error:
@@ -251,7 +251,7 @@ def _upsert_parameters(change: Change) -> tuple[Any, ...]:
     offset, timestamp_ms = change.position
     if isinstance(change, RemovedImage):
         return change.image_id, None, Jsonb({}), "", offset, timestamp_ms
-    assert change.vector is not None  # `apply` has sorted the others out
+    assert change.vector is not None  # `apply` passes only changes with a vector
     vector = HalfVector(change.vector.astype(np.float16))
     return change.image_id, vector, Jsonb(dict(change.metadata)), change.content_sha256, offset, timestamp_ms
 
@@ -273,5 +273,5 @@ def _only_value(cursor: psycopg.Cursor[Any]) -> int:
 
 
 def _first_line(error: psycopg.Error) -> str:
-    """The error without the details, which may quote values."""
+    """Return the error's first line; the others may quote values."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

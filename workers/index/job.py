@@ -1,6 +1,6 @@
-"""Takes `images.indexed` events into the index, in batches, each to its one outcome.
+"""Writes `images.indexed` events to the index in batches, and gives each event its one outcome.
 
-One write at a time: the events that arrive meanwhile make the next batch, and the order of an image's events is kept.
+One write runs at a time; events that arrive meanwhile form the next batch. The order of an image's events is kept.
 Implements `workers.ports.Job`; the writes run on a separate thread.
 """
 
@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True, eq=False)
 class EventInWork:
-    """One event on its way into the index."""
+    """One event that has no outcome yet."""
 
     record: Record
     trace: MessageTrace
@@ -39,7 +39,7 @@ class EventInWork:
 
 
 class IndexJob:
-    """Events of `images.indexed` into rows of the index."""
+    """Turns events of `images.indexed` into rows of the index."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class IndexJob:
         self._finished = [done for done in self._finished if done.record.partition not in partitions]
 
     def close(self) -> None:
-        """End the writing thread; what is in work is left to the next owner."""
+        """End the writing thread; events in work are left to the next owner."""
         self._writer.stop()
         self._executor.shutdown(cancel_futures=True)
 
@@ -131,7 +131,7 @@ class IndexJob:
             if each.is_dropped:
                 continue
             image_id = each.change.image_id
-            is_last = changed[image_id] is each.change  # a later event of the batch has replaced the others
+            is_last = changed[image_id] is each.change  # else a later event of the batch replaces this one
             if is_last and image_id in written.poisons:
                 self._refuse(each.record, each.trace, written.poisons[image_id])
                 continue

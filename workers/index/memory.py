@@ -76,7 +76,7 @@ class MemoryIndex:
         self._check()
 
     def close(self) -> None:
-        """Does nothing: nothing is open."""
+        """Do nothing: there is nothing to close."""
 
     def _with_stored_vector(self, change: ImageRow) -> ImageRow | None:
         stored = self._rows.get(change.image_id)
@@ -86,4 +86,4 @@ class MemoryIndex:
 
     def _check(self) -> None:
         if self.away:
-            raise Transient("the in-memory index is set to be away")
+            raise Transient("the in-memory index is set to be unreachable")

@@ -16,13 +16,13 @@ from protocols.source_position import SourcePosition
 
 #: A vector of unit length in float32.
 Vector = NDArray[np.float32]
-#: For each metadata key the values that match, of which an image needs one.
+#: For each metadata key the accepted values; an image must have one of them.
 Filter = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageRow:
-    """One indexed image. A `vector` of None keeps the stored vector if the image's content is the same."""
+    """A change that stores an image. `vector=None` keeps the stored vector if the image's content is unchanged."""
 
     image_id: str
     position: SourcePosition
@@ -53,7 +53,7 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class IndexedImage:
-    """What the index holds of one image, without its vector."""
+    """One image in the index, without its vector."""
 
     image_id: str
     content_sha256: str
@@ -67,7 +67,7 @@ class ImageIndex(Protocol):
     """
 
     def apply(self, changes: Sequence[Change]) -> frozenset[str]:
-        """Write changes to distinct images, all or none; returns the images left out because there is no vector.
+        """Write changes to distinct images, all or none; returns the images left out because they have no vector.
 
         A change older than the stored row of its image has no effect. Raises `Poison` for a row that the database
         cannot hold.

@@ -1,4 +1,4 @@
-"""The spans of the index worker: the processing of each event, and the writes that events share."""
+"""Records the spans of the index worker: the processing of each event, and the writes that events share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class IndexSpans:
         status: str,
         error: str | None = None,
     ) -> None:
-        """Record the processing of an event that has its outcome."""
+        """Record the processing of an event with its outcome."""
         span = trace.span
         if span is None:
             return
@@ -51,7 +51,7 @@ class IndexSpans:
         self.bus.stages(span, stages)
 
     def written(self, events: Sequence[SpanIds], num_rows: int, interval: Interval) -> None:
-        """Record a write, if one of its events is recorded."""
+        """Record a write if one of its events is sampled."""
         if events:
             attributes = {names.DB_SYSTEM.name: "postgresql", names.DB_BATCH.name: num_rows}
             self._tracer.record(names.INDEX_WRITE, root(), interval, attributes, links=events)

@@ -1,7 +1,7 @@
 """The tables of the index and every statement on them. Knows SQL; imports no client.
 
 `edje_models` lists the models: digest, name of its table, width of its vectors. Each model has a separate table,
-so two models' images lie side by side while one replaces the other, and removing a model is one `DROP TABLE`.
+so the images of two models are indexed at once while one model replaces the other, and `DROP TABLE` removes a model.
 A removed image leaves a row without a vector for a day, so that no earlier event stores the image again.
 """
 
@@ -24,14 +24,14 @@ _PLAIN_DIGEST = re.compile(r"[0-9a-z]{1,40}")
 
 
 def table_of(model_digest: str) -> str:
-    """Return the name of a model's table; a digest that is no plain word is hashed."""
+    """Return the name of a model's table; a digest that is not a valid name suffix is hashed."""
     plain = _PLAIN_DIGEST.fullmatch(model_digest)
     word = model_digest if plain else hashlib.sha256(model_digest.encode()).hexdigest()[:40]
     return f"edje_images_{word}"
 
 
 def creation(table: str, dim: int) -> list[str]:
-    """Return the statements that create a model's table and its indexes where they are missing."""
+    """Return the statements that create a model's table and indexes if they are missing."""
     return [
         f"CREATE TABLE IF NOT EXISTS {MODELS} ("
         "digest text PRIMARY KEY, table_name text NOT NULL, dim int NOT NULL, created_at timestamptz DEFAULT now())",
@@ -58,7 +58,10 @@ _COLUMNS = "image_id, embedding, metadata, content_sha256, source_offset, source
 
 
 def upsert(table: str) -> str:
-    """Parameters: image id, vector or NULL, metadata, content SHA-256, offset, timestamp. NULL marks a removal."""
+    """Return the statement that writes a row.
+
+    Parameters: image id, vector or NULL (a removal), metadata, content SHA-256, offset, timestamp.
+    """
     return (
         f"INSERT INTO {table} AS stored ({_COLUMNS}) VALUES (%s, %s, %s, %s, %s, %s) "
         "ON CONFLICT (image_id) DO UPDATE SET embedding = excluded.embedding, metadata = excluded.metadata, "
@@ -68,9 +71,9 @@ def upsert(table: str) -> str:
 
 
 def keep_vector(table: str) -> str:
-    """Update a row whose content is unchanged; parameters: `keep_vector_parameters`. Returns the row's state.
+    """Return the statement that updates a row with unchanged content; its result is the row's state.
 
-    The state is one row if the vector can be kept, whether or not the change is late; no row if there is no vector.
+    The result is one row if the vector can be kept or the change is late, no row if there is no vector to keep.
     """
     return (
         f"WITH changed AS (UPDATE {table} SET metadata = %(metadata)s, source_offset = %(offset)s, "
@@ -88,9 +91,9 @@ def delete_markers(table: str) -> str:
 
 
 def nearest(table: str, num_alternatives: Sequence[int]) -> str:
-    """Parameters: vector; for each filter its alternatives, each a jsonb object; vector, limit.
+    """Return the search for nearest images. Parameters: vector, each filter's alternatives as jsonb, vector, limit.
 
-    Alternatives are joined by OR and not as an array, which a GIN index does not search.
+    Alternatives are joined by OR, because a GIN index cannot search an array of them.
     """
     filters = "".join(f" AND ({' OR '.join(['metadata @> %s'] * number)})" for number in num_alternatives)
     return (
@@ -100,18 +103,18 @@ def nearest(table: str, num_alternatives: Sequence[int]) -> str:
 
 
 def search_settings(limit: int) -> list[str]:
-    """Return the statements before a search: candidates of the HNSW scan, which goes on if a filter removes many."""
+    """Return the settings of a search: the candidates of the HNSW scan, which continues if a filter removes many."""
     ef_search = min(max(2 * limit, 100), 1_000)
     return [f"SET LOCAL hnsw.ef_search = {ef_search}", "SET LOCAL hnsw.iterative_scan = relaxed_order"]
 
 
 def find(table: str) -> str:
-    """Parameter: array of image ids."""
+    """Return the query for images by id. Parameter: array of image ids."""
     return f"SELECT image_id, content_sha256, metadata FROM {table} WHERE image_id = ANY(%s) AND embedding IS NOT NULL"
 
 
 def ids_of(table: str) -> str:
-    """Parameters: key, array of values."""
+    """Return the query for image ids by metadata. Parameters: key, array of values."""
     return (
         "SELECT value, (SELECT image_id FROM "
         f"{table} WHERE metadata @> jsonb_build_object(%s::text, value) AND embedding IS NOT NULL "
@@ -120,5 +123,5 @@ def ids_of(table: str) -> str:
 
 
 def count(table: str) -> str:
-    """Counts at most `MAX_COUNT` rows, so that a search page never waits for a scan of millions."""
+    """Return the query that counts at most `MAX_COUNT` rows, so that the search page waits for no scan of millions."""
     return f"SELECT count(*) FROM (SELECT 1 FROM {table} WHERE embedding IS NOT NULL LIMIT {MAX_COUNT}) AS counted"

@@ -1,6 +1,6 @@
-"""A checkpoint's first stage as the index needs it: pooled embeddings and texts to vectors that are compared by cosine.
+"""Converts pooled embeddings and texts to vectors compared by cosine, with a checkpoint's first stage.
 
-Imports torch when a first stage is loaded.
+Imports torch only when a first stage is loaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class VectorModel:
 
     @classmethod
     def load(cls, checkpoint: Path) -> VectorModel:
-        """Load a checkpoint's first stage on the processor. Raises `Misconfigured`."""
+        """Load a checkpoint's first stage on the CPU. Raises `Misconfigured`."""
         from edje.first_stage.load import load_first_stage
 
         try:
@@ -54,10 +54,10 @@ class VectorModel:
         return self._first_stage.dim
 
     def of_images(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, E) pooled embeddings to (N, e) vectors."""
+        """Return (N, e) vectors of (N, E) pooled embeddings."""
         return self._first_stage.image_vectors(pooled)
 
     def of_text(self, text: str) -> Vector:
-        """The vector of a query, (e,)."""
+        """Return the vector of a query, (e,)."""
         vector: Vector = self._first_stage.caption_vectors([text], [self._tokenizer.encode(text)])[0]
         return vector

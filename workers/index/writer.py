@@ -1,4 +1,4 @@
-"""Writes a batch of changes to the index on the calling thread, retried while the database is away.
+"""Writes a batch of changes to the index on the calling thread, and retries while the database is away.
 
 If the database cannot hold a row, the batch is halved until that row is alone; the other rows are written.
 """
@@ -19,13 +19,13 @@ from workers.index.vectors import VectorModel
 from workers.ports import Interval
 from workers.retrying import Retry
 
-#: Markers of removed images are deleted this often.
+#: Interval at which old markers of removed images are deleted.
 MARKER_CLEANING_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What became of a batch, by image id.
+    """The results of writing a batch, by image id.
 
     `without_vector` are the images left out because there is no vector for their content.
     """
@@ -84,7 +84,7 @@ class IndexWriter:
         return Written(Interval(started_at, self._clock()), poisons, without_vector)
 
     def stop(self) -> None:
-        """Give up what is being retried."""
+        """Give up the write that is being retried."""
         self._retry.stop()
 
     def _rows(self, changes: Sequence[EventChange]) -> list[Change]:
@@ -94,7 +94,7 @@ class IndexWriter:
 
 
 def _row(change: EventChange, vectors: Iterator[Vector]) -> Change:
-    """The row of a change; takes the next vector if the event has an embedding."""
+    """Return the row of a change; takes the next vector if the event has an embedding."""
     event = change.event
     if event is None:
         return RemovedImage(change.image_id, change.position)

@@ -113,7 +113,7 @@ def test_a_batch_that_is_too_large_once_unpacked_is_unreadable(compression):
     assert empty.headers == (
         (
             UNREADABLE_HEADER,
-            b"records of the batch at offsets 0 to 2 cannot be read: it has more than 100000 bytes once unpacked",
+            b"records of the batch at offsets 0 to 2 cannot be read: it has more than 100000 bytes once decompressed",
         ),
     )
     assert (after.offset, after.value) == (3, b"v0")
