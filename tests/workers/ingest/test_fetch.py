@@ -304,7 +304,12 @@ def test_a_bomb_of_many_empty_members_ends():
 
 @pytest.mark.parametrize(
     ("encoding", "body"),
-    [("br", b"compressed"), ("zstd", b"compressed"), ("gzip", b"not gzip"), ("gzip", gzip.compress(b"x" * 99, mtime=0)[:20])],
+    [
+        ("br", b"compressed"),
+        ("zstd", b"compressed"),
+        ("gzip", b"not gzip"),
+        ("gzip", gzip.compress(b"x" * 99, mtime=0)[:20]),
+    ],
 )
 def test_an_encoding_that_cannot_be_read_is_refused(serve, fetcher, encoding, body):
     server = serve(a=lambda request: request.answer(200, body, Content_Encoding=encoding))
