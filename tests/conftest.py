@@ -10,6 +10,7 @@ import json
 import shutil
 import socket
 import socketserver
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -140,9 +141,12 @@ def private_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
 
 
 @pytest.fixture
-def private_postgres(tmp_path: Path) -> Iterator[Callable[..., PostgresServer]]:
+def private_postgres() -> Iterator[Callable[..., PostgresServer]]:
     """Start a PostgreSQL of the test's own, to be killed and frozen; takes parameters of the server."""
-    yield from private_servers(PostgresServer, tmp_path)
+    # Not in tmp_path: another pytest session that starts removes the access of other users to all of pytest's folders,
+    # and root runs this server as another user.
+    with tempfile.TemporaryDirectory(prefix="edje-postgres-") as folder:
+        yield from private_servers(PostgresServer, Path(folder))
 
 
 def private_servers(kind, folder: Path):
