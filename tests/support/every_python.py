@@ -18,7 +18,7 @@ PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
 OLDEST, NEWEST = 11, 13
 #: Of the interpreter: its version, and whether it can make environments.
 PROBE = "import ensurepip, platform, venv; print(platform.python_version())"
-NO_SERVER = "not services and not kubernetes and not autoscaling and not tensorrt and not gpu and not topologies"
+NO_SERVER = "not services and not kubernetes and not autoscaling and not tensorrt and not gpu"
 
 
 def interpreters() -> dict[str, str]:
