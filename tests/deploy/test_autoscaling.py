@@ -1,7 +1,7 @@
 """Work piles up and workers come, it is done and they go, and no request is lost on the way: `make test-autoscaling`.
 
-The manifests that users deploy, on a real API server with its controllers, a real KEDA, Prometheus, Kafka and Redis,
-and real workers (`autoscaling_cluster`). The first time builds the API server and KEDA.
+The manifests that users deploy, on a real API server with its controllers, a real KEDA, Prometheus, Kafka, Redis and
+PostgreSQL, and real workers (`autoscaling_cluster`). The first time builds the API server and KEDA.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import replace
 import pytest
 
 from autoscaling_cluster import Cluster, model
-from autoscaling_run import IMAGES, Requests, Run, Seen
+from autoscaling_run import IMAGES, LIMIT_S, Requests, Run, Seen
 from deploy_manifests import ROOT
 from deploy_tools import control_plane, keda
 from node_pod import Ended
 from service_harness import Service, Tap
+from service_worker import eventually
 
 pytestmark = [pytest.mark.autoscaling, pytest.mark.services, pytest.mark.timeout(3600)]
 
@@ -65,6 +66,22 @@ def drained(worker: Ended) -> bool:
 def answered(seen: Seen) -> Seen:
     """What a client should see of so many requests: every one answered, once, and well."""
     return Seen(seen.requests, lost=0, statuses=frozenset({"ok"}), repeated=0, different=0)
+
+
+def test_every_worker_of_the_overlay_becomes_ready(cluster: Cluster):
+    ready: dict[str, int] = {}
+
+    def all_are_ready() -> bool:
+        nonlocal ready
+        cluster.node.check()
+        ready = cluster.num_ready()
+        return ready == {"ingest": 1, "rerank": 2, "index": 2, "gateway": 2}
+
+    try:
+        eventually(all_are_ready, "every worker is ready", LIMIT_S)
+    except AssertionError:
+        print(f"ready: {ready}\n{cluster.logs()}")
+        raise
 
 
 def test_workers_come_as_the_formula_says_and_go_when_the_work_is_done(begin: Callable[[str], Run]):

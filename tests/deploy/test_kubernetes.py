@@ -108,7 +108,7 @@ def test_every_pod_is_admitted_under_the_restricted_level_and_with_its_service_a
         status, said = try_pod(server, pod_of(template))
         assert status == 0, f"{name}: {said}"
 
-    assert {f"Deployment/{worker}" for worker in WORKERS} <= templates.keys()
+    assert {*(f"Deployment/{worker}" for worker in (*WORKERS, "index")), "StatefulSet/gateway"} <= templates.keys()
 
 
 @pytest.mark.parametrize(

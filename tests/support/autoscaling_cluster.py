@@ -1,7 +1,7 @@
 """Everything that scales the workers, real and on this machine, and the manifests that users deploy applied to it.
 
-etcd, API server, controllers, KEDA, Prometheus, a Kafka with TLS and SCRAM, Redis, and a node for tests that runs the
-pods (`node_agent`). Follows "Deploying" in docs/how-to/deploy.md: topics, namespace, Secret, overlay.
+etcd, API server, controllers, KEDA, Prometheus, a Kafka with TLS and SCRAM, Redis, PostgreSQL, and a node for tests
+that runs the pods (`node_agent`). Follows "Deploying" in docs/how-to/deploy.md: topics, namespace, Secret, overlay.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from kafka import KafkaAdminClient
@@ -29,10 +30,12 @@ from prometheus_harness import Prometheus
 from protocols.blob import BlobLayout
 from server_process import Server, ServiceError, free_port, tail
 from service_harness import Checkpoint
-from services import KafkaServer, RedisServer
+from services import KafkaServer, PostgresServer, RedisServer
 from skipping import missing
 
 NAMESPACE = "edje"
+#: Every kind of worker that the overlay deploys.
+KINDS = ("ingest", "rerank", "index", "gateway")
 #: The model that the manifests' tag of edje-model names.
 MODEL = ROOT / "deploy" / "models" / "scenes"
 OVERLAY = Path(__file__).parent / "autoscaling" / "kustomization.yaml"
@@ -95,6 +98,9 @@ class Cluster:
         self.api = self._started(ApiServer(self._folder / "apiserver", store.url))
         self.kafka = self._started(GuardedKafka(self._folder / "kafka", authority))
         self.redis = self._started(RedisServer(self._folder / "redis"))
+        # Outside of pytest's folders, to which only root has access while another pytest session runs.
+        postgres_folder = self._stack.enter_context(TemporaryDirectory(prefix="edje-postgres-"))
+        self.postgres = self._started(PostgresServer(Path(postgres_folder)))
         self._started(ControllerManager(self._folder / "controllers", self.api, autoscaler_sync_s=AUTOSCALER_SYNC_S))
         self._define()
         operator = self._started(KedaOperator(self._folder / "operator", self.api, authority.trusted))
@@ -140,11 +146,24 @@ class Cluster:
         return folder
 
     def _deploy(self, overlay: Path) -> None:
-        secret = {"REDIS_URL": self.redis.url, "KAFKA_SASL_USERNAME": USER, "KAFKA_SASL_PASSWORD": PASSWORD}
+        secret = {
+            "REDIS_URL": self.redis.url,
+            "DATABASE_URL": self.postgres.url,
+            "KAFKA_SASL_USERNAME": USER,
+            "KAFKA_SASL_PASSWORD": PASSWORD,
+        }
         literals = [f"--from-literal={name}={value}" for name, value in secret.items()]
         self.api.done("create", "namespace", NAMESPACE)
         self.api.done("create", "secret", "generic", "credentials", f"--namespace={NAMESPACE}", *literals)
         self.api.done("apply", "--server-side", f"--kustomize={overlay}")
+
+    def num_ready(self) -> dict[str, int]:
+        """The number of ready pods of each kind of worker."""
+        found = {kind: 0 for kind in KINDS}
+        for pod in self.api.get("pods", f"--namespace={NAMESPACE}")["items"]:
+            conditions = {each["type"]: each["status"] for each in pod["status"].get("conditions", ())}
+            found[pod["metadata"]["labels"]["app.kubernetes.io/component"]] += conditions.get("Ready") == "True"
+        return found
 
     def deployment(self, name: str) -> Object:
         return self.api.call("GET", f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/{name}")
@@ -164,10 +183,11 @@ class Cluster:
 
 
 def images(trusted: Path) -> dict[str, dict[str, Path]]:
-    """What of the images is here: their programs are this environment's, the model is the demo's, and the workers'
-    own trust this Kafka's certificate."""
-    worker = {TRUSTED: trusted}
-    return {"edje-rerank": worker, "edje-ingest": worker, "edje-model": {"/model": MODEL}}
+    """The local folders that replace folders of each image: trusted certificates and the model.
+
+    The programs of every image are those of this environment.
+    """
+    return {**{f"edje-{kind}": {TRUSTED: trusted} for kind in KINDS}, "edje-model": {"/model": MODEL}}
 
 
 def model() -> Checkpoint:

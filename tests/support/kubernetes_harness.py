@@ -25,6 +25,15 @@ _UNVERIFIED = ssl.create_default_context()
 _UNVERIFIED.check_hostname, _UNVERIFIED.verify_mode = False, ssl.CERT_NONE
 
 
+#: Those of `ControllerManager`.
+CONTROLLERS = (
+    "deployment-controller",
+    "replicaset-controller",
+    "statefulset-controller",
+    "horizontal-pod-autoscaler-controller",
+)
+
+
 class Etcd(Server):
     name = "etcd"
     start_limit_s = 60.0
@@ -155,7 +164,7 @@ class ApiServer(Server):
 
 
 class ControllerManager(Server):
-    """The controllers between a Deployment and its pods, and the one that sets how many pods there are."""
+    """The controllers that create the pods of Deployments and StatefulSets, and the one that sets their number."""
 
     name = "controllermanager"
     start_limit_s = 120.0
@@ -170,7 +179,7 @@ class ControllerManager(Server):
             str(control_plane() / "controllermanager"),
             f"--kubeconfig={self._api.kubeconfig()}",
             f"--service-account-private-key-file={self._api.service_account_key}",
-            "--controllers=deployment-controller,replicaset-controller,horizontal-pod-autoscaler-controller",
+            f"--controllers={','.join(CONTROLLERS)}",
             f"--horizontal-pod-autoscaler-sync-period={self._autoscaler_sync_s}s",
             "--leader-elect=false",
             "--bind-address=127.0.0.1",

@@ -111,7 +111,8 @@ class Node:
 
     def _take(self, uid: str, pod: Mapping[str, Any]) -> None:
         name = pod["metadata"]["name"]
-        folder, ip = self._folder / name, next(self._addresses)
+        # A StatefulSet creates its pods again under the same names.
+        folder, ip = self._folder / f"{name}-{uid[:8]}", next(self._addresses)
         self._pods[uid] = PodRun(pod, ip, folder, self._images, self._data_of, self._probes)
         target = {"apiVersion": "v1", "kind": "Node", "name": self.name}
         binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}

@@ -2,8 +2,8 @@
 
 Left out, because one machine without images and namespaces has them not: the image (its programs are those of this
 environment, other files of it lie in a folder here), user and capabilities, limits of memory, a file system of its own
-(what is mounted is a folder of the pod, named so in commands and variables) and a network of its own (0.0.0.0 is the
-pod's loopback address). Knows nothing of probes and of the API server.
+(what is mounted is a folder of the pod, named so in commands and variables), a host name of its own and a network of
+its own (0.0.0.0 is the pod's loopback address). Knows nothing of probes and of the API server.
 """
 
 from __future__ import annotations
