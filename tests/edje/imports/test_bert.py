@@ -258,7 +258,7 @@ def test_a_configuration_that_our_layers_do_not_follow_is_refused(changes, messa
     ("name", "content", "message"),
     [
         ("config.json", b"{", "config.json describes no BERT"),
-        ("vocab.txt", b"a\nb\n", "lacks"),
+        ("vocab.txt", b"a\nb\n", "are missing"),
         ("tokenizer.json", b"{}", "cannot be read as a tokenizer"),
         ("model.safetensors", b"cut off", "no complete safetensors file"),
     ],
