@@ -11,15 +11,15 @@ from trt.contract import Engine
 
 log = logging.getLogger(__name__)
 
-#: Seconds of all trials together.
+#: Total duration of all trials in seconds.
 TRIAL_S = 0.5
-#: The first engine is kept unless another one takes less than this share of its time: noise must not decide.
+#: Another engine replaces the first one only if it takes less than this share of its time: noise must not decide.
 MIN_GAIN = 0.9
 _TRIAL_PAIRS, _TRIAL_TOKENS = 32, 18
 
 
 def fastest_engine(engines: Mapping[str, Engine], clock: Callable[[], float]) -> str:
-    """The name of the engine to use: the first one, or one that is clearly faster in a trial. The log says which."""
+    """Return the name of the engine to use: the first one, or one that is clearly faster in a trial; log the choice."""
     names = list(engines)
     if len(names) == 1:
         return names[0]
@@ -32,7 +32,7 @@ def fastest_engine(engines: Mapping[str, Engine], clock: Callable[[], float]) ->
 
 
 def _trial(engine: Engine, limit_s: float, clock: Callable[[], float]) -> float:
-    """Seconds of the fastest call within the limit; the first call is not counted. Empty slots are scored."""
+    """Return the seconds of the fastest call within the limit, without the first call. Scores empty slots."""
     info = engine.info
     num_pairs = min(_TRIAL_PAIRS, info.max_pairs, info.num_slots)
     pixels = np.zeros((1, 3, info.image_size, info.image_size), np.uint8)

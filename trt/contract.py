@@ -1,8 +1,8 @@
-"""The contract every engine keeps: encode images, encode queries, score pairs.
+"""The contract of every engine: encode images, encode queries, score pairs.
 
 Knows shapes, limits and errors; knows nothing of torch, TensorRT, Kafka or Redis.
-Calls are synchronous: one at a time, on a thread that the engine's owner decides. Only the slab may be filled from
-another thread meanwhile.
+Calls are synchronous: one at a time, on a thread that the engine's owner chooses. Only the slab may be filled from
+another thread at the same time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class EngineError(Exception):
 
 
 class LimitExceeded(EngineError):
-    """The call asks for more pairs, a longer text or a higher slot than the engine was built for."""
+    """The call has more pairs, a longer text or a higher slot number than the engine accepts."""
 
 
 class EngineBroken(EngineError):
@@ -35,7 +35,7 @@ class EngineUnavailable(EngineError):
 
 
 class EngineMismatch(EngineError):
-    """Checkpoint, engine file and runtime do not belong together; the message says what to rebuild."""
+    """Checkpoint, engine file and runtime do not fit together; the message says what to rebuild."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class EngineInfo:
     max_pairs: int  # in one `score_pairs`
     num_slots: int  # of the token slab; 0 for an engine that only encodes images
     reads_first_stage: bool  # whether `score_pairs` reads first-stage scores
-    resample: Literal["bilinear", "bicubic"] = "bilinear"  # how pictures are brought to `image_size`
+    resample: Literal["bilinear", "bicubic"] = "bilinear"  # how images are resized to `image_size`
 
 
 class TokenSlab(Protocol):
@@ -67,7 +67,7 @@ class TokenSlab(Protocol):
         """Return host memory to decode blobs into.
 
         Returns `(tokens, scales, rows)`: byte arrays `(n, token bytes)` and `(n, scale bytes)`, and for each slot the
-        row of both that is its own. On a CPU the rows are the slots themselves, elsewhere a staging buffer.
+        row of both arrays to write. On a CPU the rows are the slots themselves, elsewhere rows of a staging buffer.
         """
         ...
 
@@ -108,7 +108,7 @@ class PairScorer(Protocol):
         ...
 
     def encode_queries(self, text_ids: Sequence[Sequence[int]]) -> QueryStates:
-        """What depends on the text alone, computed once per query; ids include [CLS] and [SEP].
+        """Compute the part of the score that depends on the text alone, once per query; ids include [CLS] and [SEP].
 
         Raises `LimitExceeded` for a text longer than `max_text_tokens`.
         """
@@ -121,11 +121,11 @@ class PairScorer(Protocol):
         pair_slot: NDArray[np.int32],
         first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        """Pair i is query number `pair_query[i]` with the image in slot `pair_slot[i]`; returns one logit per pair.
+        """Return one logit per pair. Pair i is query number `pair_query[i]` with the image in slot `pair_slot[i]`.
 
-        `first_stage[i]` is the pair's standardised first-stage score (`edje.first_stage_scores`), NaN where there is
-        none; None: no pair has one.
-        An engine whose `info.reads_first_stage` is False takes it and leaves it unread.
+        `first_stage[i]` is the pair's standardised first-stage score (`edje.first_stage_scores`), NaN if the pair has
+        no score; None if no pair has one.
+        An engine whose `info.reads_first_stage` is False ignores it.
 
         Raises `LimitExceeded` for more than `max_pairs` or a slot the slab does not have.
         """
@@ -134,7 +134,7 @@ class PairScorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeviceCopies:
-    """How long one call copied between host and device."""
+    """Time that one call spent on copies between host and device."""
 
     to_device_s: float
     to_host_s: float
@@ -151,7 +151,7 @@ class ReportsCopies(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GraphCounts:
-    """Sizes that an engine runs at, by whether a CUDA graph was captured of them."""
+    """Number of batch sizes with a captured CUDA graph, and of those without."""
 
     captured: int
     uncaptured: int
@@ -162,7 +162,7 @@ class ReportsGraphs(Protocol):
     """A scorer that captures CUDA graphs when it warms up."""
 
     def graph_counts(self) -> GraphCounts | None:
-        """The counts so far; None on a device without graphs."""
+        """Return the counts so far; None on a device without graphs."""
         ...
 
 

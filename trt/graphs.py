@@ -1,12 +1,12 @@
-"""What an engine's three graphs take and give: names, types and shapes, as functions of a model's configuration.
+"""Inputs and outputs of an engine's three graphs: names, types and shapes, derived from a model's configuration.
 
     image   pixels                                                         -> tokens, pooled
     query   text_ids, text_lengths                                         -> states
     pair    states, text_lengths, pair_query, tokens [scales, first_stage] -> logits
 
-A dimension is a number, or one of the names below where it differs from call to call. Bytes of quantised tokens enter
-as uint8, the one integer of eight bits that TensorRT takes as a network's input and not as a quantised value; it casts
-that to float32 and float16 and does nothing else with it, so a graph begins by casting.
+A dimension is a number, or one of the names below if it differs from call to call. The bytes of quantised tokens are
+uint8 inputs, the only 8-bit integer that TensorRT accepts as a plain network input. TensorRT can only cast uint8 to
+float32 or float16, so a graph begins with the cast.
 Knows configurations only: no torch, no ONNX, no TensorRT.
 """
 
@@ -25,16 +25,16 @@ Precision = Literal["fp32", "fp16", "bf16"]
 GraphName = Literal["image", "query", "pair"]
 GRAPH_NAMES: tuple[GraphName, ...] = ("image", "query", "pair")
 
-#: The dimensions that differ from call to call. `text_tokens` is what texts are padded to.
+#: The dimensions that differ from call to call. `text_tokens` is the length to which texts are padded.
 IMAGES, QUERIES, TEXT_TOKENS, PAIRS = "images", "queries", "text_tokens", "pairs"
-#: Those of each graph's inputs.
+#: The dynamic dimensions of each graph's inputs.
 DIMENSIONS: dict[GraphName, tuple[str, ...]] = {
     "image": (IMAGES,),
     "query": (QUERIES, TEXT_TOKENS),
     "pair": (QUERIES, TEXT_TOKENS, PAIRS),
 }
 
-#: What weights and activations of the layers are in, as tensor types.
+#: Tensor type of the layers' weights and activations.
 PRECISION_TYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 #: Bytes of one value of each type that a graph's input or output can have.
@@ -50,11 +50,11 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with every named dimension given its size; raises `KeyError` for one without."""
+        """Return the shape with every named dimension replaced by its size. Raises `KeyError` for a missing size."""
         return tuple(sizes[each] if isinstance(each, str) else each for each in self.shape)
 
     def num_bytes(self, sizes: Mapping[str, int]) -> int:
-        """How much memory the tensor takes at these sizes."""
+        """Return the bytes of the tensor at these sizes."""
         return math.prod(self.sized(sizes)) * ITEM_BYTES[self.dtype]
 
 
@@ -74,7 +74,7 @@ class GraphSpec:
 
 
 def image_graph(config: EdjeConfig) -> GraphSpec:
-    """RGB bytes to the visual tokens that are stored, and the tower's pooled embedding."""
+    """RGB bytes to visual tokens and the tower's pooled embedding."""
     size = config.preprocess.image_size
     return GraphSpec(
         "image",
@@ -87,7 +87,7 @@ def image_graph(config: EdjeConfig) -> GraphSpec:
 
 
 def query_graph(config: EdjeConfig, precision: Precision) -> GraphSpec:
-    """Padded texts to their states; `text_lengths` says how much of each row is text."""
+    """Padded texts to their states; `text_lengths` is the number of tokens of each text without padding."""
     return GraphSpec(
         "query",
         (TensorSpec("text_ids", "int32", (QUERIES, TEXT_TOKENS)), TensorSpec("text_lengths", "int32", (QUERIES,))),
@@ -96,9 +96,9 @@ def query_graph(config: EdjeConfig, precision: Precision) -> GraphSpec:
 
 
 def pair_graph(config: EdjeConfig, storage: str, precision: Precision) -> GraphSpec:
-    """States of queries and stored tokens of pairs to logits; `pair_query` is each pair's row of the states.
+    """States of queries and stored tokens of pairs to logits; `pair_query` is each pair's row in `states`.
 
-    `first_stage` is an input only where the model reads it: NaN for a pair that has no such score.
+    `first_stage` is an input only if the model reads it; it is NaN for a pair without a first-stage score.
     """
     inputs = [
         _states(config, precision),
@@ -112,7 +112,7 @@ def pair_graph(config: EdjeConfig, storage: str, precision: Precision) -> GraphS
 
 
 def graphs_of(config: EdjeConfig, storage: str, precision: Precision) -> dict[GraphName, GraphSpec]:
-    """All three. Raises `EngineUnavailable` for a storage type that the tokens do not fit."""
+    """Return all three graphs. Raises `EngineUnavailable` for a storage type that the tokens do not fit."""
     return {
         "image": image_graph(config),
         "query": query_graph(config, precision),
@@ -121,9 +121,9 @@ def graphs_of(config: EdjeConfig, storage: str, precision: Precision) -> dict[Gr
 
 
 def stored_tokens(config: EdjeConfig, storage: str) -> list[TensorSpec]:
-    """`tokens` as they lie in a slot, and `scales` for the storage types that have them."""
+    """Return `tokens` as they are stored in a slot, and `scales` if the storage type has them."""
     num_tokens, dim = config.adapter.num_tokens, config.joint.dim
-    layout = SlotLayout(storage, num_tokens, dim)  # refuses what does not fit
+    layout = SlotLayout(storage, num_tokens, dim)  # raises for a dimension that the storage type cannot hold
     if storage == "fp16":
         return [TensorSpec("tokens", "float16", (PAIRS, num_tokens, dim))]
     if storage == "bf16":

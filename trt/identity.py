@@ -11,12 +11,12 @@ from trt.slab.layout import SlotLayout
 
 
 def engine_digest(model_digest: str, runtime: str, *details: str) -> str:
-    """Hash of the model, the runtime and whatever else of the engine can change a score (precision, device, ...)."""
+    """Return a hash of the model, the runtime and all details that can change a score (precision, device, ...)."""
     return hashlib.sha256("\n".join((model_digest, runtime, *details)).encode()).hexdigest()[:16]
 
 
 def engine_info(config: EdjeConfig, layout: SlotLayout, **given: Any) -> EngineInfo:
-    """The info of an engine for this model and this storage; `given` are the fields that neither of them knows."""
+    """Return the info of an engine for this model and slot layout; `given` are all other fields."""
     read: dict[str, Any] = {
         "num_visual_tokens": layout.num_tokens,
         "token_dim": layout.token_dim,

@@ -1,6 +1,6 @@
 """`python -m trt.inspect DIR`: prints an engine's digests, options, profiles, parity reports and layers.
 
-Ends with 0, or with 1 and a sentence for a directory that holds no engine or whose files are not the manifest's.
+The exit status is 0, or 1 with a message for a directory without an engine or with files that differ from the manifest.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from trt.manifest import GraphFiles, Manifest, check_files, read_manifest, rebui
 
 
 def show(directory: Path, manifest: Manifest, console: Console) -> None:
-    """Print everything that the manifest says, and the layers where the inspector's file is there.
+    """Print the content of the manifest, and the layers if the inspector's file exists.
 
-    Names come from files: the console is to read no markup in them. Raises `EngineMismatch` for an unknown model.
+    The console must not interpret markup, because names come from files. Raises `EngineMismatch` for an unknown model.
     """
     console.print(str(directory), style="bold")
     for heading, table in (
@@ -33,11 +33,11 @@ def show(directory: Path, manifest: Manifest, console: Console) -> None:
         if table.row_count:
             console.print(f"\n{heading}")
             console.print(table)
-    console.print(f"\nto build it anew: {rebuild_command(manifest)}", soft_wrap=True)
+    console.print(f"\nrebuild with: {rebuild_command(manifest)}", soft_wrap=True)
 
 
 def plain_console() -> Console:
-    """Standard output, without markup."""
+    """Return a console on standard output without markup."""
     return Console(highlight=False, markup=False)
 
 
@@ -48,7 +48,7 @@ def _facts(manifest: Manifest) -> Table:
         **{f"engine digest, {name}": digest for name, digest in manifest.engine_digests().items()},
         "model": f"{manifest.config.name}, {manifest.model_digest}",
         "storage, precision": f"{options.storage}, {options.precision}",
-        "at once": f"{options.max_pairs} pairs, {options.max_images} images",
+        "limits of one call": f"{options.max_pairs} pairs, {options.max_images} images",
         "plans": "none: ONNX graphs only" if built is None else _built(manifest),
         "written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
@@ -61,7 +61,7 @@ def _facts(manifest: Manifest) -> Table:
 
 def _built(manifest: Manifest) -> str:
     options, built = manifest.options, manifest.built_on
-    assert built is not None  # asked for only then
+    assert built is not None  # the caller has checked it
     major, minor = built.compute_capability
     more = [
         *(["later TensorRTs of its major version"] if options.version_compatible else []),
@@ -79,7 +79,7 @@ def _sizes(part: GraphFiles) -> Iterator[str]:
 
 
 def _profiles(manifest: Manifest) -> Table:
-    table = Table("graph", "profile", "takes", "tuned for")
+    table = Table("graph", "profile", "accepts", "tuned for")
     for name, part in manifest.graphs.items():
         for number, profile in enumerate(part.profiles):
             tuned = ", ".join(f"{size} {each.replace('_', ' ')}" for each, size in profile.sizes("opt").items())
@@ -88,7 +88,7 @@ def _profiles(manifest: Manifest) -> Table:
 
 
 def _parity(manifest: Manifest) -> Table:
-    table = Table("runtime", "measure", "found", "asked for")
+    table = Table("runtime", "measure", "measured", "required")
     for report in manifest.parity:
         found, asked = report.agreement, report.thresholds
         pairs = f"{found.num_queries} x {found.num_candidates} {report.pairs_of}"
@@ -96,7 +96,7 @@ def _parity(manifest: Manifest) -> Table:
         table.add_row("", "same best candidate", f"{found.top1:.4f}", f"at least {asked.top1}")
         table.add_row("", "Kendall's tau, mean", f"{found.tau:.4f}", f"at least {asked.tau}")
         table.add_row("", "Kendall's tau, lowest", f"{found.tau_lowest:.4f}, query {found.tau_lowest_at}", "")
-        error = f"{found.max_error:.6f} of their spread, {found.logit_spread:.3f}"
+        error = f"{found.max_error:.6f} of the logits' standard deviation ({found.logit_spread:.3f})"
         table.add_row("", "largest error of a logit", error, f"at most {asked.max_error}")
     return table
 
@@ -115,9 +115,9 @@ def _layers(directory: Path, manifest: Manifest) -> Table:
 
 
 def main(
-    directory: Annotated[Path, typer.Argument(help="What `python -m trt.build` wrote.")],
+    directory: Annotated[Path, typer.Argument(help="Engine directory written by `python -m trt.build`.")],
 ) -> None:
-    """Describe an engine, after comparing its files with the manifest."""
+    """Compare the files of an engine with its manifest, and describe the engine."""
     try:
         manifest = read_manifest(directory)
         check_files(directory, manifest, plans=False)

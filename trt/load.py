@@ -1,4 +1,4 @@
-"""Opens the engine of a runtime over a checkpoint. Imports a runtime only when that one is asked for."""
+"""Loads a checkpoint or an engine directory into a runtime. Imports only the chosen runtime."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ def load_engine(
 ) -> Engine:
     """Load a checkpoint into an engine, which is not warmed up yet.
 
-    `auto` is TensorRT on a GPU for which the engine directory has plans, else torch; on a CPU with an engine directory
-    it is the faster of torch and ONNX Runtime in a short trial, and with `fixed_buckets` torch.
+    `auto` on a GPU chooses TensorRT if the engine directory has plans, else torch. On a CPU it chooses torch; with an
+    engine directory and without `fixed_buckets`, the faster of torch and ONNX Runtime in a short trial.
 
     Args:
-        engine_directory: output of `python -m trt.build` for this checkpoint; for the runtimes onnx and tensorrt.
-        fixed_buckets: logits that do not depend on the batch; for torch and tensorrt.
-        hot_images: images whose visual keys and values are kept; for torch and encoders of kind `minimal`.
-        num_threads: of the whole process; None leaves the choice to the runtime.
-        constant_ms_per_item: time that the constant engine sleeps for each image or pair.
+        engine_directory: output of `python -m trt.build` for this checkpoint; used by onnx and tensorrt.
+        fixed_buckets: whether logits must not depend on the batch; used by torch and tensorrt.
+        hot_images: number of images whose visual keys and values are kept; used by torch with encoders of kind
+            `minimal`.
+        num_threads: threads of the whole process; None leaves the choice to the runtime.
+        constant_ms_per_item: milliseconds that the constant engine sleeps for each image or pair.
 
     Raises `EngineUnavailable` for a runtime or device that this machine lacks, and `EngineMismatch` for a checkpoint or
     an engine directory that cannot be used; each message ends with what to do.
@@ -85,7 +86,7 @@ def load_engine(
 
 
 def _candidates(device: str, engine_directory: Path | None, fixed_buckets: bool) -> tuple[Runtime, ...]:
-    """The runtimes that `auto` tries, the preferred one first."""
+    """Return the runtimes that `auto` tries, the preferred one first."""
     if device != "cpu":
         has_plans = engine_directory is not None and read_manifest(engine_directory).built_on is not None
         return ("tensorrt",) if has_plans else ("torch",)
@@ -101,7 +102,7 @@ def slots_in(
     device: str = "cpu",
     hot_images: int = 0,
 ) -> int:
-    """The number of images of this checkpoint that a slab of so many bytes holds, derived rows included.
+    """Return the number of images of this checkpoint that fit in `slab_bytes`, including their derived rows.
 
     Raises `EngineMismatch`, and `EngineUnavailable` if the rows of the hot images alone do not fit.
     """
@@ -120,10 +121,10 @@ def slots_in(
 
 
 def row_bytes(config: EdjeConfig, storage: str, runtime: Runtime, device: str) -> tuple[int, int]:
-    """Bytes of a slot with its derived row, and bytes of a hot image's keys and values (0: the model has none)."""
+    """Return the bytes of a slot with its derived row, and of a hot image's keys and values (0 without such rows)."""
     layout = SlotLayout(storage, config.adapter.num_tokens, config.joint.dim)
     slot_bytes = layout.token_bytes + layout.scale_bytes
-    if runtime not in ("torch", "auto"):  # others derive nothing
+    if runtime not in ("torch", "auto"):  # other runtimes have no derived rows
         return slot_bytes, 0
     match = match_row(config)
     if config.joint.kind != "minimal":
@@ -137,9 +138,9 @@ def row_bytes(config: EdjeConfig, storage: str, runtime: Runtime, device: str) -
 def _built_from(
     checkpoint: Path, directory: Path | None, storage: str, max_pairs: int, max_images: int
 ) -> tuple[Path, Manifest]:
-    """An engine directory and its manifest, checked against the checkpoint and the limits asked for."""
+    """Return an engine directory and its manifest, checked against the checkpoint and the requested limits."""
     if directory is None:
-        raise EngineUnavailable("this runtime needs an engine directory: make one with `python -m trt.build`")
+        raise EngineUnavailable("this runtime needs an engine directory: build one with `python -m trt.build`")
     manifest = read_manifest(directory)
     reasons = model_mismatches(manifest, model_digest=read_digest(checkpoint))
     asked: dict[str, Any] = {"storage": storage, "max_pairs": max_pairs, "max_images": max_images}
@@ -151,7 +152,7 @@ def _built_from(
 def open_onnx(
     directory: Path, manifest: Manifest, num_slots: int, max_pairs: int, max_images: int, num_threads: int | None
 ) -> Engine:
-    """The graphs of an engine directory in ONNX Runtime. Raises `EngineMismatch` and `EngineUnavailable`."""
+    """Open the graphs of an engine directory in ONNX Runtime. Raises `EngineMismatch` and `EngineUnavailable`."""
     from trt.runtimes.onnx_engine import OnnxEngine
 
     return OnnxEngine(
@@ -174,7 +175,7 @@ def open_tensorrt(
     *,
     fixed_buckets: bool = False,
 ) -> Engine:
-    """The plans of an engine directory on a GPU. Raises `EngineMismatch` and `EngineUnavailable`."""
+    """Open the plans of an engine directory on a GPU. Raises `EngineMismatch` and `EngineUnavailable`."""
     try:
         from trt.runtimes.tensorrt_load import load_tensorrt
     except ImportError as error:

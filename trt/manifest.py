@@ -1,11 +1,11 @@
 """The manifest of an engine directory, which is read before any other file of it.
 
-    manifest.json             this
-    image.onnx ...            the three graphs, each with image.onnx.data beside it if its weights are kept apart
-    image.plan ...            what TensorRT made of them; absent where only ONNX was asked for
-    image.layers.json ...     the plan's layers, as TensorRT's inspector tells them
+    manifest.json             the manifest
+    image.onnx ...            the three graphs, with image.onnx.data if the weights are in a second file
+    image.plan ...            TensorRT's plans; absent after a build with --onnx-only
+    image.layers.json ...     the layers of the plans, from TensorRT's inspector
 
-Knows files, digests and versions; imports no torch, no ONNX and no TensorRT. Everything wrong with a directory is an
+Knows files, digests and versions; imports no torch, no ONNX and no TensorRT. Every fault of a directory raises an
 `EngineMismatch` whose message ends with what to do.
 """
 
@@ -35,7 +35,7 @@ _MAX_MANIFEST_BYTES = 10_000_000
 
 HardwareCompatibility = Literal["none", "same_compute_capability", "ampere_plus"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-#: A name in the engine's own directory: no path leads out of it.
+#: A plain file name, so that no path can point outside the engine directory.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -52,10 +52,10 @@ class FileDigest(_Part):
 
 
 class GraphFiles(_Part):
-    """The files of one graph and the profiles that its plan has, in the plan's order."""
+    """The files of one graph, and the profiles of its plan in the plan's order."""
 
     onnx: FileDigest
-    weights: FileDigest | None = None  # beside the graph where it is too large for one file
+    weights: FileDigest | None = None  # if the graph is too large for one file
     plan: FileDigest | None = None
     layers: FileName | None = None
     profiles: tuple[Profile, ...]
@@ -83,23 +83,23 @@ class BuildOptions(_Part):
     hardware_compatibility: HardwareCompatibility = "none"
 
     def as_arguments(self) -> list[str]:
-        """The command line that asks for the same: only what differs from the defaults."""
-        spoken: list[str] = []
+        """Return the command-line arguments for these options; defaults are left out."""
+        arguments: list[str] = []
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if value == field.default:
                 continue
-            spoken.append(f"--{name.replace('_', '-')}")
+            arguments.append(f"--{name.replace('_', '-')}")
             if not isinstance(value, bool):
-                spoken.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
-        return spoken
+                arguments.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+        return arguments
 
 
 class ParityReport(_Part):
-    """How the engine agreed with the torch reference when it was built."""
+    """Agreement of the engine with the torch reference at build time."""
 
-    runtime: str  # what was compared with torch: "onnx" or "tensorrt"
-    pairs_of: str  # what the pairs were, in words
+    runtime: str  # the runtime that was compared with torch: "onnx" or "tensorrt"
+    pairs_of: str  # kind of the pairs, in words
     thresholds: Thresholds
     agreement: Agreement
 
@@ -119,30 +119,30 @@ class Manifest(_Part):
 
     @property
     def config(self) -> EdjeConfig:
-        """The model's configuration. Raises `EngineMismatch` for one that this program does not know."""
+        """The model's configuration. Raises `EngineMismatch` if this program does not know the configuration."""
         try:
             return parse_config(json.dumps(self.model))
         except ValueError as error:
             raise EngineMismatch(
-                f"the engine was built from a model that this program does not know: {again(self)}"
+                f"the engine was built from a model that this program does not know: {rebuild_advice(self)}"
             ) from error
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        """An engine has all three graphs, plans of all of them or of none, and profiles of the graphs' own sizes."""
+        """Check that there are all three graphs, plans for all or none, and profiles with the graphs' dimensions."""
         if self.graphs.keys() != DIMENSIONS.keys():
             raise ValueError(f"an engine has the graphs {', '.join(DIMENSIONS)}, not {', '.join(self.graphs)}")
         if {part.plan is not None for part in self.graphs.values()} != {self.built_on is not None}:
-            raise ValueError("plans come with where they were built, and for all graphs")
+            raise ValueError("all graphs have plans together with built_on, or none has")
         for name, part in self.graphs.items():
             if not part.profiles or any(each.ranges.keys() != set(DIMENSIONS[name]) for each in part.profiles):
-                raise ValueError(f"the profiles of the {name} graph are not of {', '.join(DIMENSIONS[name])}")
+                raise ValueError(f"the profiles of the {name} graph must have ranges for {', '.join(DIMENSIONS[name])}")
         return self
 
     def engine_digest(self, runtime: Literal["onnx", "tensorrt"], *, fixed_buckets: bool = False) -> str:
-        """The digest of everything that can change a score of this directory in a runtime: what every reply carries.
+        """Return the digest of everything that can change a score in a runtime; every reply carries it.
 
-        It depends on the manifest alone, so `python -m trt.inspect` prints the same on every machine.
+        It depends on the manifest alone, so `python -m trt.inspect` prints the same digest on every machine.
         """
         details = [self.options.storage, self.options.precision]
         files = [each for _, part in sorted(self.graphs.items()) for each in (part.onnx, part.weights)]
@@ -151,12 +151,12 @@ class Manifest(_Part):
         elif self.built_on is not None:
             details += [self.built_on.tensorrt_version, self.built_on.gpu]
             files += [part.plan for _, part in sorted(self.graphs.items())]
-        if fixed_buckets:  # sizes choose kernels, and kernels round
+        if fixed_buckets:  # the sizes decide the kernels, and kernels round differently
             details.append("fixed buckets")
         return engine_digest(self.model_digest, runtime, *details, *(each.sha256 for each in files if each is not None))
 
     def engine_digests(self) -> dict[str, str]:
-        """The digest of each way in which this directory can be run, by its name."""
+        """Return the digests by runtime and mode."""
         digests = {"onnx": self.engine_digest("onnx")}
         if self.built_on is not None:
             digests["tensorrt"] = self.engine_digest("tensorrt")
@@ -165,7 +165,7 @@ class Manifest(_Part):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of an engine directory; the files that it names are not looked at (`check_files` does)."""
+    """Return the manifest of an engine directory, without checking the other files (see `check_files`)."""
     path = directory / MANIFEST_FILE
     remedy = "build one with `python -m trt.build CHECKPOINT --out DIR`"
     if not path.is_file():
@@ -179,15 +179,15 @@ def read_manifest(directory: Path) -> Manifest:
         raise EngineMismatch(f"{path} is larger than any manifest: {remedy}")
     try:
         raw = json.loads(text)
-    except ValueError as error:  # of JSON, or bytes that are no text
-        raise EngineMismatch(f"{path} is not whole: copy the directory again, or {remedy}") from error
+    except ValueError as error:  # invalid JSON or invalid UTF-8
+        raise EngineMismatch(f"{path} is incomplete or damaged: copy the directory again, or {remedy}") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
         raise EngineMismatch(f"{path} has format {version!r}, this program reads {FORMAT_VERSION}: {remedy}")
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise EngineMismatch(f"{path} is no manifest of this program: {first_problem(error)}: {remedy}") from error
+        raise EngineMismatch(f"{path} is not a valid manifest: {first_problem(error)}: {remedy}") from error
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -195,7 +195,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def digest_file(path: Path) -> FileDigest:
-    """Name, size and SHA-256 of a file, read in pieces. Raises `OSError`."""
+    """Return name, size and SHA-256 of a file; reads it in pieces. Raises `OSError`."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileDigest(name=path.name, sha256=digest.hexdigest(), num_bytes=file.tell())
@@ -204,7 +204,7 @@ def digest_file(path: Path) -> FileDigest:
 def check_files(directory: Path, manifest: Manifest, *, plans: bool) -> None:
     """Compare the graphs, or the plans, with the digests in the manifest.
 
-    A file that is too short is told without reading any other; a plan is megabytes to a gigabyte, and is read once.
+    Sizes are compared before digests, because a plan can have a gigabyte. Raises `EngineMismatch`.
     """
     parts = manifest.graphs.values()
     wanted = [part.plan for part in parts] if plans else [each for part in parts for each in (part.onnx, part.weights)]
@@ -214,21 +214,23 @@ def check_files(directory: Path, manifest: Manifest, *, plans: bool) -> None:
             num_bytes = path.stat().st_size
             is_same = num_bytes == expected.num_bytes and digest_file(path) == expected
         except OSError as error:
-            raise EngineMismatch(f"{path} cannot be read ({error.strerror}): {again(manifest)}") from error
+            raise EngineMismatch(f"{path} cannot be read ({error.strerror}): {rebuild_advice(manifest)}") from error
         if num_bytes != expected.num_bytes:
             raise EngineMismatch(
-                f"{path} has {num_bytes:,} bytes, the manifest says {expected.num_bytes:,}: it was copied half or "
-                f"replaced: {again(manifest)}"
+                f"{path} has {num_bytes:,} bytes, the manifest says {expected.num_bytes:,}: the file was copied "
+                f"incompletely or replaced: {rebuild_advice(manifest)}"
             )
         if not is_same:
-            raise EngineMismatch(f"{path} is not the file that the manifest was written for: {again(manifest)}")
+            raise EngineMismatch(
+                f"{path} differs from the file that the manifest describes: {rebuild_advice(manifest)}"
+            )
 
 
 def rebuild_command(manifest: Manifest) -> str:
-    """What to type for an engine like this one from another checkpoint, or on another machine."""
+    """Return the command that builds an engine with the same options, for another checkpoint or machine."""
     return shlex.join(["python", "-m", "trt.build", "CHECKPOINT", "--out", "DIR", *manifest.options.as_arguments()])
 
 
-def again(manifest: Manifest) -> str:
-    """`rebuild_command`, as the end of a sentence."""
-    return f"build it anew with `{rebuild_command(manifest)}`"
+def rebuild_advice(manifest: Manifest) -> str:
+    """Return the advice to run `rebuild_command`, as the end of an error message."""
+    return f"rebuild it with `{rebuild_command(manifest)}`"

@@ -1,6 +1,6 @@
-"""Whether an engine fits where it is to be used: a sentence for everything that does not.
+"""Checks whether an engine fits the model, the limits and the machine; each mismatch is described by a sentence.
 
-Knows manifests, versions and names of GPUs; looks at no device and no file.
+Knows manifests, versions and names of GPUs; reads no device and no file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from trt.contract import EngineMismatch
-from trt.manifest import Manifest, again
+from trt.manifest import Manifest, rebuild_advice
 
 _AMPERE = (8, 0)
 
@@ -22,9 +22,9 @@ def mismatches(
     gpu: str,
     compute_capability: tuple[int, int],
 ) -> list[str]:
-    """Why the plans cannot be used for this model here: a sentence each, empty if they can.
+    """Return the reasons why the plans cannot be used for this model on this machine; empty if they can.
 
-    `rebuild_command` says what to do about any of them.
+    The remedy for each reason is `rebuild_command`.
     """
     found = model_mismatches(manifest, model_digest=model_digest)
     built, options = manifest.built_on, manifest.options
@@ -33,14 +33,15 @@ def mismatches(
     if options.version_compatible:
         if not _is_served_by(built.tensorrt_version, tensorrt_version):
             found.append(
-                f"the plans were built by TensorRT {built.tensorrt_version} and run on that and on later versions of "
-                f"the same major; here is {tensorrt_version}"
+                f"the plans were built by TensorRT {built.tensorrt_version} and run on this and later versions of "
+                f"the same major version; this machine has {tensorrt_version}"
             )
     elif built.tensorrt_version != tensorrt_version:
         found.append(
-            f"the plans were built by TensorRT {built.tensorrt_version} and run on no other; here is {tensorrt_version}"
+            f"the plans run only on TensorRT {built.tensorrt_version}, which built them; "
+            f"this machine has {tensorrt_version}"
         )
-    here = f"here is {gpu} of {_capability(compute_capability)}"
+    here = f"this machine has {gpu} of {_capability(compute_capability)}"
     match options.hardware_compatibility:
         case "none" if (built.gpu, built.compute_capability) != (gpu, compute_capability):
             found.append(f"the plans were built for {built.gpu} of {_capability(built.compute_capability)}; {here}")
@@ -52,26 +53,26 @@ def mismatches(
 
 
 def model_mismatches(manifest: Manifest, *, model_digest: str) -> list[str]:
-    """The part of `mismatches` that a runtime without plans asks for."""
+    """Return the part of `mismatches` that concerns the model alone, for a runtime without plans."""
     if manifest.model_digest == model_digest:
         return []
     return [f"the engine was built from model {manifest.model_digest}, the checkpoint is {model_digest}"]
 
 
 def limit_mismatches(manifest: Manifest, *, storage: str, max_pairs: int, max_images: int) -> list[str]:
-    """Why an engine cannot do what is asked of it, on whatever machine: a sentence each."""
+    """Return the reasons why an engine does not support this storage type or these limits on any machine."""
     options = manifest.options
     found = []
     if options.storage != storage:
         found.append(f"the engine reads {options.storage} tokens, the store holds {storage}")
-    for what, asked, most in (("pairs", max_pairs, options.max_pairs), ("images", max_images, options.max_images)):
+    for unit, asked, most in (("pairs", max_pairs, options.max_pairs), ("images", max_images, options.max_images)):
         if asked > most:
-            found.append(f"the engine takes {most} {what} at once, asked for are {asked}")
+            found.append(f"the engine takes at most {most} {unit} in one call, the settings ask for {asked}")
     return found
 
 
 def with_limits(manifest: Manifest, *, storage: str, max_pairs: int, max_images: int) -> Manifest:
-    """The manifest of an engine that could do it, for the command that builds one."""
+    """Return the manifest with this storage type and raised limits, for the command that builds such an engine."""
     options = manifest.options
     wanted = {
         "storage": storage,
@@ -82,9 +83,9 @@ def with_limits(manifest: Manifest, *, storage: str, max_pairs: int, max_images:
 
 
 def refuse(directory: Path, manifest: Manifest, reasons: list[str]) -> None:
-    """Raise `EngineMismatch` with every reason, if there is one, and the command that builds what the manifest says."""
+    """Raise `EngineMismatch` with all reasons, if any, and the command that builds the manifest's engine."""
     if reasons:
-        raise EngineMismatch(f"{directory} cannot be used: {'; '.join(reasons)}: {again(manifest)}")
+        raise EngineMismatch(f"{directory} cannot be used: {'; '.join(reasons)}: {rebuild_advice(manifest)}")
 
 
 def _is_served_by(built: str, here: str) -> bool:

@@ -1,4 +1,4 @@
-"""How well two sets of logits agree: in value, in who comes first, and in rank. Knows numbers only."""
+"""Measures how well two sets of logits agree: in value, in the best candidate and in rank. Knows numbers only."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ParityFailed(EngineError):
-    """Two engines do not agree, or one of them gives no numbers; the message says where."""
+    """Two engines do not agree, or a logit is not finite; the message names the query and the candidate."""
 
 
 class Thresholds(BaseModel):
-    """What is asked of an agreement."""
+    """Required agreement."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    top1: Share  # of the queries whose best candidate is the same
-    tau: Annotated[float, Field(ge=-1, le=1)]  # Kendall's tau, mean over queries
-    max_error: Annotated[float, Field(gt=0)]  # of any logit, in units of the logits' own spread
+    top1: Share  # lowest share of queries with the same best candidate
+    tau: Annotated[float, Field(ge=-1, le=1)]  # lowest Kendall's tau, mean over queries
+    max_error: Annotated[
+        float, Field(gt=0)
+    ]  # largest error of a logit, in standard deviations of the reference's logits
 
 
-#: By the engine's precision, against float32. Ranks decide; the error is bounded to find what ranks hide, and loosely,
-#: because a tower's last bit can move a stored value by a whole step of its storage type.
+#: By the engine's precision, compared with float32. Ranks matter most. The error limit finds faults that ranks hide; it
+#: is loose, because a tower's last bit can move a stored value by a whole step of its storage type.
 THRESHOLDS = {
     "fp32": Thresholds(top1=0.99, tau=0.999, max_error=0.02),
     "fp16": Thresholds(top1=0.95, tau=0.98, max_error=0.2),
@@ -37,31 +39,31 @@ THRESHOLDS = {
 
 
 class Agreement(BaseModel):
-    """What came of a comparison; the places name the query and the candidate of its list, both from 0."""
+    """Result of a comparison. Queries, and candidates within a query, are numbered from 0."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_queries: int
-    num_candidates: int  # of each query
-    max_error: float  # in units of the spread
+    num_candidates: int  # for each query
+    max_error: float  # in units of `logit_spread`
     max_error_at: tuple[int, int]  # query, candidate
     logit_spread: float  # standard deviation of the reference's logits
     top1: float
-    top1_missed: tuple[int, ...]  # queries, the first few
+    top1_missed: tuple[int, ...]  # the first few queries with another best candidate
     tau: float
     tau_lowest: float
     tau_lowest_at: int  # query
 
 
-#: Queries named in an agreement.
+#: Largest number of queries in `top1_missed`.
 _MAX_NAMED = 10
 
 
 def compare(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Agreement:
-    """Compare `(Q, K)` logits of Q queries over K candidates each with the same pairs' reference.
+    """Compare the `(Q, K)` logits of Q queries with K candidates each with the reference logits of the same pairs.
 
-    Candidates whose reference logits tie may come in either order. Raises `ParityFailed` where a logit is not finite,
-    or where the reference holds all pairs equal, and `ValueError` for other shapes or fewer than two candidates.
+    Candidates with equal reference logits may come in either order. Raises `ParityFailed` if a logit is not finite or
+    all reference logits are equal, and `ValueError` for different shapes or fewer than two candidates.
     """
     if reference.shape != logits.shape or reference.ndim != 2 or reference.shape[1] < 2 or not len(reference):
         raise ValueError(f"logits are {logits.shape}, the reference's {reference.shape}; expected (Q, K) with K > 1")
@@ -92,7 +94,7 @@ def compare(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Agre
 
 
 def kendall_tau(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Kendall's tau-b of two rankings; 1 where both hold all candidates equal, 0 where only one does."""
+    """Return Kendall's tau-b of two rankings; 1 if both rank all candidates equal, 0 if only one does."""
     above = np.triu_indices(len(one), k=1)
     first, second = (np.sign(each[above[0]] - each[above[1]]) for each in (one, other))
     untied = np.count_nonzero(first), np.count_nonzero(second)
@@ -102,23 +104,23 @@ def kendall_tau(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
 
 
 def shortfalls(agreement: Agreement, thresholds: Thresholds) -> list[str]:
-    """A sentence for each threshold that was missed, with the place to look at."""
+    """Return a sentence for each threshold that was missed, which names the queries to look at."""
     found = []
     if agreement.top1 < thresholds.top1:
         named = ", ".join(map(str, agreement.top1_missed))
         found.append(
             f"{agreement.top1:.4f} of {agreement.num_queries} queries have the same best candidate, "
-            f"asked for are {thresholds.top1}: look at queries {named}"
+            f"required is {thresholds.top1}: look at queries {named}"
         )
     if agreement.tau < thresholds.tau:
         found.append(
-            f"Kendall's tau is {agreement.tau:.4f} on average, asked for is {thresholds.tau}: "
+            f"Kendall's tau is {agreement.tau:.4f} on average, required is {thresholds.tau}: "
             f"it is lowest ({agreement.tau_lowest:.4f}) in query {agreement.tau_lowest_at}"
         )
     if agreement.max_error > thresholds.max_error:
         query, candidate = agreement.max_error_at
         found.append(
-            f"a logit is off by {agreement.max_error:.4f} of the logits' spread, allowed is {thresholds.max_error}: "
-            f"query {query} with candidate {candidate}"
+            f"a logit differs by {agreement.max_error:.4f} standard deviations of the logits, allowed is "
+            f"{thresholds.max_error}: query {query} with candidate {candidate}"
         )
     return found

@@ -1,7 +1,7 @@
-"""Optimisation profiles: the ranges of sizes that a plan is tuned for, and which of them a call takes.
+"""Optimisation profiles: the ranges of sizes for which a plan is tuned, and the choice of a profile for a call.
 
-A plan has one set of kernels for each profile, so several narrow ones beat one wide one: texts are padded to a length
-bucket, and pairs come in a few sizes. Knows numbers only.
+A plan has one set of kernels for each profile, so several narrow profiles are faster than one wide profile. Texts are
+padded to a length bucket, and pairs to one of a few sizes. Knows numbers only.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from trt.contract import LimitExceeded
 from trt.graphs import IMAGES, PAIRS, QUERIES, TEXT_TOKENS, GraphName
 
-#: A call a quarter as large is worth kernels of its own; so is one a sixteenth as large.
+#: There are profiles for the largest call, for a quarter and for a sixteenth of its size.
 _STEP = 4
 _NUM_STEPS = 3
-#: Requests whose pairs share a micro-batch, as a rule.
+#: Usual number of requests in a micro-batch.
 _USUAL_QUERIES = 8
 
 Size = Annotated[int, Field(ge=1)]
 
 
 class Range(BaseModel):
-    """The sizes of a dimension that a profile takes, and the one it is tuned for."""
+    """The sizes of a dimension that a profile accepts, and the size it is tuned for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,7 +36,7 @@ class Range(BaseModel):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.min <= self.opt <= self.max:
-            raise ValueError(f"a range goes from min over opt to max, not {self.min}, {self.opt}, {self.max}")
+            raise ValueError(f"a range needs min <= opt <= max, not {self.min}, {self.opt}, {self.max}")
         return self
 
     def __contains__(self, size: int) -> bool:
@@ -44,7 +44,7 @@ class Range(BaseModel):
 
 
 class Profile(BaseModel):
-    """A range for every named dimension of a graph. `name` says for whom: "text 17-32, pairs 65-256"."""
+    """A range for every named dimension of a graph. `name` describes it: "text 17-32, pairs 65-256"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,17 +60,17 @@ class Profile(BaseModel):
         return {name: getattr(span, which) for name, span in self.ranges.items()}
 
 
-def pick(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> int:
-    """The number of the narrowest profile that takes a call of these sizes.
+def narrowest_profile(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> int:
+    """Return the index of the narrowest profile that accepts a call of these sizes.
 
-    Raises `LimitExceeded` with the sizes asked for and the largest there are.
+    Raises `LimitExceeded`; the message names the requested and the largest sizes.
     """
     fitting = [number for number, profile in enumerate(profiles) if profile.takes(sizes)]
     if not fitting:
         largest = {name: max(profile.ranges[name].max for profile in profiles) for name in profiles[0].ranges}
         raise LimitExceeded(
-            f"no profile of this engine takes {_said(sizes)}; they go up to {_said(largest)}: "
-            "send less at once, or build the engine anew for more"
+            f"no profile of this engine accepts {_described(sizes)}; the largest is {_described(largest)}: "
+            "send less in one call, or rebuild the engine for larger calls"
         )
     return min(fitting, key=lambda number: math.prod(profiles[number].sizes("max").values()))
 
@@ -78,11 +78,11 @@ def pick(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> int:
 def profiles_of(
     *, max_text_tokens: int, length_buckets: Sequence[int], max_pairs: int, max_queries: int, max_images: int
 ) -> dict[GraphName, tuple[Profile, ...]]:
-    """The profiles of the three graphs.
+    """Return the profiles of the three graphs.
 
-    Length buckets are upper ends. One that reaches past `max_text_tokens` is cut there, and the last one always ends
-    there: an engine takes every text that its model takes. Images, queries and pairs come in up to three steps each,
-    the last of which ends at the largest number; how many queries a call of pairs has is of no weight.
+    `length_buckets` are upper ends. Ends above `max_text_tokens` are dropped, and `max_text_tokens` is always the last
+    end, so that an engine accepts every text that its model accepts. Images, queries and pairs have up to three ranges
+    each; the last range ends at the largest number. The number of queries in a call of pairs has one wide range.
     """
     lengths = _spans([*(bucket for bucket in length_buckets if bucket < max_text_tokens), max_text_tokens])
     images, queries, pairs = map(_steps, (max_images, max_queries, max_pairs))
@@ -113,11 +113,11 @@ def _steps(largest: int) -> list[Range]:
 
 
 def _spans(ends: Sequence[int]) -> list[Range]:
-    """Ranges side by side from 1 to the largest end, each tuned for its largest size."""
+    """Return adjacent ranges from 1 to the largest end, each tuned for its largest size."""
     ordered = sorted({end for end in ends if end > 0})
     starts = [1, *(end + 1 for end in ordered[:-1])]
     return [Range(min=start, opt=end, max=end) for start, end in zip(starts, ordered, strict=True)]
 
 
-def _said(sizes: Mapping[str, int]) -> str:
+def _described(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{size} {name.replace('_', ' ')}" for name, size in sizes.items())

@@ -1,11 +1,11 @@
-"""`python -m trt.verify A B`: whether two engines rank the same pairs alike; A is what B is held against.
+"""`python -m trt.verify A B`: checks that engine B ranks the same pairs like the reference engine A.
 
-    python -m trt.verify torch:CHECKPOINT engines/model      what was built against the model it was built of
-    python -m trt.verify engines/old engines/new             a rebuild against what is in use
+    python -m trt.verify torch:CHECKPOINT engines/model      a built engine against its checkpoint
+    python -m trt.verify engines/old engines/new             a rebuilt engine against the one in use
     python -m trt.verify onnx:engines/model engines/model    the plans against their graphs
 
-The last line on standard output is one JSON document. Ends with 0, with 1 where they differ by more than is allowed or
-cannot be compared, with 2 if the command makes no sense.
+The last line on standard output is one JSON document. The exit status is 0 if the engines agree; 1 if they differ by
+more than the thresholds or cannot be compared; and 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from edje.optional import PackageMissing
 from edje.progress import progress_bars
 from edje.text import Tokenizer
 from protocols.validation import first_problem
-from trt.build.assemble import require
-from trt.check.pairs import hold_pairs
+from trt.build.assemble import require_agreement
+from trt.check.pairs import parity_pairs
 from trt.check.reporting import report_on, scored, torch_reference
 from trt.contract import Engine, EngineError, EngineMismatch
 from trt.load import open_onnx, open_tensorrt
@@ -39,18 +39,18 @@ _RUNTIMES = ("torch", "onnx", "tensorrt")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """An engine by its name on the command line."""
+    """An engine named on the command line."""
 
     runtime: str
     path: Path
-    manifest: Manifest | None  # None: torch, over a checkpoint
+    manifest: Manifest | None  # None for torch, which runs a checkpoint
 
     @property
     def config(self) -> EdjeConfig:
         return read_config(self.path) if self.manifest is None else self.manifest.config
 
     def load(self, storage: str, num_slots: int, device: str) -> Engine:
-        """The engine, with slots of this storage type."""
+        """Load the engine with slots of this storage type."""
         if self.manifest is None:
             return torch_reference(load_checkpoint(self.path), storage, num_slots)
         options = self.manifest.options
@@ -60,7 +60,7 @@ class Subject:
 
 
 def subject(name: str) -> Subject:
-    """`torch:CHECKPOINT`, `onnx:DIR`, `tensorrt:DIR`, or `DIR`: its plans if it has any, else its graphs."""
+    """Parse `torch:CHECKPOINT`, `onnx:DIR`, `tensorrt:DIR`, or `DIR` (its plans if it has any, else its graphs)."""
     prefix, colon, rest = name.partition(":")
     runtime, path = (prefix, Path(rest)) if colon and prefix in _RUNTIMES else ("", Path(name))
     if runtime == "torch":
@@ -70,53 +70,59 @@ def subject(name: str) -> Subject:
 
 
 def storage_of(subjects: tuple[Subject, Subject], asked: str | None) -> str:
-    """The storage type that both read. Raises `EngineMismatch` where there is none."""
+    """Return the storage type that both engines read. Raises `EngineMismatch` if they differ."""
     built = [each.manifest.options.storage for each in subjects if each.manifest is not None]
     wanted = {*built, *([asked] if asked else [])} or {"int8"}
     if len(wanted) > 1:
-        raise EngineMismatch(f"one of these reads {' tokens, another '.join(sorted(wanted))} tokens: build one anew")
+        raise EngineMismatch(f"different storage types ({', '.join(sorted(wanted))}): rebuild one of the engines")
     return wanted.pop()
 
 
 def main(
     reference: Annotated[str, typer.Argument(metavar="A", help="torch:CHECKPOINT or an engine directory.")],
-    other: Annotated[str, typer.Argument(metavar="B", help="The same; is held against A.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="Engine to check, in the same notation.")],
     storage: Annotated[
-        str | None, typer.Option(help="How tokens are stored; else as the engines say, or int8.")
+        str | None, typer.Option(help="Storage type of tokens; default: the engines' type, or int8.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Model to take captions from where neither A nor B is one.")
+        Path | None,
+        typer.Option(help="Checkpoint whose tokenizer encodes captions if neither A nor B is a checkpoint."),
     ] = None,
-    texts: Annotated[int, typer.Option(min=1, help="Texts to compare on.")] = 48,
-    num_images: Annotated[int, typer.Option(min=2, help="Pictures to compare on, each with every text.")] = 24,
+    texts: Annotated[int, typer.Option(min=1, help="Number of texts in the comparison.")] = 48,
+    num_images: Annotated[
+        int, typer.Option(min=2, help="Number of images in the comparison, each paired with every text.")
+    ] = 24,
     images: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
             exists=True,
             file_okay=False,
-            help="Photographs to compare on, perhaps with captions.txt; else drawn scenes or random pictures.",
+            help="Photographs for the comparison, optionally with captions.txt; default: scenes or random images.",
         ),
     ] = None,
-    top1: Annotated[float | None, typer.Option(help="Least share of texts with the same best picture.")] = None,
-    tau: Annotated[float | None, typer.Option(help="Least mean of Kendall's tau.")] = None,
-    max_error: Annotated[float | None, typer.Option(help="Largest error of a logit, of their spread.")] = None,
+    top1: Annotated[float | None, typer.Option(help="Lowest allowed share of texts with the same best image.")] = None,
+    tau: Annotated[float | None, typer.Option(help="Lowest allowed mean of Kendall's tau.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Largest allowed error of a logit, in standard deviations of the logits.")
+    ] = None,
     device: Annotated[str, typer.Option(help="GPU for plans: cuda or cuda:N.")] = "cuda",
 ) -> None:
-    """Compare two engines; thresholds that are not given are those of B's precision when it was built."""
+    """Compare two engines; the default thresholds are those of B's precision."""
     try:
         pair = subject(reference), subject(other)
         kind = storage_of(pair, storage)
         if pair[0].config != pair[1].config:
-            raise EngineMismatch("A and B are of models of different shapes: their logits cannot be compared")
-        words = next((each.path for each in pair if each.manifest is None), checkpoint)
-        held = hold_pairs(pair[0].config, None if words is None else Tokenizer.load(words), texts, num_images, images)
+            raise EngineMismatch("A and B have different model configurations: their logits cannot be compared")
+        folder = next((each.path for each in pair if each.manifest is None), checkpoint)
+        tokenizer = None if folder is None else Tokenizer.load(folder)
+        pairs = parity_pairs(pair[0].config, tokenizer, texts, num_images, images)
         with progress_bars(remarks, transient=True) as bars:
-            logits = scored(pair[0].load(kind, len(held.pixels), device), held, bars)
+            logits = scored(pair[0].load(kind, len(pairs.pixels), device), pairs, bars)
             thresholds = _thresholds(pair[1], {"top1": top1, "tau": tau, "max_error": max_error})
-            report = report_on(pair[1].load(kind, len(held.pixels), device), logits, held, thresholds, bars)
+            report = report_on(pair[1].load(kind, len(pairs.pixels), device), logits, pairs, thresholds, bars)
         print(report.model_dump_json())
-        require(report, reference)
+        require_agreement(report, reference)
     except (CheckpointError, EngineError, PackageMissing) as error:
         _end(str(error))
 

@@ -80,7 +80,8 @@ def test_a_plan_of_another_gpu_is_refused_with_the_command_that_rebuilds_it(engi
     found = mismatches(manifest, **{**HERE, "gpu": "NVIDIA L4", "compute_capability": (8, 9)})
 
     assert found == [
-        "the plans were built for NVIDIA H100 of compute capability 9.0; here is NVIDIA L4 of compute capability 8.9"
+        "the plans were built for NVIDIA H100 of compute capability 9.0; "
+        "this machine has NVIDIA L4 of compute capability 8.9"
     ]
     with pytest.raises(EngineMismatch, match=r"python -m trt\.build CHECKPOINT --out DIR --max-pairs 8 --max-images 2"):
         refuse(engine, manifest, found)
@@ -89,7 +90,7 @@ def test_a_plan_of_another_gpu_is_refused_with_the_command_that_rebuilds_it(engi
 def test_a_plan_of_another_tensorrt_is_refused(manifest):
     [found] = mismatches(manifest, **{**HERE, "tensorrt_version": "11.5.0.1"})
 
-    assert "11.4.0.106 and run on no other; here is 11.5.0.1" in found
+    assert "run only on TensorRT 11.4.0.106, which built them; this machine has 11.5.0.1" in found
 
 
 @pytest.mark.parametrize(("here", "fits"), [("11.5.0.1", True), ("11.3.0.1", False), ("12.0.0.1", False)])
@@ -136,8 +137,8 @@ def test_more_than_the_engine_was_built_for_is_refused(manifest):
     assert limit_mismatches(manifest, **fitting) == []
     assert limit_mismatches(manifest, storage="fp16", max_pairs=9, max_images=3) == [
         "the engine reads int8 tokens, the store holds fp16",
-        "the engine takes 8 pairs at once, asked for are 9",
-        "the engine takes 2 images at once, asked for are 3",
+        "the engine takes at most 8 pairs in one call, the settings ask for 9",
+        "the engine takes at most 2 images in one call, the settings ask for 3",
     ]
 
 
@@ -153,7 +154,7 @@ def test_a_file_that_was_cut_off_is_found_by_its_size(engine, manifest, plans):
 def test_a_file_with_other_content_is_found_by_its_digest(engine, manifest):
     (engine / "query.plan").write_text("QUERY plan")
 
-    with pytest.raises(EngineMismatch, match=r"query\.plan is not the file"):
+    with pytest.raises(EngineMismatch, match=r"query\.plan differs from the file"):
         check_files(engine, manifest, plans=True)
 
 
@@ -167,12 +168,12 @@ def test_a_missing_plan_is_told_by_name(engine, manifest):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "is not whole"),
-        ("{", "is not whole"),
+        ("", "is incomplete or damaged"),
+        ("{", "is incomplete or damaged"),
         ("[]", "has format None"),
         ('{"format_version": 2}', "has format 2, this program reads 1"),
-        ('{"format_version": 1}', "is no manifest of this program"),
-        ("\x00\xff", "is not whole"),
+        ('{"format_version": 1}', "is not a valid manifest"),
+        ("\x00\xff", "is incomplete or damaged"),
     ],
 )
 def test_what_is_no_manifest_is_told_with_a_remedy(tmp_path, text, said):
@@ -209,12 +210,12 @@ def test_a_manifest_whose_files_lie_elsewhere_is_refused(engine, name):
     ("break_it", "said"),
     [
         (lambda raw: raw["graphs"].pop("pair"), "an engine has the graphs image, query, pair"),
-        (lambda raw: raw["graphs"]["pair"].update(plan=None), "plans come with where they were built"),
-        (lambda raw: raw.update(built_on=None), "plans come with where they were built"),
+        (lambda raw: raw["graphs"]["pair"].update(plan=None), "all graphs have plans together with built_on"),
+        (lambda raw: raw.update(built_on=None), "all graphs have plans together with built_on"),
         (lambda raw: raw["graphs"]["image"].update(profiles=[]), "profiles of the image graph"),
         (
             lambda raw: raw["graphs"]["query"].update(profiles=raw["graphs"]["image"]["profiles"]),
-            "profiles of the query graph are not of queries, text_tokens",
+            "profiles of the query graph must have ranges for queries, text_tokens",
         ),
     ],
     ids=["graph", "one plan", "where", "no profile", "other profiles"],

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trt.contract import LimitExceeded
-from trt.profiles import Profile, Range, pick, profiles_of
+from trt.profiles import Profile, Range, narrowest_profile, profiles_of
 
 PAPER = profiles_of(max_text_tokens=63, length_buckets=(16, 32, 64), max_pairs=256, max_queries=256, max_images=16)
 
@@ -33,7 +33,7 @@ def test_every_call_within_the_limits_fits_exactly_one_profile(limits, data):
 
     for ours in profiles.values():
         assert sum(profile.takes(sizes) for profile in ours) == 1
-        assert ours[pick(ours, sizes)].takes(sizes)
+        assert ours[narrowest_profile(ours, sizes)].takes(sizes)
 
 
 def test_the_paper_gets_three_lengths_times_three_numbers_of_pairs():
@@ -65,14 +65,14 @@ def test_the_last_bucket_ends_with_the_longest_text_of_the_model():
 )
 def test_a_call_that_fits_no_profile_is_told_what_would_fit(sizes):
     with pytest.raises(LimitExceeded, match="63 text tokens, 256 pairs"):
-        pick(PAPER["pair"], sizes)
+        narrowest_profile(PAPER["pair"], sizes)
 
 
 def test_of_profiles_that_fit_the_narrowest_is_taken():
     wide, narrow = (Profile(name=f"to {end}", ranges={"pairs": Range(min=1, opt=end, max=end)}) for end in (64, 16))
 
-    assert pick([wide, narrow], {"pairs": 16}) == 1
-    assert pick([wide, narrow], {"pairs": 17}) == 0
+    assert narrowest_profile([wide, narrow], {"pairs": 16}) == 1
+    assert narrowest_profile([wide, narrow], {"pairs": 17}) == 0
 
 
 @pytest.mark.parametrize("numbers", [(2, 1, 3), (1, 4, 3), (0, 1, 1)])

@@ -1,7 +1,7 @@
 """`python -m trt.build CHECKPOINT --out DIR`: a checkpoint to ONNX, plans, a parity report, an engine directory.
 
-The directory appears whole or not at all. Ends with 0, with 1 and a sentence where no engine comes of it (a former one
-then stays as it was), with 2 if the command makes no sense.
+The directory is written completely or not at all. The exit status is 0 on success; 1 after an error, which leaves an
+earlier engine unchanged and is explained on standard error; and 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edje.text import Tokenizer
 from protocols.validation import first_problem
 from trt.build.assemble import PlanCompiler, assemble
 from trt.build.draft_directory import DirectoryExists, draft_of, refuse_to_overwrite
-from trt.check.pairs import hold_pairs
+from trt.check.pairs import parity_pairs
 from trt.contract import EngineError, EngineUnavailable
 from trt.graphs import Precision
 from trt.inspect import plain_console, show
@@ -40,13 +40,13 @@ def main(
     storage: Annotated[str, typer.Option(help="How the store holds visual tokens: fp16, bf16, int8, int4.")] = (
         _DEFAULTS.storage
     ),
-    precision: Annotated[Precision, typer.Option(help="What the layers compute in.")] = _DEFAULTS.precision,
+    precision: Annotated[Precision, typer.Option(help="Number type of the layers.")] = _DEFAULTS.precision,
     max_pairs: Annotated[int, typer.Option(help="Pairs in one call.")] = _DEFAULTS.max_pairs,
     max_images: Annotated[int, typer.Option(help="Images in one call.")] = _DEFAULTS.max_images,
-    length_buckets: Annotated[str, typer.Option(help="Upper ends of the text lengths that share kernels.")] = ",".join(
+    length_buckets: Annotated[str, typer.Option(help="Longest text of each length bucket, in tokens.")] = ",".join(
         map(str, _DEFAULTS.length_buckets)
     ),
-    optimization_level: Annotated[int, typer.Option(help="How long TensorRT searches: 0 to 5.")] = (
+    optimization_level: Annotated[int, typer.Option(help="How long TensorRT searches for fast kernels: 0 to 5.")] = (
         _DEFAULTS.optimization_level
     ),
     workspace_gb: Annotated[float, typer.Option(help="Device memory a kernel may ask for, GiB.")] = (
@@ -59,34 +59,46 @@ def main(
         HardwareCompatibility, typer.Option(help="The plans also run on other GPUs, more slowly.")
     ] = "none",
     timing_cache: Annotated[
-        Path | None, typer.Option(help="File with kernel timings, read if it is there and written: faster rebuilds.")
+        Path | None, typer.Option(help="File of kernel timings, read if it exists and written: faster rebuilds.")
     ] = None,
     error_on_timing_cache_miss: Annotated[
-        bool, typer.Option("--error-on-timing-cache-miss", help="Time nothing anew: the same kernels as before.")
+        bool,
+        typer.Option(
+            "--error-on-timing-cache-miss",
+            help="Fail if a kernel has no stored timing; the kernels are then the same as before.",
+        ),
     ] = False,
     allow_unfused_attention: Annotated[
         bool,
         typer.Option("--allow-unfused-attention", help="Also accept plans that compute attention in several kernels."),
     ] = False,
     device: Annotated[str, typer.Option(help="GPU to build on and for: cuda or cuda:N.")] = "cuda",
-    onnx_only: Annotated[bool, typer.Option("--onnx-only", help="Export and compare, build no plan.")] = False,
-    verify_top1: Annotated[float | None, typer.Option(help="Least share of queries with the same best pair.")] = None,
-    verify_tau: Annotated[float | None, typer.Option(help="Least mean of Kendall's tau.")] = None,
-    verify_max_error: Annotated[float | None, typer.Option(help="Largest error of a logit, of their spread.")] = None,
-    verify_texts: Annotated[int, typer.Option(min=1, help="Texts to compare on.")] = 48,
-    verify_num_images: Annotated[int, typer.Option(min=2, help="Pictures to compare on, each with every text.")] = 24,
+    onnx_only: Annotated[
+        bool, typer.Option("--onnx-only", help="Export and compare the graphs, build no plans.")
+    ] = False,
+    verify_top1: Annotated[
+        float | None, typer.Option(help="Lowest allowed share of queries with the same best image.")
+    ] = None,
+    verify_tau: Annotated[float | None, typer.Option(help="Lowest allowed mean of Kendall's tau.")] = None,
+    verify_max_error: Annotated[
+        float | None, typer.Option(help="Largest allowed error of a logit, in standard deviations of the logits.")
+    ] = None,
+    verify_texts: Annotated[int, typer.Option(min=1, help="Number of texts in the comparison.")] = 48,
+    verify_num_images: Annotated[
+        int, typer.Option(min=2, help="Number of images in the comparison, each paired with every text.")
+    ] = 24,
     verify_images: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
             exists=True,
             file_okay=False,
-            help="Photographs to compare on, perhaps with captions.txt; else drawn scenes or random pictures.",
+            help="Photographs for the comparison, optionally with captions.txt; default: scenes or random images.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the engine that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing engine.")] = False,
 ) -> None:
-    """Build an engine directory. Thresholds that are not given depend on the precision."""
+    """Build an engine directory. The default thresholds depend on the precision."""
     if error_on_timing_cache_miss and timing_cache is None:
         raise typer.BadParameter("--error-on-timing-cache-miss needs --timing-cache")
     options = _checked(
@@ -113,9 +125,9 @@ def main(
         )
         folder = find_source(checkpoint, _CHECKPOINT_FILES)
         loaded = load_checkpoint(folder)
-        held = hold_pairs(loaded.config, Tokenizer.load(folder), verify_texts, verify_num_images, verify_images)
+        pairs = parity_pairs(loaded.config, Tokenizer.load(folder), verify_texts, verify_num_images, verify_images)
         with draft_of(out, MANIFEST_FILE, replace=force) as draft, progress_bars(remarks, transient=True) as bars:
-            manifest = assemble(loaded, draft, options, held, thresholds, compiler, bars)
+            manifest = assemble(loaded, draft, options, pairs, thresholds, compiler, bars)
     except (CheckpointError, DirectoryExists, EngineError, PackageMissing, SourceError) as error:
         _end(str(error))
     except OSError as error:
@@ -143,7 +155,7 @@ def _compiler(
 
 
 def _checked(model: type[Any], **fields: object) -> Any:
-    """A pydantic model of these fields; what it refuses is told under the option's name."""
+    """Return the model of these fields. Raises `typer.BadParameter` with the name of an invalid option."""
     try:
         return model(**fields)
     except ValidationError as error:

@@ -10,13 +10,13 @@ from edje.files import draft_directory
 
 
 class DirectoryExists(Exception):
-    """Writing would overwrite something; the message says how to allow it."""
+    """The target directory exists and may not be replaced; the message says what to do."""
 
 
 def refuse_to_overwrite(target: Path, mark: str, *, replace: bool) -> None:
     """Raise `DirectoryExists` unless `target` is new or empty, or holds the file `mark` and may be replaced.
 
-    Without the mark it is something else, and is not deleted whatever was allowed.
+    A directory without the mark is not an engine directory and is never deleted, also not with `replace`.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return

@@ -1,6 +1,6 @@
-"""Builds a plan from an ONNX graph with TensorRT: everything that knows the builder is here.
+"""Builds a plan from an ONNX graph with TensorRT. The only module that uses TensorRT's builder.
 
-One code for TensorRT 10.12 to 11.4: networks are strongly typed, so precision is the graph's and no flag's.
+The same code runs with TensorRT 10.12 to 11.4. Networks are strongly typed: the graph decides the precision, no flag.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _GIB = 1 << 30
 
 
 class PlanFailed(EngineError):
-    """TensorRT refuses a graph or builds no plan of it; the message holds what it said."""
+    """TensorRT cannot build a plan from a graph; the message holds TensorRT's own error."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltPlan:
-    """A plan and, as the inspector's JSON, the layers that it runs."""
+    """A plan, and its layers as the JSON of TensorRT's inspector."""
 
     plan: bytes
     layers_json: str
 
 
-#: Told how a build goes: the phase, the step that is done and the number of steps.
-Progress = Callable[[str, int, int], None]
+#: Called with the name of a build phase, the number of finished steps and the number of all steps.
+ReportProgress = Callable[[str, int, int], None]
 
 
 class PlanBuilder:
-    """Builds one plan after another with the same options; their kernels' timings are shared."""
+    """Builds several plans with the same options and one shared cache of kernel timings."""
 
     def __init__(self, options: BuildOptions, *, timing_cache: Path | None, error_on_cache_miss: bool) -> None:
         """Raises `EngineUnavailable` where there is no GPU."""
@@ -49,21 +49,21 @@ class PlanBuilder:
         self._log = TensorRtLog()
         try:
             self._builder = tensorrt.Builder(self._log)
-        except TypeError as error:  # what the bindings make of a builder that is none
+        except TypeError as error:  # the bindings raise TypeError when the builder cannot be created
             raise EngineUnavailable(
                 f"TensorRT {tensorrt.__version__} finds no GPU to build on ({self._log.last_error}): install the "
                 "driver, or export with --onnx-only and build on a machine that has one"
             ) from error
 
-    def build(self, onnx: Path, spec: GraphSpec, profiles: Sequence[Profile], progress: Progress) -> BuiltPlan:
-        """The plan of a graph, one optimisation profile for each of `profiles`. Raises `PlanFailed`."""
+    def build(self, onnx: Path, spec: GraphSpec, profiles: Sequence[Profile], progress: ReportProgress) -> BuiltPlan:
+        """Build the plan of a graph with one optimisation profile for each of `profiles`. Raises `PlanFailed`."""
         network = self._parse(onnx)
         config = self._configure(progress)
         for profile in profiles:
             self._add_profile(config, spec, profile)
         plan = self._builder.build_serialized_network(network, config)
         if plan is None:
-            raise PlanFailed(f"TensorRT built no plan of {onnx.name}: {self._log.last_error}")
+            raise PlanFailed(f"TensorRT built no plan from {onnx.name}: {self._log.last_error}")
         content = bytes(plan)
         self._keep_timings(config)
         return BuiltPlan(content, self._inspect(onnx.name, content))
@@ -71,13 +71,13 @@ class PlanBuilder:
     def _parse(self, onnx: Path) -> tensorrt.INetworkDefinition:
         network = self._builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = tensorrt.OnnxParser(network, self._log)
-        if not parser.parse_from_file(str(onnx)):  # from the file, since weights may lie beside it
+        if not parser.parse_from_file(str(onnx)):  # from the path: weights may be in a second file next to it
             errors = [parser.get_error(number) for number in range(parser.num_errors)]
-            said = "; ".join(f"{each.node_operator()} (node {each.node_name()!r}): {each.desc()}" for each in errors)
-            raise PlanFailed(f"TensorRT cannot parse {onnx.name}: {said or self._log.last_error}")
+            reasons = "; ".join(f"{each.node_operator()} (node {each.node_name()!r}): {each.desc()}" for each in errors)
+            raise PlanFailed(f"TensorRT cannot parse {onnx.name}: {reasons or self._log.last_error}")
         return network
 
-    def _configure(self, progress: Progress) -> tensorrt.IBuilderConfig:
+    def _configure(self, progress: ReportProgress) -> tensorrt.IBuilderConfig:
         options = self._options
         config = self._builder.create_builder_config()
         config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, int(options.workspace_gb * _GIB))
@@ -85,8 +85,8 @@ class PlanBuilder:
         config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED  # names every layer for the inspector
         config.hardware_compatibility_level = _HARDWARE[options.hardware_compatibility]
         config.progress_monitor = _Monitor(progress)
-        config.clear_flag(tensorrt.BuilderFlag.TF32)  # what the graph says is float32 is computed so
-        config.set_flag(tensorrt.BuilderFlag.STRICT_NANS)  # a value that is not finite has to reach the logit
+        config.clear_flag(tensorrt.BuilderFlag.TF32)  # the float32 parts of the graph keep full precision
+        config.set_flag(tensorrt.BuilderFlag.STRICT_NANS)  # a value that is not finite must reach the logit
         if options.version_compatible:
             config.set_flag(tensorrt.BuilderFlag.VERSION_COMPATIBLE)
         if self._timing_cache is not None:
@@ -94,7 +94,7 @@ class PlanBuilder:
         return config
 
     def _use_timings(self, config: tensorrt.IBuilderConfig, path: Path) -> None:
-        """Whoever keeps a cache wants the same kernels again, so what is in it can also be asked for and changed."""
+        """Use the timings stored in this file. The cache is editable, so that a rebuild chooses the same kernels."""
         config.set_flag(tensorrt.BuilderFlag.EDITABLE_TIMING_CACHE)
         if self._error_on_cache_miss:
             config.set_flag(tensorrt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
@@ -102,7 +102,7 @@ class PlanBuilder:
         cache = config.create_timing_cache(kept)
         if cache is None or not config.set_timing_cache(cache, False):
             raise PlanFailed(
-                f"{path} is a timing cache of another TensorRT or another GPU, or none: "
+                f"{path} is not a timing cache of this TensorRT and this GPU: "
                 f"give another file ({self._log.last_error})"
             )
 
@@ -123,11 +123,11 @@ class PlanBuilder:
 
     def _inspect(self, name: str, plan: bytes) -> str:
         runtime = tensorrt.Runtime(self._log)
-        # Our own plan, just built: a version-compatible one carries code for the host that has to be allowed.
+        # Safe for a plan that was just built here: a version-compatible plan contains host code.
         runtime.engine_host_code_allowed = self._options.version_compatible
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise PlanFailed(f"TensorRT cannot open the plan that it built of {name}: {self._log.last_error}")
+            raise PlanFailed(f"TensorRT cannot open the plan that it built from {name}: {self._log.last_error}")
         layers: str = engine.create_engine_inspector().get_engine_information(tensorrt.LayerInformationFormat.JSON)
         return layers
 
@@ -140,9 +140,9 @@ _HARDWARE: dict[HardwareCompatibility, tensorrt.HardwareCompatibilityLevel] = {
 
 
 class _Monitor(tensorrt.IProgressMonitor):
-    """Tells how the outermost phase goes; TensorRT calls it from threads of its own, phase by phase."""
+    """Reports the progress of the outermost phase. TensorRT calls it from its own threads."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: ReportProgress) -> None:
         tensorrt.IProgressMonitor.__init__(self)
         self._progress = progress
         self._num_steps: dict[str, int] = {}
@@ -153,7 +153,7 @@ class _Monitor(tensorrt.IProgressMonitor):
             self._progress(phase_name, 0, num_steps)
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        """Goes on, always: a build is stopped by ending the process."""
+        """Return True, which continues the build: a build is stopped by ending the process."""
         if phase_name in self._num_steps:
             self._progress(phase_name, step + 1, self._num_steps[phase_name])
         return True

@@ -1,4 +1,4 @@
-"""Plans of a whole engine directory on one GPU. Imported only where TensorRT and pycuda are."""
+"""Builds the plans of an engine directory on one GPU. Imported only where TensorRT and pycuda are installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trt.manifest import BuildOptions, BuiltOn, Manifest, digest_file
 
 
 class AttentionNotFused(EngineError):
-    """A plan computes an attention in several kernels; the message names the graph and the options."""
+    """A plan computes attention in several kernels; the message names the graph and the options to change."""
 
 
 class TensorRtCompiler:
@@ -40,7 +40,10 @@ class TensorRtCompiler:
             self._builder = PlanBuilder(options, timing_cache=timing_cache, error_on_cache_miss=error_on_cache_miss)
 
     def build(self, directory: Path, manifest: Manifest, bars: Progress) -> Manifest:
-        """Takes minutes: TensorRT times every possible kernel for every profile. Raises `AttentionNotFused`."""
+        """Write the plans and return the manifest with the plans added. Raises `AttentionNotFused`.
+
+        Takes minutes, because TensorRT times every possible kernel for every profile.
+        """
         options = manifest.options
         specs = graphs_of(manifest.config, options.storage, options.precision)
         graphs = dict(manifest.graphs)
@@ -58,8 +61,9 @@ class TensorRtCompiler:
             attention = attention_in(read_layers(layers))
             if attention.num_unfused and not self._allow_unfused:
                 raise AttentionNotFused(
-                    f"the plan of {name} computes attention step by step: {attention.summary}: build with another "
-                    "TensorRT or --optimization-level, or accept a slower engine with --allow-unfused-attention"
+                    f"the plan of the {name} graph computes attention in several kernels: {attention.summary}: "
+                    "build with another TensorRT or --optimization-level, or accept a slower "
+                    "engine with --allow-unfused-attention"
                 )
             graphs[name] = part.model_copy(update={"plan": digest_file(plan), "layers": layers.name})
         built_on = BuiltOn(

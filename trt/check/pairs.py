@@ -1,7 +1,8 @@
-"""Pairs that engines are compared on: pictures and texts that no training has seen.
+"""The pairs on which engines are compared: images and texts that no training used.
 
-The user's photographs where a folder is given; drawn scenes where the tokenizer knows their words, because their ranks
-mean something; random pictures and texts elsewhere. The report names which. Knows the engines' contract and no engine.
+The user's photographs if a folder is given; else drawn scenes if the tokenizer knows the words of their captions,
+because their ranks are meaningful; else random images and texts. The report names the kind. Knows the contract of
+engines, and no engine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trt.contract import Engine, EngineUnavailable
 from trt.parity import ParityFailed
 
 _SEED = 20_260
-#: Every so many pairs the first stage gave nothing.
+#: Every pair whose index is a multiple of this has no first-stage score.
 _MISSING = 7
 _UNKNOWN = "[UNK]"
 _LIMITS = ImageLimits(max_bytes=64_000_000, max_pixels=100_000_000)
@@ -32,19 +33,19 @@ _MIN_PHOTOGRAPHS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class HeldPairs:
-    """Every text with every picture."""
+class ParityPairs:
+    """Images and texts; every text is paired with every image."""
 
-    said: str  # what they are, in words
+    summary: str  # kind of the pairs, for the report
     pixels: NDArray[np.uint8]  # (N, 3, S, S)
     texts: tuple[tuple[int, ...], ...]  # Q
     first_stage: NDArray[np.float32]  # (Q, N), read by models that read it
 
 
-def hold_pairs(
+def parity_pairs(
     config: EdjeConfig, tokenizer: Tokenizer | None, num_texts: int, num_images: int, folder: Path | None = None
-) -> HeldPairs:
-    """The same pairs for the same arguments. Without a tokenizer, texts are random numbers.
+) -> ParityPairs:
+    """Return the pairs, always the same for the same arguments. Without a tokenizer, texts are random token ids.
 
     `folder` holds photographs to use instead, in the order of their names; `captions.txt` in it has a caption per
     line. Raises `EngineUnavailable` for a folder with fewer than two images that can be decoded.
@@ -60,27 +61,29 @@ def hold_pairs(
     if photographs is not None and folder is not None:
         captions = _captions(config, tokenizer, folder, num_texts) or _random(config, random, num_texts, num_images)[1]
         first_stage = np.resize(first_stage, (len(captions), num_images))
-        return HeldPairs(f"{num_images} photographs of {folder}", photographs, captions, first_stage)
+        return ParityPairs(f"{num_images} photographs of {folder}", photographs, captions, first_stage)
     scenes = None if tokenizer is None else _scenes(config, tokenizer, num_texts, num_images)
     if scenes is None:
         pixels, texts = _random(config, random, num_texts, num_images)
-        return HeldPairs("random pictures and texts", pixels, texts, first_stage)
-    return HeldPairs("drawn scenes, captions and captions in a row", *scenes, first_stage)
+        return ParityPairs("random pictures and texts", pixels, texts, first_stage)
+    return ParityPairs("drawn scenes, captions and captions in a row", *scenes, first_stage)
 
 
-def logits_of(engine: Engine, held: HeldPairs, advance: Callable[[int], None] = lambda _: None) -> NDArray[np.float32]:
-    """Store the pictures as an engine encodes them and score every pair: (Q, N).
+def logits_of(
+    engine: Engine, pairs: ParityPairs, advance: Callable[[int], None] = lambda _: None
+) -> NDArray[np.float32]:
+    """Encode the images with an engine, fill its slab, and return the logits of all pairs, (Q, N).
 
-    `advance` is told of pairs as they are done. The engine needs a slot for every picture. Raises `ParityFailed` for
-    visual tokens that cannot be stored.
+    `advance` is called with the number of pairs after each batch. The engine needs a slot for every image. Raises
+    `ParityFailed` for visual tokens that cannot be stored.
     """
-    num_texts, num_images = len(held.texts), len(held.pixels)
+    num_texts, num_images = len(pairs.texts), len(pairs.pixels)
     for start in range(0, num_images, engine.info.max_images):
-        tokens, _ = engine.encode_images(held.pixels[start : start + engine.info.max_images])
+        tokens, _ = engine.encode_images(pairs.pixels[start : start + engine.info.max_images])
         _store(engine, start, tokens)
-    queries = engine.encode_queries(held.texts)
+    queries = engine.encode_queries(pairs.texts)
     pair_query, pair_slot = np.divmod(np.arange(num_texts * num_images, dtype=np.int32), np.int32(num_images))
-    given = held.first_stage.reshape(-1)
+    given = pairs.first_stage.reshape(-1)
     logits = np.empty(num_texts * num_images, np.float32)
     for start in range(0, len(logits), engine.info.max_pairs):
         part = slice(start, start + engine.info.max_pairs)
@@ -96,7 +99,7 @@ def _store(engine: Engine, start: int, tokens: NDArray[np.float32]) -> None:
         try:
             values, scales = quantize(engine.info.storage, image)  # type: ignore[arg-type]
         except ValueError as error:
-            raise ParityFailed(f"the {engine.info.runtime} engine's tokens of picture {slot}: {error}") from error
+            raise ParityFailed(f"the {engine.info.runtime} engine's tokens of image {slot}: {error}") from error
         to_tokens[row], to_scales[row] = np.frombuffer(values, np.uint8), np.frombuffer(scales, np.uint8)
     engine.slab.publish(slots, rows)
 
@@ -135,7 +138,7 @@ def _captions(
 def _scenes(
     config: EdjeConfig, tokenizer: Tokenizer, num_texts: int, num_images: int
 ) -> tuple[NDArray[np.uint8], tuple[tuple[int, ...], ...]] | None:
-    """Pictures and texts; None where the tokenizer has no words for them."""
+    """Return images and texts; None if a caption has a word that the tokenizer does not know."""
     data = holdout(num_images, seed=_SEED)
     captions = [caption for image in data.images for caption in image.captions]
     encoded = [tokenizer.encode(caption) for caption in captions]
@@ -143,7 +146,7 @@ def _scenes(
     if any(unknown in ids for ids in encoded):
         return None
     pixels = np.stack([data.pixels(number, config.preprocess.image_size) for number in range(num_images)])
-    # Every other text is a caption as it is; the rest fill every length, which captions of one kind do not.
+    # Half of the texts are unchanged captions. The rest cover all lengths: captions alone are of similar length.
     lengths = _lengths(config, num_texts // 2)
     texts = [tuple(encoded[number * len(encoded) // num_texts]) for number in range(num_texts - len(lengths))]
     for number, length in enumerate(lengths):
@@ -156,7 +159,7 @@ def _scenes(
 def _random(
     config: EdjeConfig, random: np.random.Generator, num_texts: int, num_images: int
 ) -> tuple[NDArray[np.uint8], tuple[tuple[int, ...], ...]]:
-    """Smooth pictures, because noise looks the same to a pooling head."""
+    """Return random images and texts. The images are smooth, because a pooling head maps all noise to equal tokens."""
     side = config.preprocess.image_size
     coarse = random.integers(0, 256, (num_images, 3, 4, 4), dtype=np.uint8)
     step = -(-side // 4)
@@ -166,5 +169,5 @@ def _random(
 
 
 def _lengths(config: EdjeConfig, number: int) -> list[int]:
-    """So many lengths from the shortest text, [CLS] and [SEP], to the longest."""
+    """Return `number` evenly spaced lengths, from the empty text ([CLS] and [SEP]) to the longest."""
     return [round(length) for length in np.linspace(2, config.preprocess.max_text_tokens, number)]

@@ -1,4 +1,4 @@
-"""The layers of a plan as TensorRT's inspector tells them, and whether attention is fused among them.
+"""Reads the layers of a plan from the output of TensorRT's inspector, and counts fused and unfused attention.
 
 Knows the inspector's JSON, and nothing of TensorRT itself.
 """
@@ -13,17 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 #: A large plan's file has some megabytes.
 _MAX_BYTES = 200_000_000
-#: How kernels that do the whole of an attention name themselves.
+#: Parts of the names of kernels that compute a whole attention.
 _FUSED = ("mha", "fmha", "attention")
 _SOFTMAX = "softmax"
 
 
 class LayersUnreadable(Exception):
-    """The inspector's file is missing, or is none."""
+    """The inspector's file is missing or invalid."""
 
 
 class Layer(BaseModel):
-    """One layer: a kernel, or what TensorRT's compiler made of many operators."""
+    """One layer: a kernel, or several operators that TensorRT's compiler has fused."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -35,7 +35,7 @@ class Layer(BaseModel):
 class _Inspected(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    layers: tuple[Layer | str, ...] = Field(alias="Layers")  # names alone where the plan was built without details
+    layers: tuple[Layer | str, ...] = Field(alias="Layers")  # only names if the plan was built without details
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class AttentionCount:
 
     @property
     def summary(self) -> str:
-        """A sentence for people. Layer names are TensorRT's own and may change, so it names them as the source."""
+        """A sentence for people. It names layer names as the source, because TensorRT may change them."""
         if self.num_unfused:
             unfused = f"NOT FUSED in {self.num_unfused} layers (a softmax by itself)"
             return f"{unfused}, fused in {self.num_fused}, by their names"
@@ -57,7 +57,7 @@ class AttentionCount:
 
 
 def read_layers(path: Path) -> tuple[Layer, ...]:
-    """The layers in the inspector's file, over all profiles. Raises `LayersUnreadable`."""
+    """Return the layers in the inspector's file, of all profiles. Raises `LayersUnreadable`."""
     try:
         with path.open("rb") as file:
             inspected = _Inspected.model_validate_json(file.read(_MAX_BYTES))
@@ -69,8 +69,8 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
 
 
 def attention_in(layers: Sequence[Layer]) -> AttentionCount:
-    """Count by name and kernel: `_gemm_mha_v2_…`, `fmha_v2_…`, `__myl_…Softmax…`."""
-    spoken = [" ".join((each.name, each.kind, each.tactic)).lower() for each in layers]
-    fused = [any(word in each for word in _FUSED) for each in spoken]
-    apart = [_SOFTMAX in each and not is_fused for each, is_fused in zip(spoken, fused, strict=True)]
-    return AttentionCount(sum(fused), sum(apart))
+    """Count attention layers by the names of layers and kernels: `_gemm_mha_v2_…`, `fmha_v2_…`, `__myl_…Softmax…`."""
+    names = [" ".join((each.name, each.kind, each.tactic)).lower() for each in layers]
+    fused = [any(word in each for word in _FUSED) for each in names]
+    unfused = [_SOFTMAX in each and not is_fused for each, is_fused in zip(names, fused, strict=True)]
+    return AttentionCount(sum(fused), sum(unfused))

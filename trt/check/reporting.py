@@ -1,4 +1,4 @@
-"""Two engines on the same pairs: the reference's logits, and a report of how well another engine agrees with them."""
+"""Compares engines on the same pairs: computes the reference's logits and reports how well another engine agrees."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from edje.model.weights import Checkpoint
-from trt.check.pairs import HeldPairs, logits_of
+from trt.check.pairs import ParityPairs, logits_of
 from trt.contract import Engine
 from trt.manifest import ParityReport
 from trt.parity import Thresholds, compare
@@ -21,7 +21,7 @@ _MAX_PAIRS, _MAX_IMAGES = 256, 4
 
 
 def torch_reference(checkpoint: Checkpoint, storage: str, num_slots: int) -> TorchEngine:
-    """What other engines are compared with: torch in float32 on the CPU, the same on every machine but for rounding."""
+    """Return the reference engine: torch in float32 on the CPU, equal on all machines except for rounding."""
     config = checkpoint.config
     layout = SlotLayout(storage, config.adapter.num_tokens, config.joint.dim)
     return TorchEngine(
@@ -34,15 +34,18 @@ def torch_reference(checkpoint: Checkpoint, storage: str, num_slots: int) -> Tor
     )
 
 
-def scored(engine: Engine, held: HeldPairs, bars: Progress) -> NDArray[np.float32]:
-    """Every pair's logit, (Q, N), with a bar."""
-    bar = bars.add_task(f"pairs in {engine.info.runtime}", total=len(held.texts) * len(held.pixels))
-    return logits_of(engine, held, lambda done: bars.advance(bar, done))
+def scored(engine: Engine, pairs: ParityPairs, bars: Progress) -> NDArray[np.float32]:
+    """Return the logits of all pairs, (Q, N), and show a progress bar."""
+    bar = bars.add_task(f"pairs in {engine.info.runtime}", total=len(pairs.texts) * len(pairs.pixels))
+    return logits_of(engine, pairs, lambda done: bars.advance(bar, done))
 
 
 def report_on(
-    engine: Engine, reference: NDArray[np.float32], held: HeldPairs, thresholds: Thresholds, bars: Progress
+    engine: Engine, reference: NDArray[np.float32], pairs: ParityPairs, thresholds: Thresholds, bars: Progress
 ) -> ParityReport:
-    """Score the pairs and compare; nothing is judged yet. Raises `ParityFailed` for logits that are not finite."""
-    agreement = compare(reference, scored(engine, held, bars))
-    return ParityReport(runtime=engine.info.runtime, pairs_of=held.said, thresholds=thresholds, agreement=agreement)
+    """Score the pairs and compare them with the reference; the thresholds are recorded, not checked.
+
+    Raises `ParityFailed` for logits that are not finite.
+    """
+    agreement = compare(reference, scored(engine, pairs, bars))
+    return ParityReport(runtime=engine.info.runtime, pairs_of=pairs.summary, thresholds=thresholds, agreement=agreement)

@@ -1,6 +1,6 @@
-"""A GPU and the context to call it in: opened without side effects, current only while somebody uses it.
+"""A GPU and its CUDA context, which is current on a thread only during a call.
 
-Every other module that touches the device is called inside `CudaDevice.current()`. Knows nothing of engines, tokens or
+All other modules that use the device are called inside `CudaDevice.current()`. Knows nothing of engines, tokens or
 TensorRT.
 """
 
@@ -19,7 +19,7 @@ NON_BLOCKING = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
 
 
 class CudaDevice:
-    """A device and its primary context, which it shares with TensorRT (and with torch, in a process that has both)."""
+    """A device and its primary context, which is shared with TensorRT and with torch."""
 
     def __init__(self, ordinal: int) -> None:
         """Raises `EngineUnavailable` without a driver or such a device."""
@@ -31,7 +31,7 @@ class CudaDevice:
                 f"no GPU can be used here ({error}): install the driver, or choose torch"
             ) from error
         if ordinal >= num_devices:
-            raise EngineUnavailable(f"GPU {ordinal} was asked for and there are {num_devices}, counted from 0")
+            raise EngineUnavailable(f"there is no GPU {ordinal}: this machine has {num_devices}, counted from 0")
         device = cuda.Device(ordinal)
         self.name: str = device.name()
         major, minor = device.compute_capability()
@@ -41,10 +41,10 @@ class CudaDevice:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the context current on this thread; what the device refuses in the meantime is `EngineBroken`.
+        """Make the context current on this thread; translates CUDA errors inside the block to `EngineBroken`.
 
-        For each call anew and not once per thread: a thread that ends with a context still pushed takes the process
-        with it, and threads are the caller's. It costs two microseconds.
+        The context is pushed for each call and not once per thread, because a thread that ends with a pushed context
+        ends the process. A push costs two microseconds.
         """
         with broken_device():
             self._context.push()
@@ -55,7 +55,7 @@ class CudaDevice:
 
 
 class StreamEvent:
-    """A mark in a stream, with the time it was passed at."""
+    """A CUDA event in one stream, with a time stamp."""
 
     def __init__(self, stream: cuda.Stream) -> None:
         self._stream = stream
@@ -65,16 +65,16 @@ class StreamEvent:
         self._event.record(self._stream)
 
     def synchronize(self) -> None:
-        """Wait until the stream has passed this mark."""
+        """Wait until the stream has reached this event."""
         self._event.synchronize()
 
     def elapsed_time(self, end_event: StreamEvent, /) -> float:
-        """Milliseconds from this mark to the other; both must have been passed."""
+        """Return the milliseconds from this event to the other; the stream must have reached both."""
         return float(self._event.time_till(end_event._event))
 
 
 def device_ordinal(device: str) -> int:
-    """The number in "cuda:1"; 0 for "cuda". Raises `EngineUnavailable` for anything else."""
+    """Return the number in "cuda:1", and 0 for "cuda". Raises `EngineUnavailable` for any other name."""
     kind, _, number = device.partition(":")
     if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
         raise EngineUnavailable(f"TensorRT does not run on {device!r}: choose cuda or cuda:N")
@@ -83,7 +83,7 @@ def device_ordinal(device: str) -> int:
 
 @contextmanager
 def broken_device() -> Iterator[None]:
-    """A device out of memory or in a sticky error stays so, and no other refusal has a remedy here: end the process."""
+    """Translate every CUDA error to `EngineBroken`: none of them can be repaired without ending the process."""
     try:
         yield
     except cuda.Error as error:

@@ -1,6 +1,6 @@
-"""Times copies between host and device by events in the device's own stream, so that nothing waits for the timing.
+"""Times copies between host and device by events in the device's stream, so that no call waits for the timing.
 
-Knows no engine; the events are given, so that it can be tried without a device.
+Knows no engine. The events are an argument, so that tests need no device.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from trt.contract import DeviceCopies
 
 
 class TimingEvent(Protocol):
-    """A mark in a stream of the device (`torch.cuda.Event`)."""
+    """An event in a stream of the device (`torch.cuda.Event`)."""
 
     def record(self) -> None: ...
 
     def synchronize(self) -> None:
-        """Wait until the stream has passed this mark."""
+        """Wait until the stream has reached this event."""
         ...
 
     def elapsed_time(self, end_event: Any, /) -> float:
-        """Milliseconds from this mark to the other; both must have been passed."""
+        """Return the milliseconds from this event to the other; the stream must have reached both."""
         ...
 
 
 class CopyClock:
-    """The copies of one call."""
+    """Measures the copies of one call."""
 
     def __init__(self, make_event: Callable[[], TimingEvent]) -> None:
         self._make_event = make_event
@@ -35,7 +35,7 @@ class CopyClock:
         self._to_host: list[tuple[TimingEvent, TimingEvent]] = []
 
     def start(self) -> None:
-        """A new call begins."""
+        """Begin a new call."""
         self._to_device, self._to_host = [], []
 
     @contextmanager
@@ -54,7 +54,7 @@ class CopyClock:
         marks.append((began, ended))
 
     def copies(self) -> DeviceCopies:
-        """Of the call that has ended; its last copy is through, and so its mark as good as passed."""
+        """Return the copy times of the last call. Call it only after the call's results have arrived on the host."""
         return DeviceCopies(_seconds(self._to_device), _seconds(self._to_host))
 
 

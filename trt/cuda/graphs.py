@@ -1,6 +1,6 @@
-"""Work that is always the same on the same memory: enqueued once, captured as a CUDA graph, and replayed from then on.
+"""Captures work that is always the same on the same memory as a CUDA graph, and replays the graph.
 
-Capturing goes through cuda-bindings, because pycuda has no calls for it. Knows nothing of what the work is.
+Capturing uses cuda-bindings, because pycuda has no calls for it. Knows nothing of the work itself.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ class CaptureFailed(EngineError):
 
 
 class ReplayedWork:
-    """Work on one stream: `enqueue` puts it there, as often as it is called, always to the same effect."""
+    """Repeatable work on one stream, replayed as a CUDA graph if it can be captured."""
 
     def __init__(self, name: str, enqueue: Callable[[], None], stream: cuda.Stream) -> None:
-        """Runs the work once and waits, because libraries set themselves up at the first run; then captures it."""
+        """`enqueue` puts the work on the stream; each call has the same effect.
+
+        Runs the work once and waits, because libraries initialise themselves in the first run; then captures it.
+        """
         self._enqueue = enqueue
         self._stream = stream
         enqueue()
@@ -47,13 +50,13 @@ class ReplayedWork:
         else:
             (result,) = driver.cuGraphLaunch(self._graph, driver.CUstream(self._stream.handle))
             if result != driver.CUresult.CUDA_SUCCESS:
-                raise EngineBroken(f"the device does not replay a CUDA graph: {result.name}")
+                raise EngineBroken(f"the device failed to replay a CUDA graph: {result.name}")
 
 
 def captured(enqueue: Callable[[], None], stream: cuda.Stream) -> Any:
-    """What `enqueue` puts on the stream, as an executable graph, without running it. Raises `CaptureFailed`.
+    """Return the work that `enqueue` puts on the stream as an executable graph, without running it.
 
-    Other threads may go on meanwhile: only what this thread calls is forbidden to wait.
+    Other threads may use the device during the capture: only this thread may not synchronise. Raises `CaptureFailed`.
     """
     handle = driver.CUstream(stream.handle)
     _checked(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
@@ -62,7 +65,7 @@ def captured(enqueue: Callable[[], None], stream: cuda.Stream) -> Any:
         enqueue()
     except (cuda.Error, EngineError) as error:
         reason = error
-    # A capture has to be ended whatever came of it, or the stream can never be used again.
+    # A capture must be ended also after an error; otherwise the stream stays unusable.
     result, graph = driver.cuStreamEndCapture(handle)
     if reason is not None:
         raise CaptureFailed(str(reason)) from reason
@@ -74,7 +77,7 @@ def captured(enqueue: Callable[[], None], stream: cuda.Stream) -> Any:
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of the driver gave besides its result."""
+    """Return the value of a driver call. Raises `CaptureFailed` if the call failed."""
     result, *values = answer
     if result != driver.CUresult.CUDA_SUCCESS:
         raise CaptureFailed(result.name)

@@ -1,6 +1,6 @@
-"""The one kernel beside the plans: rows of bytes from numbered places to numbered places.
+"""The kernel that copies numbered rows of bytes to numbered rows; all other kernels belong to the plans.
 
-Compiled when it is loaded, by NVRTC, because a machine that runs engines has no nvcc. Knows nothing of tokens.
+NVRTC compiles it at load time, because a machine that runs engines has no nvcc. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from cuda.bindings import nvrtc
 
 from trt.contract import EngineUnavailable
 
-#: Bytes that one thread moves at once, the most that divide a row first.
+#: Bytes that one thread copies in one step; the first size that divides the row length is used.
 VECTOR_BYTES = (16, 4, 1)
-#: Rows may lie beyond 2^31 bytes, and host memory that the device can read is a source like any other.
-#: A list of row numbers that is null stands for 0, 1, 2, ...
+#: Offsets may exceed 2^31 bytes. The source may be pinned host memory. A null list of row numbers means 0, 1, 2, ...
 COPY_ROWS = r"""
 template <typename Vector>
 __device__ void copy_rows(
@@ -46,10 +45,10 @@ _MAX_GRID_ROWS = 65_535  # of a grid's second dimension
 
 
 class RowCopier:
-    """Copies rows of any length, on the device that is current when it is made."""
+    """Copies rows of any length on the device that was current at construction."""
 
     def __init__(self, compute_capability: tuple[int, int]) -> None:
-        # The module goes when nobody holds it, and its functions with it.
+        # Kept, because pycuda unloads a module, with its functions, when the last reference is gone.
         self._module = cuda.module_from_buffer(compiled(COPY_ROWS, compute_capability))
         self._functions = {
             size: self._module.get_function(f"copy_rows_{size}").prepare("PPPPii") for size in VECTOR_BYTES
@@ -79,7 +78,7 @@ class RowCopier:
 
 
 def compiled(source: str, compute_capability: tuple[int, int]) -> bytes:
-    """CUDA C++ as machine code for a GPU.
+    """Compile CUDA C++ to machine code for a GPU.
 
     Raises `EngineUnavailable` where NVRTC is missing or too old for the GPU.
     """
@@ -94,13 +93,13 @@ def compiled(source: str, compute_capability: tuple[int, int]) -> bytes:
         code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc.nvrtcGetCUBIN(program, code))
         _checked(nvrtc.nvrtcDestroyProgram(program))
-    except (OSError, RuntimeError) as error:  # the library is looked for at the first call
+    except (OSError, RuntimeError) as error:  # the library is loaded at the first call
         raise EngineUnavailable(f"NVRTC cannot be used (install nvidia-cuda-nvrtc): {error}") from error
     return bytes(code)
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of NVRTC gave besides its result."""
+    """Return the value of an NVRTC call. Raises `EngineUnavailable` if the call failed."""
     result, *values = answer
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise EngineUnavailable(f"NVRTC answers {result.name}: its version has to fit the driver's and the GPU's")

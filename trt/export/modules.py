@@ -1,7 +1,7 @@
-"""The three parts of a model as modules with the graphs' own inputs and outputs, in one precision.
+"""The three parts of a model as torch modules with the inputs and outputs of the graphs, in one precision.
 
-The model's own code runs in them. What is added is what lies outside of it: stored bytes become tokens by arithmetic,
-and norms compute in float32 whatever the layers are in. Knows torch, and nothing of ONNX.
+They run the model's own code. Added are the conversion of stored bytes to tokens by arithmetic, and norms that compute
+in float32 in every precision. Knows torch, and nothing of ONNX.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ImagePart(nn.Module):
 
 
 class NormalisedPixels(nn.Module):
-    """What comes before a tower that is no part of the module: `pixels` to what it takes."""
+    """The step before a vision tower that is not part of the module: `pixels` to the tower's input."""
 
     def __init__(self, model: Edje) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class NormalisedPixels(nn.Module):
 
 
 class TokensOfPatches(nn.Module):
-    """What comes after it: its `patches`, and its `tower_pooled` where it has one, to `tokens` and `pooled`."""
+    """The step after that tower: its `patches`, and its `tower_pooled` if it has one, to `tokens` and `pooled`."""
 
     def __init__(self, model: Edje) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class QueryPart(nn.Module):
 
 
 class PairPart(nn.Module):
-    """`states`, `text_lengths`, `pair_query` and what is stored of the images to `logits`."""
+    """`states`, `text_lengths`, `pair_query`, stored tokens and scales, and first-stage scores to `logits`."""
 
     def __init__(self, model: Edje, layout: SlotLayout) -> None:
         super().__init__()
@@ -82,14 +82,14 @@ class PairPart(nn.Module):
         scales: Tensor | None = None,
         first_stage: Tensor | None = None,
     ) -> Tensor:
-        """(q, t, d), (q,), (p,), then (p, ...) as `trt.graphs.stored_tokens` says -> (p,)"""
+        """(q, t, d), (q,), (p,), then (p, ...) as in `trt.graphs.stored_tokens` -> (p,)"""
         text, lengths = states.index_select(0, pair_query), text_lengths.index_select(0, pair_query)
         visual = stored_to_tokens(self.layout, tokens, scales)
         return self.model.score(text, visual, lengths, first_stage).float()
 
 
 def stored_to_tokens(layout: SlotLayout, tokens: Tensor, scales: Tensor | None) -> Tensor:
-    """Stored numbers to tokens by arithmetic in float32 alone: float32 (p, m, d).
+    """Convert stored numbers to tokens, float32 (p, m, d), by float32 arithmetic alone.
 
     Bits are not reinterpreted: TensorRT casts uint8 to float32 and does nothing else with it.
     """
@@ -108,7 +108,7 @@ def stored_to_tokens(layout: SlotLayout, tokens: Tensor, scales: Tensor | None) 
 
 
 class Float32Norm(nn.Module):
-    """A norm that computes in float32 between layers that do not: in half precision its sums overflow."""
+    """A norm that computes in float32 between layers of half precision, in which its sums would overflow."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Float32Norm(nn.Module):
 
 
 def to_precision(model: Edje, precision: Precision) -> Edje:
-    """Turn tower, adapter and layers to a precision, in place, but for their norms.
+    """Convert tower, adapter and layers, except their norms, to a precision, in place.
 
     Embeddings, head and late interaction stay in float32, as in the torch engine.
     """
@@ -149,8 +149,8 @@ def attend(
 ) -> Tensor:
     """`scaled_dot_product_attention` in the steps that TensorRT recognises and fuses; the softmax is in float32.
 
-    Queries are scaled before the product, for range and for the fusion. What is masked gets a weight of exactly zero.
-    A value that is not finite stays so: torch's own translation to ONNX would make it a zero.
+    Queries are scaled before the product, which avoids overflow and allows the fusion. Masked keys get a weight of
+    exactly zero. A value that is not finite stays so; torch's own translation to ONNX would turn it into zero.
     """
     if dropout_p or is_causal or enable_gqa:
         raise ValueError("these models are served without dropout, causal masks and grouped heads")

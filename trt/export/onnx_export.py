@@ -1,7 +1,7 @@
-"""From a checkpoint to ONNX graphs: what TensorRT builds from, and what ONNX Runtime runs.
+"""Exports a checkpoint to the ONNX graphs from which TensorRT builds plans and which ONNX Runtime runs.
 
-Every dimension named in `trt.graphs` is open, everything else is fixed, weights and casts say the precision of every
-step. Knows nothing of plans.
+The dimensions named in `trt.graphs` are dynamic, all others fixed. Weights and casts set the precision of every step.
+Knows nothing of plans.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from trt.export.modules import (
     attend,
     to_precision,
 )
-from trt.export.tower_insertion import around, gives_pooled
+from trt.export.tower_insertion import gives_pooled, insert_tower
 from trt.graphs import IMAGES, TEXT_TOKENS, GraphName, GraphSpec, Precision, TensorSpec, graphs_of
 from trt.slab.layout import SlotLayout
 
-#: The first whose Conv takes bfloat16; TensorRT reads 9 to 24.
+#: The first opset whose Conv accepts bfloat16; TensorRT reads opsets 9 to 24.
 OPSET = 22
-#: Beyond this a graph's weights go into a file beside it: protobuf ends at 2 GiB.
+#: A graph with more bytes keeps its weights in a second file: protobuf is limited to 2 GiB.
 MAX_INLINE_BYTES = 1_900_000_000
 
-#: Constants up to this size are folded.
+#: Constants up to this number of bytes are folded.
 _FOLDED_BYTES = 1 << 31
-#: Sizes to trace with: no two alike, none that a model has, none 0 or 1, which tracing takes for constants.
+#: Sizes for tracing: all different, none a size of a model, none 0 or 1, which tracing treats as constants.
 _TRACED_SIZES = {"images": 3, "queries": 5, "text_tokens": 11, "pairs": 7}
-_TALKATIVE = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.__trace")
+_SILENCED_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.__trace")
 _TORCH_TYPES = {
     "uint8": torch.uint8,
     "int32": torch.int32,
@@ -67,17 +67,17 @@ def export_graph(
 ) -> Path:
     """Write `<name>.onnx` and return its path.
 
-    A graph of more than `MAX_INLINE_BYTES` keeps its weights in `<name>.onnx.data`. The checkpoint's model stays as it
-    is. Raises `ExportFailed`, and `EngineUnavailable` for a storage type that the tokens do not fit.
+    A graph of more than `MAX_INLINE_BYTES` keeps its weights in `<name>.onnx.data`. The checkpoint's model is not
+    changed. Raises `ExportFailed`, and `EngineUnavailable` for a storage type that the tokens do not fit.
     """
     config, vision = checkpoint.config, checkpoint.model.vision
     spec = graphs_of(config, storage, precision)[name]
     tower = onnx_graph(vision)
-    kept = {} if tower is None else {id(vision): vision}  # it is opened in ONNX Runtime, and holds nothing that changes
+    kept = {} if tower is None else {id(vision): vision}  # not copied: an ONNX Runtime session, which never changes
     model = to_precision(copy.deepcopy(checkpoint.model, kept), precision).eval()
     path = directory / f"{name}.onnx"
     if name == "image" and tower is not None:
-        graph = _around(tower, model, spec, config)
+        graph = _graph_with_tower(tower, model, spec, config)
         onnx.save(
             graph, str(path), save_as_external_data=graph.ByteSize() > MAX_INLINE_BYTES, location=f"{path.name}.data"
         )
@@ -96,8 +96,8 @@ def _part(name: GraphName, model: Edje, layout: SlotLayout, precision: Precision
     return QueryPart(model, DTYPES[precision]) if name == "query" else PairPart(model, layout)
 
 
-def _around(tower: bytes, model: Edje, spec: GraphSpec, config: EdjeConfig) -> onnx.ModelProto:
-    """The image graph of a model whose tower is an ONNX graph: that, between what comes before and after it."""
+def _graph_with_tower(tower: bytes, model: Edje, spec: GraphSpec, config: EdjeConfig) -> onnx.ModelProto:
+    """Return the image graph of a model whose tower is an ONNX graph: normalisation, the tower, the adapter."""
     vision, [pixels] = config.vision, spec.inputs
     normalised = TensorSpec("normalised", "float32", pixels.shape)
     patches = TensorSpec("patches", "float32", (IMAGES, vision.num_tokens(config.preprocess.image_size), vision.dim))
@@ -106,7 +106,7 @@ def _around(tower: bytes, model: Edje, spec: GraphSpec, config: EdjeConfig) -> o
     before = _export(NormalisedPixels(model), GraphSpec(spec.name, spec.inputs, (normalised,)), config)
     after = _export(TokensOfPatches(model), GraphSpec(spec.name, between, spec.outputs), config)
     try:
-        return around(
+        return insert_tower(
             tower,
             before.model_proto,
             after.model_proto,
@@ -114,9 +114,9 @@ def _around(tower: bytes, model: Edje, spec: GraphSpec, config: EdjeConfig) -> o
             patches=patches.name,
             pooled=pooled.name,
         )
-    except Exception as error:  # of a converter and a composer, without a common root
+    except Exception as error:  # ONNX's converter and composer have no common base error
         raise ExportFailed(
-            f"the vision tower's own ONNX graph cannot become a part of another: {_first_line(error)}: "
+            f"the vision tower's ONNX graph cannot be inserted into the image graph: {_first_line(error)}: "
             "serve this model with the torch engine, or give it another tower"
         ) from error
 
@@ -137,24 +137,24 @@ def _export(part: nn.Module, spec: GraphSpec, config: EdjeConfig) -> torch.onnx.
                 traced.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: attend}),
                 input_names=[each.name for each in spec.inputs],
                 output_names=[each.name for each in spec.outputs],
-                dynamic_shapes=shapes,  # here for the dimensions' names alone
+                dynamic_shapes=shapes,  # only for the names of the dimensions
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
             )
-            assert program is not None  # it is, unless a file name was given
-            # Beyond the exporter's own limits: of a large table half a weight, or one row, is to stay.
+            assert program is not None  # it is None only if a file name was given
+            # Limits above the exporter's defaults, so that a cast or sliced weight replaces the large original.
             onnxscript.optimizer.optimize(
                 program.model, input_size_limit=_FOLDED_BYTES, output_size_limit=_FOLDED_BYTES
             )
-    except Exception as error:  # of a tracer, a translator and an optimiser, without a common root
+    except Exception as error:  # torch's tracer, translator and optimiser have no common base error
         raise ExportFailed(f"the {spec.name} part of the model cannot be exported: {_first_line(error)}") from error
     _cast_bytes_first(program.model.graph)
     return program
 
 
 def _cast_bytes_first(graph: Any) -> None:
-    """Whatever reads an input of uint8, if only its shape, reads the cast of it: TensorRT takes nothing else."""
+    """Let every reader of a uint8 input, also of its shape alone, read its cast: TensorRT allows only the cast."""
     for value in graph.inputs:
         if value.dtype.name == "UINT8":
             cast = next(node for node, _ in value.uses() if node.op_type == "Cast")
@@ -170,7 +170,7 @@ def _cast_bytes_first(graph: Any) -> None:
 def check_graph(path: Path, spec: GraphSpec) -> None:
     """Raise `ExportFailed` unless the file is valid ONNX with this specification's inputs and outputs.
 
-    A dimension that tracing has fixed by accident is found here.
+    This finds a dimension that tracing has fixed by mistake.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -179,7 +179,7 @@ def check_graph(path: Path, spec: GraphSpec) -> None:
     graph = onnx.load(str(path), load_external_data=False).graph
     found = [tuple(map(_spec_of, each)) for each in (graph.input, graph.output)]
     if found != [spec.inputs, spec.outputs]:
-        raise ExportFailed(f"the {spec.name} graph came out as {found}, expected {[spec.inputs, spec.outputs]}")
+        raise ExportFailed(f"the {spec.name} graph was exported with {found}, expected {[spec.inputs, spec.outputs]}")
 
 
 def _spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
@@ -189,14 +189,14 @@ def _spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _example(tensor: TensorSpec) -> Tensor:
-    """Something to trace with: ones are valid as text, as lengths and as numbers of queries."""
+    """Return an input for tracing: ones are valid token ids, lengths and query numbers."""
     return torch.ones(tensor.sized(_TRACED_SIZES), dtype=_TORCH_TYPES[tensor.dtype])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's progress, its warnings about itself and its log lines say nothing about the model."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    """Silence the exporter's warnings and log lines, which do not concern the model."""
+    loggers = [logging.getLogger(name) for name in _SILENCED_LOGGERS]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.ERROR)

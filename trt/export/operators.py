@@ -1,9 +1,8 @@
-"""Whether TensorRT's ONNX parser takes every operator of a graph, in the types that it is used with.
+"""Checks that TensorRT's ONNX parser supports every operator of a graph with the types of its inputs.
 
-The table is the part that these models, and vision towers like theirs, can come to need of the parser's own list: its
-docs/operators.md in the repository onnx/onnx-tensorrt, as of TensorRT 10.15, the newest that could be read; 11.4's
-parser is newer, and its own errors have the last word when a plan is built.
-Knows ONNX, and nothing of TensorRT.
+The table lists the operators that these models and their vision towers may use, from docs/operators.md of the
+repository onnx/onnx-tensorrt for TensorRT 10.15, the newest version that could be read. The parser of TensorRT 11.4 is
+newer; its own errors decide when a plan is built. Knows ONNX, and nothing of TensorRT.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _NUMBERS = _FLOATS | {"INT32", "INT64"}
 _ALL = _NUMBERS | {"BOOL"}
 _BOOL = frozenset({"BOOL"})
 
-#: Types that an operator takes. uint8 is one only at the network's border, and only in order to be cast.
+#: Input types of each operator. uint8 is allowed only as a network input that is cast at once.
 SUPPORTED: dict[str, frozenset[str]] = {
     **dict.fromkeys(
         ("Add", "Sub", "Mul", "Div", "Neg", "Abs", "Sign", "Mod", "Pow", "Min", "Max", "Mean", "Sum"), _NUMBERS
@@ -47,18 +46,18 @@ SUPPORTED: dict[str, frozenset[str]] = {
     "Resize": _FLOATS,
     "ScatterND": _NUMBERS,
 }
-#: Inputs that say where, how many or which way have a type of their own, whatever the operator computes in.
+#: Inputs that hold indices, counts or axes have integer types, independent of the operator's number type.
 _INDICES = frozenset({"INT32", "INT64"})
 _INDEX_INPUTS = {"Pad": (1, 3), "TopK": (1,), "CumSum": (1,), "Resize": (3,)}
 
 
 class OperatorUnsupported(EngineError):
-    """A graph holds what TensorRT's parser does not take; the message names the node and its operator."""
+    """TensorRT's parser does not support a node of the graph; the message names the node and its operator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One node: its name, its operator with a foreign domain before it, and its inputs' types ("" if unknown)."""
+    """One node: its name, its operator (with the domain, if it is not ONNX's) and its input types ("" if unknown)."""
 
     node: str
     operator: str
@@ -66,7 +65,7 @@ class Use:
 
 
 def unsupported(uses: list[Use]) -> Iterator[tuple[Use, str]]:
-    """Every use that the table does not allow, and why."""
+    """Yield every use that the table does not allow, with the reason."""
     for use in uses:
         allowed = SUPPORTED.get(use.operator)
         if allowed is None:
@@ -79,11 +78,11 @@ def unsupported(uses: list[Use]) -> Iterator[tuple[Use, str]]:
             if kind not in (_INDICES if number in indices else allowed)
         ]
         if wrong:
-            yield use, f"does not take {', '.join(dict.fromkeys(wrong))}"
+            yield use, f"does not accept {', '.join(dict.fromkeys(wrong))}"
 
 
 def uses_in(path: Path) -> list[Use]:
-    """The nodes of an ONNX file, those inside of functions and branches aside: exported graphs have neither."""
+    """Return the nodes of an ONNX file, without those in functions and branches, which exported graphs do not have."""
     model = shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
     graph = model.graph
     types = {each.name: each.data_type for each in graph.initializer}
@@ -100,7 +99,7 @@ def uses_in(path: Path) -> list[Use]:
 
 
 def check_operators(path: Path) -> None:
-    """Raise `OperatorUnsupported` for a file that TensorRT's parser would not take."""
+    """Raise `OperatorUnsupported` for a file that TensorRT's parser cannot read."""
     wrong = [f"{use.operator} (node {use.node!r}) {why}" for use, why in unsupported(uses_in(path))]
     if wrong:
         named = "; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")

@@ -1,8 +1,8 @@
-"""A bfloat16 graph as a float32 graph that rounds every result to bfloat16: for ONNX Runtime on a CPU, which has no
-bfloat16 arithmetic.
+"""Converts a bfloat16 graph to a float32 graph that rounds every result to bfloat16. ONNX Runtime on a CPU needs it,
+because it has no bfloat16 arithmetic.
 
-Each operator sums in float32 and its result is rounded once, which is what a GPU's bfloat16 kernels do; where a plan
-fuses operators it rounds less often. Weights are widened, which loses nothing. Knows ONNX only.
+Each operator computes in float32 and its result is rounded once, like a GPU's bfloat16 kernels. A plan with fused
+operators rounds less often. Weights are widened without loss. Knows ONNX only.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-#: These move values without computing any: what came rounded goes rounded.
+#: Operators that move values without computing: rounded inputs give rounded outputs.
 _MOVES = {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 _SUFFIX = "/unrounded"
 
 
 def has_bfloat16(model: ModelProto) -> bool:
-    """Whether anything in the graph is in bfloat16."""
+    """Whether any value in the graph is bfloat16."""
     return any(each == TensorProto.BFLOAT16 for each in _types(model.graph).values())
 
 
 def round_to_bfloat16(model: ModelProto) -> ModelProto:
-    """The same graph, with float32 wherever there was bfloat16 and a rounding after every operator that computed in it.
+    """Return the graph with float32 instead of bfloat16, and a rounding after every operator that computed in bfloat16.
 
     Inputs and outputs in bfloat16 become float32 too.
     """
@@ -41,7 +41,7 @@ def round_to_bfloat16(model: ModelProto) -> ModelProto:
 
 
 def _types(graph: GraphProto) -> dict[str, int]:
-    """The element type of every value, by name."""
+    """Return the element type of every value, by name."""
     values = [*graph.input, *graph.output, *graph.value_info]
     return {each.name: each.type.tensor_type.elem_type for each in values} | {
         each.name: each.data_type for each in graph.initializer

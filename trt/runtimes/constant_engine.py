@@ -1,6 +1,6 @@
-"""An engine that computes nothing: for tests of the service, and for measuring everything around an engine.
+"""An engine that computes nothing, for tests of the service and for measuring the service without an engine.
 
-Answers are hashes: the same for the same input, different for different ones, meaningless as a ranking. Reads the
+Results are hashes: equal for equal inputs, different for different inputs, meaningless as a ranking. Reads the
 checkpoint's configuration and digest, but no weights, and imports no torch.
 """
 
@@ -23,12 +23,12 @@ from trt.slab.layout import SlotLayout
 #: Odd 64-bit constants with well-mixed bits (the golden ratio, and splitmix64's second).
 _MIX_SLOT = np.uint64(0x9E3779B97F4A7C15)
 _MIX_BOTH = np.uint64(0xBF58476D1CE4E5B9)
-#: Logits lie in -8..8, where their sigmoids can be told apart.
+#: Logits are in -8..8, where their sigmoids differ.
 _LOGIT_RANGE = 16.0
 
 
 class ConstantEngine:
-    """`ms_per_item` is slept for every image encoded and every pair scored, to stand for a slow device."""
+    """Sleeps `ms_per_item` for every image encoded and every pair scored, to simulate a slow device."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class ConstantEngine:
         """Nothing to warm."""
 
     def encode_images(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Tokens are pixels taken from all over the image, scaled to -1..1; the pooled embedding likewise."""
+        """Return pixels from the whole image, scaled to -1..1, as tokens and as the pooled embedding."""
         check_images(self.info, pixels)
         self._pass_time(len(pixels))
         flat = pixels.reshape(len(pixels), self.info.image_size**2 * 3)
@@ -82,7 +82,7 @@ class ConstantEngine:
         pair_slot: NDArray[np.int32],
         first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        """A hash of the caption and of the first eight bytes of the slot."""
+        """Return hashes of each caption and the first eight bytes of its slot."""
         texts = cast("NDArray[np.uint64]", queries)
         check_pairs(self.info, pair_query, pair_slot, len(texts), first_stage)
         self._pass_time(len(pair_query))

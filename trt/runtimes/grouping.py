@@ -1,4 +1,4 @@
-"""Which pairs of one call are computed together in the torch runtime on a CPU. Knows text lengths only."""
+"""Groups the pairs of one call for the torch runtime on a CPU. Knows text lengths only."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-#: A smaller group is too little work for a matrix product, and takes in the next longer texts, padded.
+#: A smaller group is too little work for a matrix product; it is filled up with the next longer texts, padded.
 MIN_GROUP_PAIRS = 4
-#: Padding beyond this costs more than a separate call does.
+#: More padding, in tokens, costs more than a separate call.
 MAX_PADDING = 8
 
 
 def groups_by_length(lengths: NDArray[np.int64], max_pairs: int) -> Iterator[NDArray[np.int64]]:
     """Cut pairs with these text lengths into groups of at most `max_pairs`, shortest first.
 
-    The lengths in a group are equal; only a group of fewer than `MIN_GROUP_PAIRS` takes in longer texts, by at most
-    `MAX_PADDING` tokens.
+    The lengths in a group are equal. Only a group of fewer than `MIN_GROUP_PAIRS` is filled up with texts that are
+    longer by at most `MAX_PADDING` tokens.
     """
     order = np.argsort(lengths, kind="stable")
     ordered = lengths[order]

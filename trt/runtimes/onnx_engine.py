@@ -1,8 +1,8 @@
-"""The ONNX runtime: an engine directory's graphs in ONNX Runtime on a CPU.
+"""The ONNX runtime: runs an engine directory's graphs in ONNX Runtime on a CPU.
 
-For parity with the torch engine before a plan is built, and for machines where ONNX Runtime is all there is. Batches
-are padded as a plan's are: to the longest text of a length bucket. bfloat16, in which a CPU does not compute here, is
-computed in float32 and rounded after each operator (`trt.runtimes.bf16_rounding`), slowly.
+Used for parity with the torch engine before a plan is built, and on machines that have only ONNX Runtime. Batches are
+grouped by the plans' length buckets and padded to the longest text of a group. bfloat16 graphs are computed in float32
+and rounded after each operator (`trt.runtimes.bf16_rounding`), which is slow.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from trt.slab.layout import SlotLayout
 
 log = logging.getLogger(__name__)
 
-#: Says nothing about what it does not mind; errors come as exceptions.
+#: ONNX Runtime logs fatal errors only; all others arrive as exceptions.
 _LOG_FATAL = 4
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedQueries:
-    """Captions of one `encode_queries`, padded to the longest; true lengths."""
+class PaddedQueries:
+    """The texts of one `encode_queries`, padded to the longest, and their lengths without padding."""
 
     states: NDArray[Any]  # (Q, T, d)
     lengths: NDArray[np.int32]  # (Q,)
 
 
 class OnnxEngine:
-    """Both halves of the contract over an engine directory; no plan is looked at."""
+    """The engine contract over the graphs of an engine directory; plans are not read."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class OnnxEngine:
         max_images: int,
         num_threads: int | None,
     ) -> None:
-        """Raises `EngineMismatch` for graphs that are not the manifest's, `EngineUnavailable` without ONNX Runtime."""
+        """Raises `EngineMismatch` if the graphs differ from the manifest, `EngineUnavailable` without ONNX Runtime."""
         config, options = manifest.config, manifest.options
         check_files(directory, manifest, plans=False)
         self._layout = SlotLayout(options.storage, config.adapter.num_tokens, config.joint.dim)
@@ -83,7 +83,7 @@ class OnnxEngine:
         )
 
     def warm_up(self) -> None:
-        """One image and one pair: nothing here is compiled for a shape."""
+        """Run one image and one pair: ONNX Runtime compiles nothing for particular shapes."""
         size = self.info.image_size
         self.encode_images(np.zeros((1, 3, size, size), np.uint8))
         if self.info.num_slots:
@@ -99,12 +99,12 @@ class OnnxEngine:
         lengths = np.array([len(ids) for ids in text_ids], np.int32)
         longest = int(lengths.max(initial=1))
         if not len(lengths):
-            return QueryStates(EncodedQueries(np.zeros((0, longest, self.info.token_dim), np.float32), lengths))
+            return QueryStates(PaddedQueries(np.zeros((0, longest, self.info.token_dim), np.float32), lengths))
         padded = np.zeros((len(lengths), longest), np.int32)
         for row, ids in zip(padded, text_ids, strict=True):
             row[: len(ids)] = ids
         (states,) = self._run("query", {"text_ids": padded, "text_lengths": lengths})
-        return QueryStates(EncodedQueries(states, lengths))
+        return QueryStates(PaddedQueries(states, lengths))
 
     def score_pairs(
         self,
@@ -113,7 +113,7 @@ class OnnxEngine:
         pair_slot: NDArray[np.int32],
         first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        encoded = cast(EncodedQueries, queries)
+        encoded = cast(PaddedQueries, queries)
         check_pairs(self.info, pair_query, pair_slot, len(encoded.lengths), first_stage)
         if first_stage is None:
             first_stage = np.full(len(pair_query), np.nan, np.float32)
@@ -134,7 +134,7 @@ class OnnxEngine:
         return logits
 
     def _stored(self, slots: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
-        """The slots' tokens and scales, in the shapes and types of the pair graph's inputs."""
+        """Return the slots' tokens and scales in the shapes and types of the pair graph's inputs."""
         found = {"tokens": self.slab.tokens[slots], "scales": self.slab.scales[slots]}
         stored = {}
         for spec in self._specs["pair"].inputs:
@@ -152,19 +152,19 @@ class OnnxEngine:
 
 
 def _warn_of_another_version(manifest: Manifest) -> None:
-    """Log if this ONNX Runtime is not the one that was compared with torch: the engine digest names that one."""
+    """Warn if this ONNX Runtime is not the version that was compared with torch and is in the engine digest."""
     built, here = manifest.versions.get("onnxruntime"), require_package("onnxruntime", "build").__version__
     if built != here:
         log.warning(
             "this engine was compared with torch in ONNX Runtime %s and runs in %s: logits may differ by rounding; "
-            "build it again here for a digest of its own",
+            "rebuild it on this machine for a digest of this version",
             built,
             here,
         )
 
 
 def _session(path: Path, num_threads: int | None) -> Any:
-    """The graph, opened; one in bfloat16 as its float32 twin."""
+    """Open a graph; a bfloat16 graph is converted to float32 first."""
     try:
         runtime, onnx = require_package("onnxruntime", "build"), require_package("onnx", "build")
     except PackageMissing as error:
@@ -180,16 +180,16 @@ def _session(path: Path, num_threads: int | None) -> Any:
         if not has_bfloat16(model):
             return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         onnx.load_external_data_for_model(model, str(path.parent))
-        twin = round_to_bfloat16(model).SerializeToString()
-        return runtime.InferenceSession(twin, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of protobuf and of ONNX Runtime, without a common root
+        converted = round_to_bfloat16(model).SerializeToString()
+        return runtime.InferenceSession(converted, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the errors of protobuf and ONNX Runtime have no common base
         raise EngineMismatch(
-            f"ONNX Runtime cannot open {path}: {str(error)[:300]}: export it anew with `python -m trt.build`"
+            f"ONNX Runtime cannot open {path}: {str(error)[:300]}: export it again with `python -m trt.build`"
         ) from error
 
 
 def _typed(stored: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
-    """Bytes of a slab as numbers; bfloat16, which numpy lacks, widened."""
+    """Return the bytes of a slab as numbers; bfloat16, which numpy lacks, as float32."""
     if dtype == "bfloat16":
         return (stored.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     return stored.view(dtype)

@@ -1,6 +1,6 @@
-"""The few sizes that a plan or a CUDA graph is run at, and how the texts and pairs of a call are laid out in them.
+"""The few sizes at which a plan or a CUDA graph runs, and the layout of a call's texts and pairs in these sizes.
 
-A CUDA graph holds for one size of everything, so texts are padded to a length bucket and pairs to a number of pairs.
+A CUDA graph has fixed shapes, so texts are padded to a length bucket and pairs to one of a few numbers of pairs.
 Knows numbers only.
 """
 
@@ -26,19 +26,19 @@ class Buckets:
         return self.sizes[-1]
 
     def smallest_for(self, size: int) -> int:
-        """The smallest bucket that holds `size`, which is at most the largest one."""
+        """Return the smallest bucket of at least `size`; `size` must not exceed the largest bucket."""
         return next(bucket for bucket in self.sizes if bucket >= size)
 
 
 def length_buckets(ranges: Sequence[Range]) -> Buckets:
-    """The upper ends of the profiles, to which texts are padded."""
+    """Return the upper ends of the profiles' ranges, to which texts are padded."""
     return Buckets(tuple(sorted({each.max for each in ranges})))
 
 
 def count_buckets(ranges: Sequence[Range], most: int, *, steps: int, fixed: bool) -> Buckets:
-    """Sizes for up to `most` images, queries or pairs at once, or up to the profiles' largest if that is less.
+    """Return the sizes for up to `most` images, queries or pairs in one run, limited by the profiles' largest size.
 
-    The end of each profile is reached in `steps` steps: more steps are less padding and a longer warm-up. `fixed` keeps
+    Each profile's range is divided into `steps` steps: more steps mean less padding and a longer warm-up. `fixed` keeps
     only the largest size, so that every call is computed in the same way.
     """
     reached = {each.max * step // steps for each in ranges for step in range(1, steps + 1)}
@@ -48,8 +48,10 @@ def count_buckets(ranges: Sequence[Range], most: int, *, steps: int, fixed: bool
 
 
 def halving_buckets(smallest: int, largest: int) -> Buckets:
-    """`largest`, and below it powers of two from `smallest` on with the sizes halfway between: at most a third is
-    padding beyond the smallest size."""
+    """Return the powers of two from `smallest` to `largest`, the sizes halfway between them, and `largest`.
+
+    Above the smallest size, at most a third of a run is padding.
+    """
     powers = [1 << power for power in range(largest.bit_length() + 1)]
     sizes = {size for power in powers for size in (power, power * 3 // 2) if smallest <= size < largest}
     return Buckets((*sorted(sizes), largest))
@@ -60,11 +62,11 @@ class TextBlock:
     """Texts that are padded to the same length and encoded together."""
 
     text_tokens: int  # a length bucket
-    texts: NDArray[np.int64]  # their numbers in the call, at most as many as one run takes
+    texts: NDArray[np.int64]  # their indices in the call, at most as many as fit in one run
 
 
 def text_blocks(lengths: NDArray[np.int64], buckets: Buckets, max_queries: int) -> list[TextBlock]:
-    """Lay out texts of these lengths, none longer than the largest bucket; every text is in one block."""
+    """Divide texts of these lengths into blocks; no text may be longer than the largest bucket."""
     padded = np.asarray(buckets.sizes)[np.searchsorted(buckets.sizes, lengths)]
     return [
         TextBlock(int(text_tokens), texts[start : start + max_queries])
@@ -79,14 +81,14 @@ class PairPiece:
     """Pairs that are scored together: their texts are all in one block."""
 
     block: int
-    pairs: NDArray[np.int64]  # their numbers in the call
-    rows: NDArray[np.int32]  # of each, the index of its text in the block
+    pairs: NDArray[np.int64]  # their indices in the call
+    rows: NDArray[np.int32]  # for each pair, the index of its text in the block
 
 
 def pair_pieces(
     blocks: Sequence[TextBlock], num_texts: int, pair_query: NDArray[np.int32], max_pairs: int
 ) -> Iterator[PairPiece]:
-    """Lay out pairs that name texts by number; every pair is in one piece."""
+    """Divide pairs into pieces; `pair_query` holds the index of each pair's text."""
     block_of, row_of = np.zeros(num_texts, np.int32), np.zeros(num_texts, np.int32)
     for number, block in enumerate(blocks):
         block_of[block.texts] = number
@@ -102,9 +104,9 @@ def pair_pieces(
 def padded_texts(
     text_ids: Sequence[Sequence[int]], block: TextBlock, num_rows: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """A block's texts as `(num_rows, text tokens)` ids padded with zeros, and `(num_rows,)` lengths.
+    """Return a block's texts as `(num_rows, text tokens)` ids padded with zeros, and their `(num_rows,)` lengths.
 
-    Rows without a text have length 1: a text without tokens has nothing to attend to.
+    Rows without a text have length 1, because attention needs at least one token.
     """
     ids, lengths = np.zeros((num_rows, block.text_tokens), np.int32), np.ones(num_rows, np.int32)
     for row, text in enumerate(block.texts.tolist()):

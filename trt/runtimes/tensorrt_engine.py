@@ -1,8 +1,8 @@
-"""The TensorRT runtime: three stages and a slab on one GPU, behind the contract.
+"""The TensorRT runtime: implements the engine contract with three stages and a slab on one GPU.
 
-One stream computes, in order: inputs from pinned memory, the gather of the slots, the plan, logits back to pinned
-memory; the host waits once, for the last of them. The slab is filled meanwhile on a stream of its own.
-Knows how a call is laid out; what a plan is and where it comes from is in `trt.runtimes.tensorrt_load`.
+One stream runs in order: the upload of the inputs from pinned memory, the gather of the slots, the plan, and the
+download of the logits to pinned memory. The host waits once, at the end. A second stream fills the slab at the same
+time. Knows the layout of a call; `trt.runtimes.tensorrt_load` opens the plans.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from trt.cuda.copy_clock import CopyClock
 from trt.cuda.graphs import ReplayedWork
 from trt.cuda.memory import UploadRing, device_memory, pinned_memory
 from trt.graphs import IMAGES, PAIRS, QUERIES, TEXT_TOKENS
-from trt.runtimes.static_shapes import PairPiece, TextBlock, pair_pieces, text_blocks
+from trt.runtimes.static_shapes import PairPiece, TextBlock, padded_texts, pair_pieces, text_blocks
 from trt.runtimes.tensorrt_stage import Stages
 from trt.slab.device import CudaSlab
 
-_NO_MEMORY = "no memory for what goes to the device and back: ask for fewer pairs or images at once"
-#: Uploads on their way before the host waits for one, counted in the largest.
+_NO_MEMORY = "no memory for uploads and downloads: ask for fewer pairs or images in one call"
+#: Size of the upload ring, as a multiple of the largest upload.
 _UPLOADS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedBlock:
+class DeviceBlock:
     """The texts of a block on the device."""
 
     layout: TextBlock
@@ -41,15 +41,15 @@ class EncodedBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedQueries:
+class DeviceQueries:
     """The texts of one `encode_queries`."""
 
-    blocks: list[EncodedBlock]
+    blocks: list[DeviceBlock]
     num_texts: int
 
 
 class TensorRtEngine:
-    """Calls of more pairs, texts or images than the plans take are cut into several runs."""
+    """Runs the plans; a call of more pairs, texts or images than a plan accepts is split into several runs."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class TensorRtEngine:
         pooled_dim: int,
         state_bytes: int,
     ) -> None:
-        """`stream` is the stages' own; `state_bytes` is what the state of one token takes."""
+        """`stream` is the stream of the stages; `state_bytes` is the size of one token's state."""
         self.info = info
         self.slab = slab
         self._device = device
@@ -101,7 +101,7 @@ class TensorRtEngine:
                     self._pair_work(text_tokens, num_pairs)
 
     def graph_counts(self) -> GraphCounts:
-        """Sizes with and without a CUDA graph; the log says why one could not be captured."""
+        """Return the numbers of sizes with and without a CUDA graph; failed captures are logged with their reason."""
         stages = (self._stages.image, self._stages.query, self._stages.pair)
         uncaptured = sum(stage.num_uncaptured for stage in stages)
         return GraphCounts(sum(stage.num_sizes for stage in stages) - uncaptured, uncaptured)
@@ -123,32 +123,28 @@ class TensorRtEngine:
         return tokens, pooled
 
     def encode_queries(self, text_ids: Sequence[Sequence[int]]) -> QueryStates:
-        """Enqueues and does not wait: what reads the states comes behind it on the same stream."""
+        """Enqueue the encoding and return without waiting: later work on the same stream reads the states."""
         check_texts(self.info, text_ids, self._vocab_size)
         lengths = np.array([len(ids) for ids in text_ids], np.int64)
         blocks = text_blocks(lengths, self._stages.text_tokens, self._stages.queries.largest)
         with self._device.current():
-            encoded = [self._encode(block, text_ids, lengths) for block in blocks]
-        return QueryStates(EncodedQueries(encoded, len(text_ids)))
+            encoded = [self._encode(block, text_ids) for block in blocks]
+        return QueryStates(DeviceQueries(encoded, len(text_ids)))
 
-    def _encode(self, block: TextBlock, text_ids: Sequence[Sequence[int]], lengths: NDArray[np.int64]) -> EncodedBlock:
+    def _encode(self, block: TextBlock, text_ids: Sequence[Sequence[int]]) -> DeviceBlock:
         stage, num_texts = self._stages.query, len(block.texts)
         num_rows = self._stages.queries.smallest_for(num_texts)
-        ids = np.zeros((num_rows, block.text_tokens), np.int32)
-        row_lengths = np.ones(num_rows, np.int32)  # a text of no tokens has nothing to look at
-        row_lengths[:num_texts] = lengths[block.texts]
-        for row, text in enumerate(block.texts.tolist()):
-            ids[row, : len(text_ids[text])] = text_ids[text]
+        ids, lengths = padded_texts(text_ids, block, num_rows)
         self._ring.upload(ids, stage.address("text_ids"))
-        self._ring.upload(row_lengths, stage.address("text_lengths"))
+        self._ring.upload(lengths, stage.address("text_lengths"))
         stage.work({QUERIES: num_rows, TEXT_TOKENS: block.text_tokens}).launch()
-        states = self._kept(stage.address("states"), num_texts * block.text_tokens * self._state_bytes)
-        return EncodedBlock(block, states, self._kept(stage.address("text_lengths"), num_texts * 4))
+        states = self._copied(stage.address("states"), num_texts * block.text_tokens * self._state_bytes)
+        return DeviceBlock(block, states, self._copied(stage.address("text_lengths"), num_texts * 4))
 
-    def _kept(self, address: int, num_bytes: int) -> Any:
-        """A copy of what lies there, in memory that goes back to the pool with its last holder.
+    def _copied(self, address: int, num_bytes: int) -> Any:
+        """Return a copy of device memory; the copy returns to the pool when its last reference is gone.
 
-        It may then be written again at once, because all of it is read and written on one stream.
+        The pool may reuse it at once, because all reads and writes are on one stream.
         """
         memory = self._pool.allocate(num_bytes)
         cuda.memcpy_dtod_async(int(memory), address, num_bytes, self._stream)
@@ -161,7 +157,7 @@ class TensorRtEngine:
         pair_slot: NDArray[np.int32],
         first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        encoded = cast(EncodedQueries, queries)
+        encoded = cast(DeviceQueries, queries)
         check_pairs(self.info, pair_query, pair_slot, encoded.num_texts, first_stage)
         if first_stage is None:
             first_stage = np.full(len(pair_query), np.nan, np.float32)
@@ -184,12 +180,12 @@ class TensorRtEngine:
         return logits
 
     def last_copies(self) -> DeviceCopies | None:
-        """By events of the stream, which has passed them all."""
+        """Return the copy times of the last call, measured by events of the stream."""
         with self._device.current():
             return self._copies.copies()
 
-    def _load(self, block: EncodedBlock) -> None:
-        """Bring a block's texts to where the pair graph reads them."""
+    def _load(self, block: DeviceBlock) -> None:
+        """Copy a block's texts to the input memory of the pair graph."""
         stage, num_texts = self._stages.pair, len(block.layout.texts)
         num_bytes = num_texts * block.layout.text_tokens * self._state_bytes
         cuda.memcpy_dtod_async(stage.address("states"), int(block.states), num_bytes, self._stream)
@@ -198,12 +194,12 @@ class TensorRtEngine:
     def _score(
         self,
         piece: PairPiece,
-        block: EncodedBlock,
+        block: DeviceBlock,
         pair_slot: NDArray[np.int32],
         first_stage: NDArray[np.float32],
         num_scored: int,
     ) -> None:
-        """Enqueue a piece; its logits come to the pinned ones from `num_scored` on."""
+        """Enqueue the scoring of a piece; its logits go to the pinned memory from index `num_scored` on."""
         stage, num_real = self._stages.pair, len(piece.pairs)
         num_pairs = self._stages.pairs.smallest_for(num_real)
         inputs: list[tuple[Any, NDArray[Any]]] = [
@@ -214,7 +210,7 @@ class TensorRtEngine:
             inputs.append((stage.address("first_stage"), first_stage[piece.pairs]))
         with self._copies.to_device():
             for address, numbers in inputs:
-                # What pads is slot 0, query 0 and score 0: nobody reads its logits.
+                # Padded with slot 0, query 0 and score 0; the logits of the padding are not read.
                 self._ring.upload(np.pad(numbers, (0, num_pairs - num_real)), int(address))
         self._pair_work(block.layout.text_tokens, num_pairs).launch()
         with self._copies.to_host():
@@ -222,7 +218,7 @@ class TensorRtEngine:
             cuda.memcpy_dtoh_async(logits, stage.address("logits"), self._stream)
 
     def _pair_work(self, text_tokens: int, num_pairs: int) -> ReplayedWork:
-        """The gather of the slots and the plan behind it."""
+        """Return the work that gathers the slots and then runs the plan."""
         stage = self._stages.pair
 
         def gather() -> None:

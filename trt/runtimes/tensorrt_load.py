@@ -1,4 +1,4 @@
-"""Opens an engine directory on a GPU: the manifest first, then the device, then the plans it was checked for."""
+"""Opens an engine directory on a GPU: compares the manifest with the device, then loads the plans."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from trt.runtimes.tensorrt_stage import Stage, Stages
 from trt.slab.device import CudaSlab
 from trt.slab.layout import SlotLayout
 
-#: A quarter of a profile's largest size, at most, is padding.
+#: Sizes per profile: at most a quarter of a profile's largest size is padding.
 _STEPS = 4
 
 
@@ -45,21 +45,21 @@ def load_tensorrt(
     device: str,
     fixed_buckets: bool,
 ) -> TensorRtEngine:
-    """The engine of a directory, not warmed up yet.
+    """Load the engine of a directory, which is not warmed up yet.
 
-    `fixed_buckets`: every run has one size for its length bucket, so that a logit does not depend on how many pairs it
-    is computed with. Raises `EngineMismatch` for plans that are broken or were built for something else, and
-    `EngineUnavailable` without a GPU or without memory on it.
+    `fixed_buckets`: every run of a length bucket has the same size, so that a logit does not depend on the number of
+    pairs in its run. Raises `EngineMismatch` for plans that are damaged or built for another model or machine, and
+    `EngineUnavailable` without a GPU or enough memory.
     """
     gpu = CudaDevice(device_ordinal(device))
     wrong = mismatches(
         manifest,
-        model_digest=manifest.model_digest,  # whoever opens a directory has compared it with the checkpoint
+        model_digest=manifest.model_digest,  # the caller has compared it with the checkpoint
         tensorrt_version=tensorrt.__version__,
         gpu=gpu.name,
         compute_capability=gpu.compute_capability,
     )
-    wrong += [f"there is no plan of the {name} graph" for name, files in manifest.graphs.items() if files.plan is None]
+    wrong += [f"the {name} graph has no plan" for name, files in manifest.graphs.items() if files.plan is None]
     refuse(directory, manifest, wrong)
     check_files(directory, manifest, plans=True)
     config, options = manifest.config, manifest.options
@@ -103,7 +103,7 @@ def _stages(
         return count_buckets(ranges, most, steps=steps, fixed=fixed_buckets)
 
     images = buckets("image", IMAGES, max_images, _STEPS)
-    queries = buckets("query", QUERIES, max_pairs, 1)  # too little work to be worth more
+    queries = buckets("query", QUERIES, max_pairs, 1)  # too little work for more sizes
     pairs = buckets("pair", PAIRS, max_pairs, _STEPS)
     text_tokens = length_buckets([each.ranges[TEXT_TOKENS] for each in profiles["pair"]])
     plans = {
@@ -118,7 +118,7 @@ def _stages(
         PAIRS: pairs.largest,
     }
     scratch_bytes = max(plan.scratch_bytes for plan in plans.values())
-    scratch = device_memory(scratch_bytes, "no memory for the plans to work in: ask for fewer slots")
+    scratch = device_memory(scratch_bytes, "no memory for the plans' scratch space: ask for fewer slots")
     image, query, pair = (
         Stage(specs[name], plans[name], profiles[name], largest=largest, scratch=scratch, stream=stream)
         for name in GRAPH_NAMES

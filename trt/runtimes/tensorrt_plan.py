@@ -1,6 +1,6 @@
-"""A plan that TensorRT has read, and execution contexts over it, each for one size of everything.
+"""A plan loaded by TensorRT, and its execution contexts, each for one set of input shapes.
 
-Called with the plan's device current. Knows nothing of CUDA graphs, tokens or queries.
+All calls need the plan's device to be current. Knows nothing of CUDA graphs, tokens or queries.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TYPES = {
 
 
 class TensorRtLog(tensorrt.ILogger):
-    """What TensorRT says goes to the log; its calls answer only yes or no, so the last complaint is kept for errors."""
+    """Forwards TensorRT's messages to the log, and keeps the last error, because TensorRT's calls return no reason."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,25 +47,25 @@ class TensorRtLog(tensorrt.ILogger):
 
 
 class Plan:
-    """One graph of an engine directory, ready for contexts."""
+    """The loaded plan of one graph of an engine directory."""
 
     def __init__(self, path: Path, spec: GraphSpec, *, version_compatible: bool) -> None:
-        """Reads the file, whose digest has been checked.
+        """Reads the file, whose digest the caller has checked.
 
-        Raises `EngineMismatch` for one that TensorRT cannot read or whose tensors are not the graph's, and
-        `EngineUnavailable` where TensorRT does not start.
+        Raises `EngineMismatch` for a plan that TensorRT cannot read or whose tensors differ from the graph's, and
+        `EngineUnavailable` if TensorRT does not start.
         """
         self._log = TensorRtLog()
-        # Held for as long as what it has made: TensorRT does not.
+        # Kept as long as the engine: TensorRT does not keep the runtime alive.
         try:
             self._runtime = tensorrt.Runtime(self._log)
-        except TypeError as error:  # what the bindings make of a runtime that is none
+        except TypeError as error:  # the bindings raise TypeError when the runtime cannot be created
             raise EngineUnavailable(
                 f"TensorRT {tensorrt.__version__} does not start here ({self._log.last_error}): it needs a driver that "
                 "is at least as new as its CUDA version"
             ) from error
         if version_compatible:
-            # Such a plan brings the library it was built by, to be run here.
+            # A version-compatible plan contains host code, which must be allowed to run.
             self._runtime.engine_host_code_allowed = True
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
@@ -77,7 +77,8 @@ class Plan:
         expected = {each.name: _TYPES[each.dtype] for each in (*spec.inputs, *spec.outputs)}
         if tensors != expected:
             raise EngineMismatch(
-                f"{path} takes and gives {_said(tensors)}, this program {_said(expected)}: build the engine again"
+                f"{path} has the tensors {_described(tensors)}, this program needs {_described(expected)}: "
+                "build the engine again"
             )
         self.scratch_bytes: int = engine.device_memory_size_v2
 
@@ -89,14 +90,14 @@ class Plan:
         scratch: int,
         stream: int,
     ) -> Context:
-        """A context for inputs of these shapes; shapes and addresses are set once and never again.
+        """Return a context for inputs of these shapes; shapes and addresses never change afterwards.
 
-        `addresses` names every tensor, `scratch` is the address of `scratch_bytes` that all contexts may share as
-        long as only one is in work. Raises `EngineBroken` for what TensorRT refuses.
+        `addresses` has the address of every tensor. `scratch` is the address of `scratch_bytes` of memory, which
+        contexts may share if only one runs at a time. Raises `EngineBroken` if TensorRT refuses.
         """
         context = self._engine.create_execution_context(tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise EngineBroken(f"TensorRT makes no context: {self._log.last_error}")
+            raise EngineBroken(f"TensorRT cannot create a context: {self._log.last_error}")
         context.set_device_memory(scratch, self.scratch_bytes)
         done = context.set_optimization_profile_async(profile, stream)
         for name, shape in shapes.items():
@@ -104,22 +105,22 @@ class Plan:
         for name, address in addresses.items():
             done = done and context.set_tensor_address(name, address)
         if not done or context.infer_shapes():
-            raise EngineBroken(f"TensorRT takes no call of {dict(shapes)}: {self._log.last_error}")
+            raise EngineBroken(f"TensorRT rejects the shapes {dict(shapes)}: {self._log.last_error}")
         return Context(context, self._log)
 
 
 class Context:
-    """Runs a plan at one size of everything."""
+    """Runs a plan with one set of input shapes."""
 
     def __init__(self, context: tensorrt.IExecutionContext, plan_log: TensorRtLog) -> None:
         self._context = context
         self._log = plan_log
 
     def enqueue(self, stream: int) -> None:
-        """Put the run on a stream. Raises `EngineBroken` if TensorRT does not."""
+        """Enqueue a run on a stream. Raises `EngineBroken` if TensorRT fails."""
         if not self._context.execute_async_v3(stream):
-            raise EngineBroken(f"TensorRT does not run the plan: {self._log.last_error}")
+            raise EngineBroken(f"TensorRT failed to run the plan: {self._log.last_error}")
 
 
-def _said(tensors: Mapping[str, tensorrt.DataType]) -> str:
+def _described(tensors: Mapping[str, tensorrt.DataType]) -> str:
     return ", ".join(f"{name} {dtype.name}" for name, dtype in sorted(tensors.items()))

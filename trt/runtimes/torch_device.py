@@ -1,6 +1,6 @@
-"""What the torch runtime needs of a device besides its tensors: which one is current, events, transfers, recording.
+"""The device operations of the torch runtime besides tensors: current device, events, transfers, recording.
 
-Given to the engine, so that its logic runs on a processor too. Knows no model.
+The engine receives them as an argument, so that its logic can be tested on a CPU. Knows no model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TorchDevice:
 
 
 def torch_device(device: torch.device) -> TorchDevice:
-    """The device as it is: a CPU, or a CUDA device whose work is recorded in CUDA graphs."""
+    """Return the operations of a CPU, or of a CUDA device whose work is recorded in CUDA graphs."""
     if device.type == "cpu":
         return TorchDevice(device)
 
@@ -57,14 +57,14 @@ class CudaRecorder:
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self._device):
-            # First on another stream: libraries set themselves up at their first run, which a graph cannot hold.
+            # Run once on another stream: libraries initialise themselves in the first run, which cannot be recorded.
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 work()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Another thread fills the slab meanwhile: only calls of this thread are forbidden to wait.
+            # Another thread may fill the slab during the capture: only this thread may not synchronise.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
         return graph.replay
@@ -78,7 +78,7 @@ class Transfers:
         self._clock = None if device.make_event is None else CopyClock(device.make_event)
 
     def start_call(self) -> None:
-        """Forget the times of the former call."""
+        """Discard the times of the previous call."""
         if self._clock is not None:
             self._clock.start()
 
@@ -91,7 +91,10 @@ class Transfers:
             return to_numpy(tensor)
 
     def last_copies(self) -> DeviceCopies | None:
-        """The copies of the last call, whose results the host has; None where there is one memory."""
+        """Return the copy times of the last call; None if host and device share one memory.
+
+        Call it only after the call's results have arrived on the host.
+        """
         return None if self._clock is None else self._clock.copies()
 
 
@@ -100,7 +103,7 @@ def to_numpy(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def named_device(name: str) -> torch.device:
-    """The device of a name. Raises `EngineUnavailable` for one that torch does not have here."""
+    """Return the torch device of this name. Raises `EngineUnavailable` for a device that torch cannot use here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -109,21 +112,21 @@ def named_device(name: str) -> torch.device:
         raise EngineUnavailable(f"the torch engine does not run on {name!r}: choose cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EngineUnavailable(
-            f"device {name!r} was asked for and torch sees {torch.cuda.device_count()} CUDA devices: "
+            f"device {name!r} is not available, torch finds {torch.cuda.device_count()} CUDA devices: "
             "choose cpu, or install torch's CUDA build and the driver"
         )
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """The part of an engine digest that names the device: models of devices round differently."""
+    """Return the device's model name for the engine digest: different models round differently."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it in hardware, float32 elsewhere."""
+    """Return bf16 if the device multiplies it in hardware, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capabilities = torch.cpu.get_capabilities()
@@ -133,7 +136,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def broken_device() -> Iterator[None]:
-    """Translate a device out of memory or in a sticky error, from which it does not recover, to `EngineBroken`."""
+    """Translate an out-of-memory or sticky device error, which cannot be repaired, to `EngineBroken`."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:

@@ -1,7 +1,7 @@
-"""Scoring in torch without recording: pairs whose texts have equal lengths are computed together, unpadded.
+"""Scoring in torch on a CPU, without recording: pairs whose texts have equal lengths are computed together, unpadded.
 
-For a CPU. Attention under a mask rounds differently, which in bf16 moves logits by 0.03, so texts are padded only where
-a group would be too small. Knows no device but through the model.
+Masked attention rounds differently and moves logits in bf16 by 0.03, so texts are padded only if a group would be too
+small. Uses the device only through the model.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from trt.runtimes.grouping import groups_by_length
 from trt.runtimes.torch_device import Transfers
 from trt.runtimes.torch_model import ServedModel, TextRows
 
-#: Pairs in one forward pass: 8 to 32 measured alike, and this bounds the memory of the activations.
+#: Pairs in one forward pass: 8 to 32 are equally fast, and the limit bounds the memory of the activations.
 GROUP_PAIRS = 32
-#: Pairs in one step of a late interaction, which has no layers: fewer cost more calls than they save memory.
+#: Pairs in one step of a late interaction, which has no layers and needs little memory.
 MATCH_GROUP_PAIRS = 256
-#: Texts whose rows are kept: a request of many pairs is scored in several batches, and popular queries come again.
+#: Number of texts whose rows are cached: a large request is scored in several batches, and popular queries repeat.
 KEPT_TEXTS = 256
 
 
@@ -36,13 +36,13 @@ class DirectQueries:
 
 
 class DirectScoring:
-    """Texts and pairs of a call in groups of one length."""
+    """Encodes texts and scores pairs in groups of one text length."""
 
     def __init__(self, model: ServedModel, transfers: Transfers, *, max_pairs: int, one_by_one: bool) -> None:
-        """`one_by_one`: each text and each pair alone, so that a logit does not depend on the batch.
+        """`one_by_one`: each text and each pair is computed alone, so that a logit does not depend on the batch.
 
-        On a CPU a row's index in a product decides which thread's block it falls into, and with two threads that alone
-        moves logits by 8e-7.
+        On a CPU the index of a row in a matrix product decides which thread computes the row; with two threads this
+        alone moves logits by 8e-7.
         """
         self._model = model
         self._transfers = transfers
@@ -54,7 +54,7 @@ class DirectScoring:
         self._kept: OrderedDict[tuple[int, ...], TextRows] = OrderedDict()
 
     def warm_up(self, max_text_tokens: int, sep_id: int) -> None:
-        """Score one group with the shortest and one with the longest text; no size is compiled for."""
+        """Score one group with the shortest and one with the longest text; nothing is compiled for particular sizes."""
         slots = np.zeros(self._group_pairs, np.int32)
         for num_tokens in (2, max_text_tokens):
             self.score_pairs(self.encode_queries([[sep_id] * num_tokens]), slots, slots, None)
@@ -69,7 +69,7 @@ class DirectScoring:
         return DirectQueries(texts, lengths)
 
     def _rows_of(self, text_ids: Sequence[Sequence[int]], lengths: NDArray[np.int64]) -> Iterator[tuple[int, TextRows]]:
-        """Every text's number and its rows, (T, d) and (T, k); computes the rows that are not kept."""
+        """Yield the index and the rows, (T, d) and (T, k), of every text; computes the rows that are not cached."""
         missing: dict[tuple[int, ...], int] = {}
         for number, ids in enumerate(text_ids):
             kept = self._kept.get(tuple(ids))
@@ -91,7 +91,7 @@ class DirectScoring:
             self._kept.popitem(last=False)
 
     def _together(self, lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Texts of one length, which are encoded in one pass; or each text alone."""
+        """Yield the indices of texts to encode in one pass: all texts of one length, or each text alone."""
         for length in np.unique(lengths):
             rows = np.flatnonzero(lengths == length)
             yield from np.split(rows, len(rows)) if self._one_by_one else (rows,)
@@ -119,7 +119,7 @@ class DirectScoring:
     def match_pairs(
         self, queries: DirectQueries, pair_query: NDArray[np.int32], pair_slot: NDArray[np.int32]
     ) -> NDArray[np.float32]:
-        """The late interaction of pairs alone."""
+        """Return the pairs' late-interaction scores, without the joint encoder's layers."""
         self._model.derive_match_rows(pair_slot)
         scores = np.empty(len(pair_query), np.float32)
         for group in groups_by_length(queries.lengths[pair_query], MATCH_GROUP_PAIRS):
@@ -128,7 +128,7 @@ class DirectScoring:
         return scores
 
     def _groups(self, lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Pairs that are scored in one pass."""
+        """Yield the indices of pairs to score in one pass."""
         if self._one_by_one:
             yield from np.arange(len(lengths))[:, None]
         else:
@@ -137,7 +137,7 @@ class DirectScoring:
     def _inputs(
         self, queries: DirectQueries, pair_query: NDArray[np.int32], pair_slot: NDArray[np.int32]
     ) -> tuple[TextRows, Tensor, Tensor | None]:
-        """Texts by pair without common padding, slots, and the texts' lengths if these differ."""
+        """Return each pair's text without common padding, the slots, and the text lengths if they differ."""
         lengths = queries.lengths[pair_query]
         longest, rows = int(lengths.max()), self._transfers.upload(pair_query)
         picked = queries.texts.map(lambda tensor: tensor[:, :longest].index_select(0, rows))

@@ -1,7 +1,7 @@
-"""The torch runtime behind the engines' contract: the reference implementation, on a CPU or a CUDA device.
+"""The torch runtime: the reference implementation of the engine contract, on a CPU or a CUDA device.
 
-Checks calls and makes the device current; what a call computes is in `torch_model`, how it is laid out in
-`torch_direct` (CPU) and `torch_graphs` (CUDA).
+Checks calls and makes the device current. `torch_model` computes; `torch_direct` (CPU) and `torch_graphs` (CUDA) lay
+out the batches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trt.slab.torch_slab import GatherSlab
 
 
 class TorchEngine:
-    """Both halves of the contract over a loaded checkpoint, whose model it takes over. The slab is on `device`."""
+    """The engine contract over a loaded checkpoint, whose model it converts in place. The slab is on `device`."""
 
     def __init__(
         self,
@@ -39,10 +39,10 @@ class TorchEngine:
         fixed_buckets: bool = False,
         hot_images: int = 0,
     ) -> None:
-        """`fixed_buckets`: a pair's logit is the same to the last bit whatever else is in the call.
+        """`fixed_buckets`: a pair's logit does not depend on the other pairs of the call, to the last bit.
 
-        `hot_images`: see `ServedModel`. Raises `EngineBroken` without memory for the model, `EngineUnavailable` for
-        hot images of an encoder that has no keys and values to keep.
+        `hot_images`: see `ServedModel`. Raises `EngineBroken` without memory for the model, and `EngineUnavailable` for
+        hot images with an encoder that has no separate visual keys and values.
         """
         config = checkpoint.config
         self._config = config
@@ -130,10 +130,10 @@ class TorchEngine:
     def match_pairs(
         self, queries: QueryStates, pair_query: NDArray[np.int32], pair_slot: NDArray[np.int32]
     ) -> NDArray[np.float32]:
-        """The late interaction of pairs alone, the first step of a cascade; for models that have one, on a CPU."""
+        """Return the pairs' late-interaction scores, the first step of a cascade. Only on a CPU."""
         encoded = cast(DirectQueries, queries)
         check_pairs(self.info, pair_query, pair_slot, _num_texts(encoded))
-        assert isinstance(self._scoring, DirectScoring), "no graph is recorded of a late interaction alone"
+        assert isinstance(self._scoring, DirectScoring), "the late interaction alone is not recorded"
         with self._on_device():
             return self._scoring.match_pairs(encoded, pair_query, pair_slot)
 
@@ -159,12 +159,12 @@ class TorchEngine:
         return found
 
     def last_copies(self) -> DeviceCopies | None:
-        """By events of the device; None on a CPU, which copies nothing."""
+        """Return the copy times of the last call, measured by events of the device; None on a CPU."""
         with self._device.current():
             return self._transfers.last_copies()
 
     def graph_counts(self) -> GraphCounts | None:
-        """Sizes with and without a CUDA graph; None on a CPU."""
+        """Return the numbers of sizes with and without a CUDA graph; None on a CPU."""
         return self._scoring.graph_counts() if isinstance(self._scoring, GraphedScoring) else None
 
     @contextmanager

@@ -1,9 +1,9 @@
-"""Scoring in torch by recorded work: every size is recorded once as a CUDA graph, and replayed from then on.
+"""Scoring in torch with CUDA graphs: the work of each size is recorded once and then replayed.
 
-Below some hundred pairs a forward pass takes longer to launch, kernel by kernel, than to compute. A graph holds for one
-size of everything on the same memory: texts are padded to a length bucket under a mask, texts and pairs are filled up
-to the next of a few numbers. A call uploads and downloads once. Recording is given (`TorchDevice`), so that everything
-else runs on a processor too.
+Below some hundred pairs, launching the kernels of a forward pass takes longer than computing them. A graph has fixed
+shapes and addresses: texts are padded to a length bucket and masked, and the numbers of texts and pairs are rounded up
+to one of a few sizes. A call uploads and downloads once. Recording is an argument (`TorchDevice`), so that all other
+code can be tested on a CPU.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from trt.text_lengths import lengths_up_to
 
 log = logging.getLogger(__name__)
 
-#: Texts and pairs of every run with fixed sizes.
+#: Numbers of texts and pairs in every run with fixed sizes.
 FIXED_TEXTS, FIXED_PAIRS = 8, 64
-#: Texts in one run of the text layers, at most: a micro-batch has some tens of requests.
+#: Largest number of texts in one run of the text layers: a micro-batch has some tens of requests.
 MAX_TEXTS = 64
 MIN_PAIRS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedBlock:
+class GraphedBlock:
     """The texts of a block on the device, and their lengths."""
 
     layout: TextBlock
@@ -45,12 +45,12 @@ class EncodedBlock:
 class GraphedQueries:
     """The texts of one call."""
 
-    blocks: list[EncodedBlock]
+    blocks: list[GraphedBlock]
     num_texts: int
 
 
 class GraphedScoring:
-    """Texts and pairs of a call at a few fixed sizes. Used from one thread, with the device current."""
+    """Encodes texts and scores pairs at a few fixed sizes. Used from one thread, with the device current."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class GraphedScoring:
         max_text_tokens: int,
         fixed: bool,
     ) -> None:
-        """`fixed` leaves one number of texts and one of pairs, so that a logit does not depend on the batch."""
+        """`fixed` uses one number of texts and one of pairs, so that a logit does not depend on the batch."""
         assert device.record is not None, "only for a device that records"
         self._model = model
         self._record = device.record
@@ -79,10 +79,10 @@ class GraphedScoring:
             return torch.zeros(size, dtype=torch.int32, device=model.device)
 
         longest, most = self._text_tokens.largest, self._pairs.largest
-        # What graphs of texts read and write.
+        # Inputs and outputs of the text graphs.
         self._ids, self._id_lengths = numbers(self._texts.largest * longest), numbers(self._texts.largest) + 1
         self._encoded = model.empty_texts(1, self._texts.largest * longest)
-        # What graphs of pairs read and write. Every pair may have its own text.
+        # Inputs and outputs of the pair graphs. Every pair may have a different text.
         self._read_texts, self._read_lengths = model.empty_texts(1, most * longest), numbers(most) + 1
         self._rows, self._slots, self._hot_rows = numbers(most), numbers(most), numbers(most)
         self._scores, self._logits = (torch.zeros(most, device=model.device) for _ in range(2))
@@ -114,7 +114,7 @@ class GraphedScoring:
             self._id_lengths[:num_rows].copy_(uploaded[middle:stop])
             self._text_work(layout.text_tokens, num_rows)()
             texts = _views(self._encoded, num_texts, layout.text_tokens).map(Tensor.clone)
-            blocks.append(EncodedBlock(layout, texts, uploaded[middle : middle + num_texts]))
+            blocks.append(GraphedBlock(layout, texts, uploaded[middle : middle + num_texts]))
             start = stop
         return GraphedQueries(blocks, len(text_ids))
 
@@ -142,7 +142,7 @@ class GraphedScoring:
                 self._load(block)
                 loaded = piece.block
             part = slice(num_scored, num_scored + num_pairs)
-            # What fills a size up keeps its former values, which are valid numbers; its logits are not read.
+            # The padding keeps its previous values, which are valid; its logits are not read.
             self._rows[:num_pairs].copy_(uploaded[0, part])
             self._slots[:num_pairs].copy_(uploaded[1, part])
             self._scores[:num_pairs].copy_(uploaded[2, part].view(torch.float32))
@@ -155,8 +155,8 @@ class GraphedScoring:
         logits[order] = self._transfers.download(self._all_logits[:num_scored])
         return logits
 
-    def _load(self, block: EncodedBlock) -> None:
-        """Bring a block's texts to the memory that the graphs of pairs read."""
+    def _load(self, block: GraphedBlock) -> None:
+        """Copy a block's texts to the input memory of the pair graphs."""
         num_texts = len(block.layout.texts)
         views = _views(self._read_texts, num_texts, block.layout.text_tokens)
         for target, source in zip(views.tensors, block.texts.tensors, strict=True):
@@ -192,24 +192,24 @@ class GraphedScoring:
         return self._recorded(("pairs", text_tokens, num_pairs), score)
 
     def _recorded(self, size: tuple[str, int, int], work: Callable[[], None]) -> Callable[[], None]:
-        """The graph of a size, or the work itself where it cannot be recorded."""
+        """Return the replay of a size's graph, or the work itself if it cannot be recorded."""
         if size not in self._replays:
-            what, text_tokens, number = size
+            unit, text_tokens, number = size
             try:
                 self._replays[size] = self._record(work)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 if isinstance(error, torch.OutOfMemoryError) or "out of memory" in reason:
                     raise EngineBroken(
-                        f"no memory for the CUDA graph of {number} {what} of {text_tokens} text tokens: ask for fewer "
+                        f"no memory for the CUDA graph of {number} {unit} of {text_tokens} text tokens: ask for fewer "
                         f"slots or fewer pairs in a batch ({reason})"
                     ) from error
-                log.warning("%d %s of %d text tokens run without a CUDA graph: %s", number, what, text_tokens, reason)
+                log.warning("%d %s of %d text tokens run without a CUDA graph: %s", number, unit, text_tokens, reason)
                 self._replays[size] = work
                 self._num_uncaptured += 1
         return self._replays[size]
 
 
 def _views(flat: TextRows, num_texts: int, num_tokens: int) -> TextRows:
-    """The first rows of flat memory (1, n, width) as texts (num_texts, num_tokens, width)."""
+    """View the first rows of flat memory (1, n, width) as texts (num_texts, num_tokens, width)."""
     return flat.map(lambda rows: rows[0, : num_texts * num_tokens].view(num_texts, num_tokens, -1))

@@ -1,7 +1,7 @@
-"""A checkpoint's model as the torch runtime serves it: types of its parts, stored tokens, derived rows, and scoring.
+"""A checkpoint's model in the torch runtime: number types of its parts, stored tokens, derived rows, and scoring.
 
-Tower, adapter and the encoder's layers compute in one type; pixels, embeddings, the matching head and the late
-interaction in float32. Knows tensors on the device; batches are laid out in `torch_direct` and `torch_graphs`.
+Tower, adapter and the encoder's layers compute in one type; pixel normalisation, embeddings, the matching head and the
+late interaction in float32. Knows tensors on the device; `torch_direct` and `torch_graphs` lay out the batches.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from trt.slab.derived import RowTable, keys_values_row, match_row
 from trt.slab.layout import SlotLayout
 from trt.slab.torch_slab import GatherSlab, dequantize
 
-#: Slots whose derived rows are computed in one step: 64 tokens x 384 values of 256 images are 25 MB in float32.
+#: Number of slots whose derived rows are computed in one step: 256 images of 64 x 384 values are 25 MB in float32.
 _DERIVED_STEP = 256
 
 
 @dataclass(frozen=True, slots=True)
 class TextRows:
-    """What depends on texts alone: states (..., T, d) for layers, unit vectors (..., T, k) for a late interaction."""
+    """Values that depend on texts alone: states (..., T, d), and unit vectors (..., T, k) for late interaction."""
 
-    states: Tensor | None  # None: the encoder has no layers after the text's
-    match: Tensor | None  # None: it has no late interaction
+    states: Tensor | None  # None if the encoder has no layers after the text layers
+    match: Tensor | None  # None if the encoder has no late interaction
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those that there are."""
+        """The tensors that are not None."""
         return tuple(tensor for tensor in (self.states, self.match) if tensor is not None)
 
     def row(self, number: int) -> TextRows:
-        """A copy of one text's rows."""
+        """Return a copy of one text's rows."""
         return self.map(lambda tensor: tensor[number].clone())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TextRows:
-        """The same with every tensor changed."""
+        """Apply a function to every tensor."""
         return TextRows(*(None if each is None else change(each) for each in (self.states, self.match)))
 
 
 class ServedModel:
-    """Takes over a checkpoint's model and converts its weights in place."""
+    """A checkpoint's model, whose weights are converted in place."""
 
     def __init__(
         self, checkpoint: Checkpoint, slab: GatherSlab, device: TorchDevice, dtype: torch.dtype, hot_images: int = 0
     ) -> None:
-        """`hot_images` is the number of images whose visual keys and values are kept; 0: they are computed per pair."""
+        """`hot_images`: number of images whose visual keys and values are kept; with 0 each pair computes them."""
         self.config = checkpoint.config
         self.device = device.device
         self._slab = slab
@@ -64,7 +64,7 @@ class ServedModel:
         model.vision.to(dtype)
         model.adapter.to(dtype)
         for part in model.joint.children():
-            if isinstance(part, nn.ModuleList):  # the layers of text, of images, and of both
+            if isinstance(part, nn.ModuleList):  # the text, image and joint layers
                 part.to(dtype)
         if self.device.type == "cpu":
             _pack(model)
@@ -85,8 +85,8 @@ class ServedModel:
         if hot_images and num_slots:
             if keys_values is None:
                 raise EngineUnavailable(
-                    f"{hot_images} hot images are asked for, and only an encoder of kind 'minimal' has keys and "
-                    f"values to keep, not {self.config.joint.kind!r}: ask for 0"
+                    f"{hot_images} hot images are configured, but only an encoder of kind 'minimal' has visual keys "
+                    f"and values to keep, not {self.config.joint.kind!r}: set the number of hot images to 0"
                 )
             self._keys_values_table = RowTable(num_slots, min(hot_images, num_slots))
             self._keys_values = self._zeros(self._keys_values_table.num_rows, keys_values.shape, keys_values.dtype)
@@ -100,14 +100,14 @@ class ServedModel:
 
     @property
     def num_hot_images(self) -> int:
-        """Images whose keys and values are kept; 0 where they are computed for each pair."""
+        """Number of images whose keys and values are kept; 0 if they are computed for each pair."""
         return 0 if self._keys_values is None else self._keys_values_table.num_rows
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # uint8 (n, 3, S, S) -> (n, m, d), (n, e)
         return self.edje.encode_images(pixels)
 
     def empty_texts(self, num_texts: int, num_tokens: int) -> TextRows:
-        """Zeros in the shapes of these texts' rows."""
+        """Return zeros in the shapes of such texts' rows."""
         joint = self.config.joint
         widths = (joint.dim if joint.num_layers else 0, joint.match_dim)
         return TextRows(
@@ -115,7 +115,7 @@ class ServedModel:
         )
 
     def encode_texts(self, text_ids: Tensor, text_lengths: Tensor | None = None) -> TextRows:  # (Q, T), (Q,)
-        """`text_lengths` None: no text is padded."""
+        """Return the rows of texts; `text_lengths` is None if no text is padded."""
         states = self.edje.encode_queries(text_ids, text_lengths).float()
         match = None if self._match is None else self._match.project_text(states)
         return TextRows(states if self.config.joint.num_layers else None, match)
@@ -125,16 +125,16 @@ class ServedModel:
         return self._match is not None
 
     def token_similarities(self, text_ids: Tensor, slots: Tensor) -> Tensor:  # (1, T), (P,) -> (P, T, m)
-        """Cosines of the tokens of one text with the visual tokens of each slot; for models with a late interaction."""
+        """Return the cosines of one text's tokens with each slot's visual tokens; needs a late interaction."""
         assert self._match is not None, "the model has no late interaction"
         text = self._match.project_text(self.edje.encode_queries(text_ids, None).float())
         return text @ self._match.project_visual(self._tokens(slots)).transpose(1, 2)
 
     def derive_match_rows(self, slots: NDArray[np.int32]) -> None:
-        """Compute the rows of the late interaction for the slots whose content is new."""
+        """Compute the late-interaction rows of the slots whose content has changed."""
         if self._match_rows is None or not len(slots):
             return
-        assert self._match is not None  # it has rows
+        assert self._match is not None  # the model has match rows
         assignment = self._match_table.assign(slots, self._slab.versions)
         for start in range(0, len(assignment.new_slots), _DERIVED_STEP):
             new = self._transfers.upload(assignment.new_slots[start : start + _DERIVED_STEP])
@@ -142,7 +142,7 @@ class ServedModel:
             self._match_rows.index_copy_(0, new.long(), rows.to(self._match_rows.dtype))
 
     def derive_keys_values(self, slots: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Return each slot's row of keys and values, and compute the missing ones; at most `num_hot_images` slots."""
+        """Return each slot's row of keys and values; computes missing rows. At most `num_hot_images` slots."""
         assert self._keys_values is not None, "only for hot images"
         assert self._late is not None
         assignment = self._keys_values_table.assign(slots, self._slab.versions)
@@ -161,17 +161,17 @@ class ServedModel:
         first_stage: Tensor | None = None,
         hot_rows: Tensor | None = None,
     ) -> Tensor:
-        """Texts (B, T, ...), one per pair, with slots (B,) -> logits (B,).
+        """Return the logits (B,) of texts (B, T, ...), one per pair, with slots (B,).
 
-        `text_lengths` None: no text is padded. `hot_rows` (B,) are rows of keys and values, where these are kept.
-        The derived rows of the slots are computed.
+        `text_lengths` is None if no text is padded. `hot_rows` (B,) are the indices of kept rows of keys and values.
+        The caller has computed the derived rows of the slots.
         """
         if self._late is None:
             assert texts.states is not None
             return self.edje.score(texts.states, self._tokens(slots), text_lengths, first_stage)
         match = None if self._match is None else self.match(texts, slots, text_lengths)
         if self._late.head is None:
-            assert match is not None  # an encoder without layers compares tokens
+            assert match is not None  # an encoder without layers has a late interaction
             return self._late.score_match(match, first_stage)
         keys_values = None
         if hot_rows is not None and self._keys_values is not None:
@@ -181,7 +181,7 @@ class ServedModel:
         return self._late.score(texts.states, visual, text_lengths, first_stage, match=match, keys_values=keys_values)
 
     def match(self, texts: TextRows, slots: Tensor, text_lengths: Tensor | None = None) -> Tensor:
-        """The late interaction of pairs alone: (B,)."""
+        """Return the late-interaction scores of pairs, (B,)."""
         assert self._match is not None, "only for an encoder with a late interaction"
         assert texts.match is not None
         assert self._match_rows is not None
@@ -193,7 +193,7 @@ class ServedModel:
 
 
 def _pack(model: Edje) -> None:
-    """Pack the linear layers of our own modules; towers of other libraries may read their weights themselves."""
+    """Pack the linear layers, except in towers of other libraries, which may read their weights directly."""
     layers = [part for part in model.joint.children() if isinstance(part, nn.ModuleList)]
     if len(model.joint.layers):
         pack_last_layer(model.joint.layers[-1])

@@ -1,11 +1,11 @@
 """Derived rows: values that depend on a slot's tokens alone, computed once instead of for every pair.
 
-    match        unit vectors of the visual tokens for a late interaction; one row per slot
+    match        unit vectors of the visual tokens for late interaction; one row per slot
     keys_values  keys and values of the visual tokens in every layer of a `minimal` encoder; a limited number of rows,
-                 least recently used out first, because a row is several times as large as a slot
+                 because a row is several times as large as a slot; the least recently used row is replaced
 
-A row is computed when a pair first needs it, and again after its slot has been published anew.
-Decides which rows exist and which have to be computed; the memory and the computation belong to a runtime.
+A row is computed when a pair first needs it, and again after new content of its slot was published.
+Decides which rows exist and which must be computed; the memory and the computation belong to a runtime.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from edje.config import EdjeConfig
 from trt.contract import LimitExceeded
 
-#: float16 keeps a component of a unit vector to 2e-4: logits move by 1e-3 of their standard deviation, ranks stay.
+#: float16 has an error of 2e-4 for a component of a unit vector: logits move by 1e-3 of their standard deviation, ranks
+#: do not change.
 MATCH_DTYPE = "float16"
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -38,14 +39,14 @@ class DerivedRow:
 
 
 def match_row(config: EdjeConfig) -> DerivedRow | None:
-    """The row of a late interaction; None for an encoder without one."""
+    """Return the row of a late interaction; None for an encoder without late interaction."""
     if not config.joint.match_dim:
         return None
     return DerivedRow("match", (config.adapter.num_tokens, config.joint.match_dim), MATCH_DTYPE)
 
 
 def keys_values_row(config: EdjeConfig, dtype: str) -> DerivedRow | None:
-    """The row of visual keys and values in the layers' type; None for an encoder whose layers update visual tokens."""
+    """Return the row of visual keys and values in the layers' type; None if the layers update visual tokens."""
     if config.joint.kind != "minimal":
         return None
     return DerivedRow("keys_values", (config.joint.num_layers, 2, config.adapter.num_tokens, config.joint.dim), dtype)
@@ -53,7 +54,7 @@ def keys_values_row(config: EdjeConfig, dtype: str) -> DerivedRow | None:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Rows for the slots of some pairs, and the rows that have to be computed first."""
+    """Rows for the slots of some pairs, and the rows that must be computed before they are read."""
 
     rows: NDArray[np.int32]  # (pairs,)
     new_slots: NDArray[np.int32]
@@ -61,10 +62,10 @@ class Assignment:
 
 
 class RowTable:
-    """Assigns rows to slots. Used from the thread that scores."""
+    """Assigns rows to slots. Used only from the thread that scores."""
 
     def __init__(self, num_slots: int, num_rows: int) -> None:
-        """With as many rows as slots, each slot has its own row; with fewer, rows go to the slots used last."""
+        """With as many rows as slots, each slot has a fixed row; with fewer, the most recently used slots have rows."""
         self.num_rows = num_rows
         self._is_full = num_rows == num_slots
         self._row_of_slot = np.arange(num_slots, dtype=np.int32) if self._is_full else np.zeros(num_slots, np.int32)
@@ -74,13 +75,15 @@ class RowTable:
         self._num_calls = 0
 
     def assign(self, slots: NDArray[np.int32], versions: NDArray[np.uint32]) -> Assignment:
-        """Give every slot a row; `versions` has the number of publications of every slot of the slab.
+        """Assign a row to every slot; `versions` counts the publications of every slot of the slab.
 
         The caller computes `new_rows` before it reads them. Raises `LimitExceeded` for more different slots than rows.
         """
         wanted = np.unique(slots)
         if len(wanted) > self.num_rows:
-            raise LimitExceeded(f"{len(wanted)} images in one step and {self.num_rows} derived rows: ask for more rows")
+            raise LimitExceeded(
+                f"{len(wanted)} images in one step, but only {self.num_rows} derived rows: configure more rows"
+            )
         rows = self._row_of_slot[wanted]
         is_current = (self._slot_of_row[rows] == wanted) & (self._version_of_row[rows] == versions[wanted])
         new_slots = wanted[~is_current]

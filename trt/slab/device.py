@@ -18,7 +18,7 @@ from trt.slab.staging import STAGING_ROWS, StagedSlab
 
 
 class CudaSlab(StagedSlab[cuda.Event]):
-    """Empty slots are all zero."""
+    """Slots in device memory. The bytes of empty slots are zero."""
 
     def __init__(
         self, device: CudaDevice, copier: RowCopier, layout: SlotLayout, num_slots: int, num_rows: int = STAGING_ROWS
@@ -41,14 +41,14 @@ class CudaSlab(StagedSlab[cuda.Event]):
                 self._row_addresses = (tokens.address, scales.address, slots.address)
 
     def wait_for_published(self, stream: cuda.Stream) -> None:
-        """Have the stream wait, on the device, for the last publication."""
+        """Make the stream wait, on the device, for the last publication."""
         if self.published is not None:
             stream.wait_for_event(self.published)
 
     def gather(self, slots: int, num_pairs: int, tokens: int, scales: int, stream: cuda.Stream) -> None:
         """Enqueue the copy of slots to `tokens` and `scales`, in the order of `slots`; all of these are addresses.
 
-        `slots` holds `num_pairs` int32. A storage type without scales leaves `scales` as it is.
+        At `slots` are `num_pairs` int32. A storage type without scales does not write to `scales`.
         """
         for source, target, row_bytes in (
             (self._tokens, tokens, self.layout.token_bytes),
@@ -63,7 +63,7 @@ class CudaSlab(StagedSlab[cuda.Event]):
         return self._device.current()
 
     def _copy_rows(self, rows: range) -> None:
-        # The kernel reads the pinned rows over the bus: no second copy, and unpublished rows do not travel.
+        # The kernel reads the pinned rows directly: no second copy, and only published rows are transferred.
         tokens, scales, slots = self._row_addresses
         for source, target, row_bytes in (
             (tokens, self._tokens, self.layout.token_bytes),

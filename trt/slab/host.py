@@ -12,16 +12,16 @@ from trt.slab.layout import SlotLayout
 
 
 class HostSlab:
-    """Slots in ordinary memory, into which blobs are decoded directly. Empty slots are all zero."""
+    """Slots in ordinary memory, into which blobs are decoded directly. The bytes of empty slots are zero."""
 
     def __init__(self, layout: SlotLayout, num_slots: int) -> None:
         """Raises `EngineUnavailable` if the slots do not fit in memory."""
         self.layout = layout
         self.num_slots = num_slots
-        #: Number of times each slot was published; rows derived from an older content are computed again.
+        #: Number of publications of each slot; rows derived from older content are computed again.
         self.versions: NDArray[np.uint32] = np.zeros(num_slots, np.uint32)
         try:
-            # The system gives zeroed pages when they are first written: an empty slab takes no memory.
+            # The system allocates zeroed pages at the first write: an empty slab uses no memory.
             self.tokens: NDArray[np.uint8] = np.zeros((num_slots, layout.token_bytes), np.uint8)
             self.scales: NDArray[np.uint8] = np.zeros((num_slots, layout.scale_bytes), np.uint8)
         except MemoryError as error:
@@ -32,5 +32,5 @@ class HostSlab:
         return self.tokens, self.scales, slots
 
     def publish(self, slots: Sequence[int], rows: Sequence[int]) -> None:
-        """Mark the slots as changed; their content is already in its place."""
+        """Mark the slots as changed; their content was written in place."""
         self.versions[list(slots)] += 1

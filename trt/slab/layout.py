@@ -1,4 +1,4 @@
-"""The bytes of one slot of a token slab. Knows no memory; `workers` decides which image lies in which slot."""
+"""The size of one slot of a token slab in bytes. Knows no memory; `workers` assigns images to slots."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The token slab on a device: pinned rows on the host, a stream that copies them to slots, and a ring of these rows.
+"""The token slab on a device: a ring of pinned rows on the host, and a stream that copies them to slots.
 
-`StagedSlab` holds what the slabs of pycuda and of torch share. Neither thread waits for the other on the host: a
-gather waits on the device for the rows published before it, and a row is written again only after its copy has ended.
+`StagedSlab` is the common base of the slabs of pycuda and torch. The filling and the scoring thread never wait for each
+other on the host: a gather waits on the device for earlier publications, and a row is reused only after its copy.
 Knows bytes only.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trt.contract import LimitExceeded
 from trt.slab.layout import SlotLayout
 
-#: 100 MB of pinned memory at 24.6 kB an image: a request of 1,000 candidates on each of four fetching threads.
+#: Enough for a request of 1,000 candidates on each of four fetching threads; 100 MB of pinned memory at 24.6 kB a row.
 STAGING_ROWS = 4096
 
 
@@ -34,7 +34,7 @@ Event = TypeVar("Event", bound=FillEvent)
 
 
 class StagingRing(Generic[Event]):
-    """Row numbers in turn. The rows of one `take` belong to the caller until `num_rows` more have been taken."""
+    """Allocates row numbers in a ring. The caller owns the rows of a `take` until `num_rows` further rows are taken."""
 
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
@@ -47,7 +47,7 @@ class StagingRing(Generic[Event]):
         Raises `LimitExceeded` for more rows than the ring has.
         """
         if num_rows > self._num_rows:
-            raise LimitExceeded(f"{num_rows} slots staged in one call; this engine takes {self._num_rows}")
+            raise LimitExceeded(f"{num_rows} slots staged in one call; this engine takes at most {self._num_rows}")
         start = self._next_row if self._next_row + num_rows <= self._num_rows else 0
         rows = range(start, start + num_rows)
         self._next_row = rows.stop
@@ -67,11 +67,11 @@ class StagedSlab(ABC, Generic[Event]):
     """
 
     def __init__(self, layout: SlotLayout, num_slots: int, num_rows: int) -> None:
-        """The ring has `num_rows` rows, and never more than there are slots: an engine without slots stages nothing."""
+        """The ring has `num_rows` rows, but at most as many as there are slots."""
         self.layout = layout
         self.num_slots = num_slots
         self.num_rows = min(num_rows, num_slots)
-        #: Number of times each slot was published; rows derived from an older content are computed again.
+        #: Number of publications of each slot; rows derived from older content are computed again.
         self.versions: NDArray[np.uint32] = np.zeros(num_slots, np.uint32)
         self.published: Event | None = None  # the last publication
         self.row_tokens: NDArray[np.uint8] = np.zeros((0, layout.token_bytes), np.uint8)
@@ -89,10 +89,10 @@ class StagedSlab(ABC, Generic[Event]):
 
     @abstractmethod
     def _record_event(self) -> Event:
-        """Record an event behind the copies enqueued so far."""
+        """Record an event after the copies enqueued so far."""
 
     def stage(self, slots: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[int]]:
-        """Return pinned rows to decode blobs into; waits only for copies of their former content."""
+        """Return pinned rows to decode blobs into; waits only for copies of their previous content."""
         rows, events = self._ring.take(len(slots))
         with self._current():
             for event in events:
@@ -104,19 +104,19 @@ class StagedSlab(ABC, Generic[Event]):
         if not slots:
             return
         self.row_slots[list(rows)] = slots
-        stretches = adjacent(rows)
+        ranges = adjacent(rows)
         with self._current():
-            for stretch in stretches:
-                self._copy_rows(stretch)
+            for adjacent_rows in ranges:
+                self._copy_rows(adjacent_rows)
             event = self._record_event()
-        for stretch in stretches:
-            self._ring.hold(stretch, event)
+        for adjacent_rows in ranges:
+            self._ring.hold(adjacent_rows, event)
         self.published = event
         self.versions[list(slots)] += 1
 
 
 def adjacent(rows: Sequence[int]) -> list[range]:
-    """Different rows as the fewest ranges of adjacent ones, ascending."""
+    """Return distinct row numbers as the fewest ranges of adjacent numbers, ascending."""
     found: list[range] = []
     for row in sorted(rows):
         if found and found[-1].stop == row:

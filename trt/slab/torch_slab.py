@@ -19,7 +19,7 @@ from trt.slab.staging import STAGING_ROWS, FillEvent, StagedSlab
 
 
 class GatherSlab(TokenSlab, Protocol):
-    """A slab whose slots can be collected on the device that computes."""
+    """A slab whose slots can be gathered on the device that computes."""
 
     layout: SlotLayout
     num_slots: int
@@ -29,7 +29,7 @@ class GatherSlab(TokenSlab, Protocol):
         ...
 
     def wait_for_published(self) -> None:
-        """Have the device's current stream wait for the last publication."""
+        """Make the device's current stream wait for the last publication."""
         ...
 
 
@@ -56,15 +56,15 @@ class FillStream(Protocol):
         ...
 
     def enqueue(self, work: Callable[[], None]) -> None:
-        """Put work on this stream; it may run later."""
+        """Enqueue work on this stream; it may run later."""
         ...
 
     def record_event(self) -> FillEvent:
-        """Record an event behind the work enqueued so far."""
+        """Record an event after the work enqueued so far."""
         ...
 
     def wait_on_device(self, event: Any) -> None:
-        """Have the device's current stream, which computes, wait for an event of this stream."""
+        """Make the device's current stream, which computes, wait for an event of this stream."""
         ...
 
 
@@ -93,7 +93,7 @@ class CudaFillStream:
 
 
 class DeviceSlab(StagedSlab[FillEvent]):
-    """Device memory filled through pinned rows. Empty slots are all zero."""
+    """Device memory filled through pinned rows. The bytes of empty slots are zero."""
 
     def __init__(
         self,
@@ -129,12 +129,12 @@ class DeviceSlab(StagedSlab[FillEvent]):
         return self._stream.current()
 
     def _copy_rows(self, rows: range) -> None:
-        stretch = slice(rows.start, rows.stop)
+        part = slice(rows.start, rows.stop)
 
         def copy() -> None:
-            slots = self._row_slots[stretch].to(self._tokens.device, non_blocking=True).long()
+            slots = self._row_slots[part].to(self._tokens.device, non_blocking=True).long()
             for staged, slab in ((self._row_tokens, self._tokens), (self._row_scales, self._scales)):
-                slab.index_copy_(0, slots, staged[stretch].to(slab.device, non_blocking=True))
+                slab.index_copy_(0, slots, staged[part].to(slab.device, non_blocking=True))
 
         self._stream.enqueue(copy)
 
@@ -143,7 +143,7 @@ class DeviceSlab(StagedSlab[FillEvent]):
 
 
 def dequantize(layout: SlotLayout, tokens: Tensor, scales: Tensor) -> Tensor:
-    """Stored bytes, uint8 (B, token bytes) and (B, scale bytes), to float32 (B, m, d)."""
+    """Convert stored bytes, uint8 (B, token bytes) and (B, scale bytes), to float32 (B, m, d)."""
     num_tokens = layout.num_tokens
     if layout.storage in ("fp16", "bf16"):
         stored = tokens.view(torch.float16 if layout.storage == "fp16" else torch.bfloat16)
@@ -158,7 +158,7 @@ def dequantize(layout: SlotLayout, tokens: Tensor, scales: Tensor) -> Tensor:
 
 
 def build_slab(layout: SlotLayout, num_slots: int, device: torch.device) -> GatherSlab:
-    """The slab for a device. Raises `EngineUnavailable` if it does not fit there."""
+    """Return a slab on a device. Raises `EngineUnavailable` if it does not fit in memory."""
     if device.type == "cpu":
         return SharedSlab(layout, num_slots)
     with _enough_memory(num_slots, device):
@@ -169,5 +169,5 @@ def build_slab(layout: SlotLayout, num_slots: int, device: torch.device) -> Gath
 def _enough_memory(num_slots: int, device: torch.device) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # of the device, and of pinned memory
-        raise EngineUnavailable(f"no memory for {num_slots} slots on {device}: ask for fewer") from error
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # out of device memory, and out of pinned memory
+        raise EngineUnavailable(f"no memory for {num_slots} slots on {device}: ask for fewer slots") from error

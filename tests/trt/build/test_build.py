@@ -97,7 +97,7 @@ def test_a_checkpoint_becomes_an_engine_directory(build, out, made):
     assert (report.runtime, report.agreement.top1, report.agreement.tau) == ("onnx", 1.0, 1.0)
     assert report.pairs_of.startswith("drawn scenes")
     assert (out.stat().st_mode & 0o777, (out / "pair.onnx").stat().st_mode & 0o777) == (0o755, 0o644)
-    assert "to build it anew: python -m trt.build CHECKPOINT --out DIR --precision fp32 --max-pairs 16" in done.stdout
+    assert "rebuild with: python -m trt.build CHECKPOINT --out DIR --precision fp32 --max-pairs 16" in done.stdout
 
 
 def test_on_a_gpu_plans_are_built_compared_and_described(build, out, recorder):

@@ -129,7 +129,7 @@ def test_a_timing_cache_is_begun_and_then_used(build, recorder, tmp_path):
 def test_a_timing_cache_of_another_gpu_is_refused(build, recorder, plan, tmp_path):
     recorder.faults.add("timing cache")
 
-    with pytest.raises(plan.PlanFailed, match=r"timings is a timing cache of another TensorRT or another GPU"):
+    with pytest.raises(plan.PlanFailed, match=r"timings is not a timing cache of this TensorRT and this GPU"):
         build(timing_cache=tmp_path / "timings")
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from edje.model.variants import VARIANTS
 from edje.text import Tokenizer
 from edje.vocabulary import character_tokenizer
-from trt.check.pairs import hold_pairs, logits_of
+from trt.check.pairs import logits_of, parity_pairs
 from trt.contract import EngineUnavailable
 from trt.parity import ParityFailed
 
@@ -20,18 +20,18 @@ def tokenizer():
 
 
 def test_without_a_tokenizer_they_are_random_and_say_so():
-    held = hold_pairs(TINY, None, num_texts=7, num_images=3)
+    held = parity_pairs(TINY, None, num_texts=7, num_images=3)
 
-    assert held.said == "random pictures and texts"
+    assert held.summary == "random pictures and texts"
     assert held.pixels.shape == (3, 3, 64, 64)
     assert [len(text) for text in held.texts][:: len(held.texts) - 1] == [2, 63]
     assert len({image.tobytes() for image in held.pixels}) == 3
 
 
 def test_with_one_that_knows_their_words_they_are_drawn_scenes(tokenizer):
-    held = hold_pairs(TINY, tokenizer, num_texts=12, num_images=4)
+    held = parity_pairs(TINY, tokenizer, num_texts=12, num_images=4)
 
-    assert held.said.startswith("drawn scenes")
+    assert held.summary.startswith("drawn scenes")
     assert held.pixels.shape == (4, 3, 64, 64)
     assert len(held.texts) == 12
     lengths = [len(text) for text in held.texts]
@@ -40,7 +40,7 @@ def test_with_one_that_knows_their_words_they_are_drawn_scenes(tokenizer):
 
 
 def test_they_are_the_same_every_time(tokenizer):
-    one, other = (hold_pairs(TINY, tokenizer, num_texts=6, num_images=2) for _ in range(2))
+    one, other = (parity_pairs(TINY, tokenizer, num_texts=6, num_images=2) for _ in range(2))
 
     assert one.texts == other.texts
     np.testing.assert_array_equal(one.pixels, other.pixels)
@@ -48,7 +48,7 @@ def test_they_are_the_same_every_time(tokenizer):
 
 
 def test_some_pairs_have_no_first_stage_score():
-    missing = np.isnan(hold_pairs(TINY, None, num_texts=5, num_images=5).first_stage)
+    missing = np.isnan(parity_pairs(TINY, None, num_texts=5, num_images=5).first_stage)
 
     assert 0 < missing.sum() < 25
 
@@ -61,7 +61,7 @@ def test_a_tokenizer_without_their_words_gets_random_ones():
         def token_id(self, token):
             return {"[UNK]": 1}[token]
 
-    assert hold_pairs(TINY, Foreign(), num_texts=3, num_images=2).said == "random pictures and texts"
+    assert parity_pairs(TINY, Foreign(), num_texts=3, num_images=2).summary == "random pictures and texts"
 
 
 def test_tokens_that_cannot_be_stored_are_told_with_the_picture():
@@ -84,8 +84,8 @@ def test_tokens_that_cannot_be_stored_are_told_with_the_picture():
             tokens[1] = np.nan
             return tokens, tokens[:, 0]
 
-    with pytest.raises(ParityFailed, match="the broken engine's tokens of picture 1"):
-        logits_of(Broken(), hold_pairs(TINY, None, num_texts=2, num_images=2))
+    with pytest.raises(ParityFailed, match="the broken engine's tokens of image 1"):
+        logits_of(Broken(), parity_pairs(TINY, None, num_texts=2, num_images=2))
 
 
 def test_photographs_of_a_folder_are_used_with_their_captions(tmp_path):
@@ -94,13 +94,13 @@ def test_photographs_of_a_folder_are_used_with_their_captions(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "captions.txt").write_text("a dog\n\na red cat\n")
 
-    held = hold_pairs(TINY, Letters(), num_texts=5, num_images=3, folder=tmp_path)
-    random = hold_pairs(TINY, None, num_texts=5, num_images=9, folder=tmp_path)
+    held = parity_pairs(TINY, Letters(), num_texts=5, num_images=3, folder=tmp_path)
+    random = parity_pairs(TINY, None, num_texts=5, num_images=9, folder=tmp_path)
 
     assert held.pixels.shape == (3, 3, 64, 64)
     assert held.texts == ((2, 5, 3), (2, 9, 3))
     assert held.first_stage.shape == (2, 3)
-    assert held.said == f"3 photographs of {tmp_path}"
+    assert held.summary == f"3 photographs of {tmp_path}"
     assert (len(random.pixels), len(random.texts)) == (4, 5)
 
 
@@ -108,7 +108,7 @@ def test_a_folder_without_photographs_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
 
     with pytest.raises(EngineUnavailable, match="holds 0 images that can be decoded, and 2 are needed"):
-        hold_pairs(TINY, None, num_texts=5, num_images=3, folder=tmp_path)
+        parity_pairs(TINY, None, num_texts=5, num_images=3, folder=tmp_path)
 
 
 class Letters:

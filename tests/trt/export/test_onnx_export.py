@@ -133,7 +133,7 @@ def test_a_dimension_that_tracing_fixed_is_found(made):
     specs = graphs_of(config_of(made), made.options.storage, made.options.precision)
     fixed = replace(specs["query"], inputs=(replace(specs["query"].inputs[0], shape=(5, "text_tokens")),))
 
-    with pytest.raises(ExportFailed, match="the query graph came out as"):
+    with pytest.raises(ExportFailed, match="the query graph was exported with"):
         check_graph(made.engine / "query.onnx", fixed)
 
 

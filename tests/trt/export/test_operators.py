@@ -45,13 +45,13 @@ def test_an_operator_of_a_foreign_domain_is_told_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("operator", "elem_type", "said"),
     [
-        ("Relu", TensorProto.DOUBLE, "does not take DOUBLE"),
-        ("Softmax", TensorProto.DOUBLE, "does not take DOUBLE"),
-        ("Identity", TensorProto.UINT8, "does not take UINT8"),
-        ("Neg", TensorProto.INT8, "does not take INT8"),
+        ("Relu", TensorProto.DOUBLE, "does not accept DOUBLE"),
+        ("Softmax", TensorProto.DOUBLE, "does not accept DOUBLE"),
+        ("Identity", TensorProto.UINT8, "does not accept UINT8"),
+        ("Neg", TensorProto.INT8, "does not accept INT8"),
     ],
 )
-def test_a_type_that_an_operator_does_not_take_is_told(tmp_path, operator, elem_type, said):
+def test_a_type_that_an_operator_does_not_accept_is_reported(tmp_path, operator, elem_type, said):
     with pytest.raises(OperatorUnsupported, match=rf"{operator} .*{said}"):
         check_operators(written(tmp_path / "pair.onnx", [helper.make_node(operator, ["x"], ["y"])], elem_type))
 
@@ -62,7 +62,7 @@ def test_bytes_may_be_cast_and_nothing_else(tmp_path):
     shape = helper.make_node("Shape", ["x"], ["s"], name="shape")
 
     check_operators(written(tmp_path / "good.onnx", [cast, back], TensorProto.UINT8))
-    with pytest.raises(OperatorUnsupported, match=r"Shape \(node 'shape'\) does not take UINT8"):
+    with pytest.raises(OperatorUnsupported, match=r"Shape \(node 'shape'\) does not accept UINT8"):
         check_operators(written(tmp_path / "bad.onnx", [cast, shape, back], TensorProto.UINT8))
 
 

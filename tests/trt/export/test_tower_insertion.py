@@ -141,5 +141,5 @@ def test_a_tower_that_cannot_be_brought_to_the_opset_is_refused_with_what_to_do(
 
     monkeypatch.setattr(onnx.version_converter, "convert_version", refuse)
 
-    with pytest.raises(ExportFailed, match=r"own ONNX graph cannot become.*no adapter.*the torch engine"):
+    with pytest.raises(ExportFailed, match=r"ONNX graph cannot be inserted.*no adapter.*the torch engine"):
         export_graph("image", checkpoint, tmp_path, storage="int8", precision="fp32")

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from edje.model.weights import load_checkpoint
 from edje.optional import PackageMissing
 from engine_directories import FIRST_LIMIT_S, KINDS, MAX_IMAGES, MAX_PAIRS, copy_of, sample
-from trt.check.pairs import hold_pairs
+from trt.check.pairs import parity_pairs
 from trt.check.reporting import report_on, scored, torch_reference
 from trt.contract import EngineBroken, EngineMismatch, EngineUnavailable, LimitExceeded
 from trt.load import load_engine
@@ -53,7 +53,7 @@ def full(tmp_path_factory):
 
 def test_every_kind_of_encoder_agrees_with_torch_on_texts_of_every_length(made):
     config = load_checkpoint(made.checkpoint).config
-    held = hold_pairs(config, None, num_texts=15, num_images=NUM_SLOTS)
+    held = parity_pairs(config, None, num_texts=15, num_images=NUM_SLOTS)
     reference = scored(torch_reference(load_checkpoint(made.checkpoint), made.options.storage, NUM_SLOTS), held, SHOWN)
 
     report = report_on(load(made), reference, held, THRESHOLDS[made.options.precision], SHOWN)
@@ -119,8 +119,8 @@ def test_an_infinite_scale_makes_a_logit_that_is_not_finite(full):
     ("changes", "said"),
     [
         ({"storage": "fp16"}, "reads int8 tokens, the store holds fp16.*python -m trt.build .*--storage fp16"),
-        ({"max_pairs": MAX_PAIRS + 1}, "takes 48 pairs at once.*python -m trt.build .*--max-pairs 49"),
-        ({"max_images": MAX_IMAGES + 1}, "takes 12 images at once.*python -m trt.build .*--max-images 13"),
+        ({"max_pairs": MAX_PAIRS + 1}, "takes at most 48 pairs in one call.*python -m trt.build .*--max-pairs 49"),
+        ({"max_images": MAX_IMAGES + 1}, "takes at most 12 images in one call.*python -m trt.build .*--max-images 13"),
     ],
 )
 def test_what_the_engine_was_not_built_for_is_refused_with_the_command_that_builds_it(full, changes, said):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trt.graphs import PAIRS, QUERIES, TEXT_TOKENS
-from trt.profiles import pick, profiles_of
+from trt.profiles import narrowest_profile, profiles_of
 from trt.runtimes.static_shapes import Buckets, count_buckets, length_buckets, pair_pieces, text_blocks
 
 PROFILES = profiles_of(max_text_tokens=63, length_buckets=(16, 32), max_pairs=256, max_queries=256, max_images=16)
@@ -56,7 +56,7 @@ def test_every_size_has_a_profile(max_pairs, most, fixed):
 
     assert pairs.largest >= min(most, max_pairs)
     for size in pairs.sizes:
-        pick(profiles, {PAIRS: size, QUERIES: queries.largest, TEXT_TOKENS: 63})
+        narrowest_profile(profiles, {PAIRS: size, QUERIES: queries.largest, TEXT_TOKENS: 63})
 
 
 @pytest.mark.parametrize(("size", "bucket"), [(1, 16), (16, 16), (17, 32), (63, 63)])

@@ -283,7 +283,7 @@ def test_graphs_without_plans_are_refused_with_the_command_that_builds_them(chec
     manifest = written(checkpoint, tmp_path)
     graphs = manifest.graphs | {"pair": manifest.graphs["pair"].model_copy(update={"plan": None})}
 
-    with pytest.raises(EngineMismatch, match=r"no plan of the pair graph.*python -m trt\.build"):
+    with pytest.raises(EngineMismatch, match=r"the pair graph has no plan.*python -m trt\.build"):
         open_again(checkpoint, tmp_path, gpu, manifest.model_copy(update={"graphs": graphs}))
 
 
@@ -292,7 +292,7 @@ def test_a_truncated_plan_is_refused_before_tensorrt_sees_it(checkpoint, gpu, tm
     plan = tmp_path / "pair.plan"
     plan.write_bytes(plan.read_bytes()[:-7])
 
-    with pytest.raises(EngineMismatch, match="copied half"):
+    with pytest.raises(EngineMismatch, match="copied incompletely"):
         open_again(checkpoint, tmp_path, gpu, manifest)
     assert "deserialize_cuda_engine" not in gpu.calls
 

@@ -59,7 +59,7 @@ def test_the_slots_used_last_keep_their_rows():
 
 
 def test_more_slots_in_one_step_than_rows_are_refused():
-    with pytest.raises(LimitExceeded, match="4 images in one step and 3 derived rows"):
+    with pytest.raises(LimitExceeded, match="4 images in one step, but only 3 derived rows"):
         RowTable(9, 3).assign(numbers(0, 1, 2, 3), np.zeros(9, np.uint32))
 
 

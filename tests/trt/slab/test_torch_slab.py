@@ -76,7 +76,7 @@ def test_publishing_counts_versions(slab):
 
 
 def test_more_rows_than_the_ring_has_are_refused(slab):
-    with pytest.raises(LimitExceeded, match="9 slots staged in one call; this engine takes 8"):
+    with pytest.raises(LimitExceeded, match="9 slots staged in one call; this engine takes at most 8"):
         slab.stage(range(9))
 
 
