@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ from edje.training.devices import Devices
 from edje.training.first_stage.candidates import embed_split, negative_sampler
 from edje.training.first_stage.vector_cache import Half, cached_embeddings
 from edje.training.training_model import TrainingModel
+
+T = TypeVar("T")
 
 #: Number of images that give the mean and deviation of patch tokens.
 _STATISTICS_IMAGES = 1000
@@ -230,15 +233,26 @@ class PhaseData:
         def from_disk() -> tuple[Half, Half]:
             return cached_embeddings(first_stage, captions, pooled, self._folder, shows_progress=self._devices.leads)
 
-        cached = from_disk if self._recipe.first_stage.kind == "hub" else None
+        cached = (lambda: self._once(from_disk)) if self._recipe.first_stage.kind == "hub" else None
         return embed_split(self._recipe, phase, first_stage, captions, pooled, groups, self._embeddings, cached)
 
     def _text_states(self, phase: Phase, captions: Captions) -> TextStates | None:
         if not self._trained.config.joint.text_layers or "text" in phase.train or phase.word_dropout:
             return None
-        return cached_text_states(
-            self._trained.model, captions, self._folder, self._devices.device, shows_progress=self._devices.leads
+        return self._once(
+            lambda: cached_text_states(
+                self._trained.model, captions, self._folder, self._devices.device, shows_progress=self._devices.leads
+            )
         )
+
+    def _once(self, load: Callable[[], T]) -> T:
+        """Let the leading process compute and store something before the others load it."""
+        if not self._devices.leads:
+            self._devices.wait()
+        loaded = load()
+        if self._devices.leads:
+            self._devices.wait()
+        return loaded
 
     def _extract(self, dataset: Dataset, *, keeps_patches: bool = True, is_shared: bool = True) -> Features:
         trained = self._trained

@@ -207,7 +207,7 @@ def test_position_vectors_and_a_decoder_that_starts_at_them_are_trained_and_save
     for ours, before in ((adapter.places.table.weight, drawn.places.table.weight), (adapter.query, drawn.query)):
         assert ours.shape == before.shape
         assert not torch.equal(ours, before)
-    assert (adapter.query[0] * adapter.places.spread(3)).sum(dim=1).min() > 0  # close to their initial values
+    assert (adapter.query[0] * adapter.places.evenly_spaced(3)).sum(dim=1).min() > 0  # close to their initial values
 
 
 @pytest.mark.parametrize("kind", ["late", "minimal", "maxsim"])
