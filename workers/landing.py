@@ -1,6 +1,6 @@
-"""Brings results of other threads to the loop's thread.
+"""Runs callbacks for the results of other threads on the loop's thread.
 
-One idiom for everything that runs elsewhere: start a task with a callback, wake the loop when the task has ended, run
+One idiom for all work on other threads: start a task with a callback, wake the loop when the task has ended, run
 the callback in the loop's next turn. Knows nothing of what the tasks do.
 """
 
@@ -15,12 +15,12 @@ R = TypeVar("R")
 
 
 class Landing:
-    """Callbacks that wait for the loop's thread, in the order in which their tasks ended."""
+    """Keeps the callbacks of ended tasks for the loop's thread, in the order in which the tasks ended."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._ended: deque[Callable[[], None]] = deque()
-        self.num_pending = 0  # tasks started whose callback has not run
+        self.num_pending = 0  # started tasks whose callback has not run
 
     def start(
         self,

@@ -1,8 +1,8 @@
 """Reads settings from the environment, once, and refuses unknown variables with the worker's prefix.
 
-A variable with a worker's own prefix must be one of its settings. What a platform injects is left alone: Kubernetes
-announces a Service named `rerank` or `kafka` as `RERANK_PORT=tcp://…` or `KAFKA_SERVICE_HOST`, and images of Kafka
-bring their own `KAFKA_*`. Of such shared names only those similar to a setting are reported, as a warning.
+A variable with a worker's prefix must be one of its settings. Variables that a platform injects are ignored: Kubernetes
+sets `RERANK_PORT=tcp://…` or `KAFKA_SERVICE_HOST` for a Service named `rerank` or `kafka`, and images of Kafka
+set their own `KAFKA_*`. Shared names are only reported as a warning, and only if they resemble a setting.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from workers.secrets import secrets_in
 
 S = TypeVar("S", bound=BaseSettings)
 
-#: Variables that Kubernetes (and the container links before it) make from the name of a Service.
+#: Names of the variables that Kubernetes (and container links) make from the name of a Service.
 _SERVICE_LINK = re.compile(r"\w*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 _SHARED_PREFIXES = ("KAFKA_", "REDIS_")
-#: Similar enough for a typing error or an abbreviation, and too different for KAFKA_HEAP_OPTS.
+#: Similarity that finds typing errors and abbreviations, but not KAFKA_HEAP_OPTS.
 _SIMILARITY = 0.8
 
 
 def read_settings(kind: type[S]) -> S:
-    """Return the settings of the environment. Raises `Misconfigured` with one line for each fault."""
+    """Return the settings from the environment. Raises `Misconfigured` with one line for each fault."""
     names = variable_names(kind)
     faults = [*_unknown(kind, names.values(), os.environ)]
     settings: S | None = None
@@ -64,7 +64,7 @@ def near_misses(kind: type[BaseSettings]) -> list[str]:
 
 
 def secrets_of(settings: BaseSettings) -> list[str]:
-    """Return every secret of the settings, to be masked in the log; of an address only its passwords."""
+    """Return every secret of the settings, to be masked in the log; of addresses only the passwords."""
     values = (getattr(settings, name) for name in type(settings).model_fields)
     return [found for value in values if isinstance(value, SecretStr) for found in secrets_in(value.get_secret_value())]
 

@@ -1,6 +1,6 @@
-"""Tries a call again while it fails with `Transient`: exponential backoff with full jitter, by tenacity.
+"""Retries a call while it fails with `Transient`: exponential backoff with full jitter, by tenacity.
 
-`Retry` is for threads that may wait. The loop never waits: it asks `pause_s` when to try again.
+`Retry` is for threads that may wait. The loop never waits; `pause_s` gives the time of its next attempt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 #: First and longest pause between two attempts, in seconds.
 BASE_PAUSE_S, MAX_PAUSE_S = 0.05, 2.0
-#: The same for what the loop tries again: publishing and commits.
+#: First and longest pause of the loop's retries: publishing and commits.
 LOOP_BASE_PAUSE_S, LOOP_MAX_PAUSE_S = 0.1, 5.0
 
 _WAIT = wait_random_exponential(multiplier=BASE_PAUSE_S, max=MAX_PAUSE_S)
@@ -42,7 +42,7 @@ def is_worth_a_line(attempt: int) -> bool:
 
 
 class Stopped(Exception):
-    """The worker ends; the call was given up and its message is left to the next owner."""
+    """The worker ends: the call was given up, and the next owner repeats its message."""
 
 
 class Retry:
@@ -55,7 +55,7 @@ class Retry:
         on_success: Callable[[], None] = lambda: None,
         wait: wait_base | None = None,
     ) -> None:
-        """`on_retry` is called before each pause, `on_error` with the error too; `on_success` after a call."""
+        """`on_retry` and `on_error` (with the error) are called before each pause, `on_success` after a success."""
         self._stopped = threading.Event()
         self._on_retry = on_retry
         self._on_error = on_error
@@ -63,11 +63,11 @@ class Retry:
         self._wait = wait or _WAIT
 
     def stop(self) -> None:
-        """Give up every call that is being tried."""
+        """Give up every call in progress."""
         self._stopped.set()
 
     def __call__(self, what: str, call: Callable[[], T], *, stop: stop_base = stop_never) -> T:
-        """Return `call()`, tried again on `Transient`; any other error passes. Raises `Stopped` after `stop()`."""
+        """Return `call()`, retried on `Transient`; raises any other error at once, and `Stopped` after `stop()`."""
         retrying = Retrying(
             retry=retry_if_exception_type(Transient),
             wait=self._wait,

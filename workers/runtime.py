@@ -1,7 +1,7 @@
-"""The composition of every worker: settings, logs, health, telemetry, bus, delivery, loop, signals.
+"""Composes and runs a worker: settings, logs, health, telemetry, bus, delivery, loop, signals.
 
-Each worker adds its job (`Build`). Only this module and `workers.connect` name the adapters of a worker; everything
-else knows ports.
+Each kind of worker adds its job (`Build`). Only this module and `workers.connect` name adapters; all others
+know ports.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ T = TypeVar("T")
 #: The conditions of `/readyz`.
 ENGINE_WARM, STORE_ANSWERS, BROKER_ANSWERS = "engine loaded and warm", "store answers", "broker answers"
 GROUP_JOINED = "consumer group joined"
-#: How often gauges are brought up to date.
+#: Interval at which gauges are updated.
 GAUGES_S = 1.0
-#: How often the store or database is probed once the worker is ready.
+#: Interval at which a ready worker probes its store or database.
 PROBE_S = 5.0
-#: The retries that report whether the store or the database works.
+#: Kinds of retries whose result shows whether the store or database works.
 STORE_RETRIES: tuple[RetryKind, ...] = ("store_read", "store_write")
 
 
@@ -66,7 +66,7 @@ class Layout(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Shared(Generic[S]):
-    """What a job is built from."""
+    """The parts of a worker that its job uses."""
 
     settings: S
     topics: Topics
@@ -77,7 +77,7 @@ class Shared(Generic[S]):
     health: Health = field(default_factory=lambda: Health(waits_for=(), stall_limit_s=60.0))
 
     def retry(self, kind: RetryKind) -> Retry:
-        """Return a retry that counts its attempts and, for the store, reports to `/readyz` whether they succeed."""
+        """Return a retry that counts its attempts; retries of the store also report their success to `/readyz`."""
         if kind not in STORE_RETRIES:
             return Retry(on_retry=lambda: self.metrics.count_retry(kind))
         return Retry(
@@ -89,7 +89,7 @@ class Shared(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A job that is ready to work, and what the worker needs besides.
+    """A job that is ready to work, and its topics, group, checks and gauges.
 
     `refresh_gauges` takes the lag of each assigned partition. `probe` tries every command that the job sends to its
     store or database, and raises `Transient` or `Misconfigured`. `on_follower` gets the follower that reads
@@ -120,7 +120,7 @@ def open_store(settings: EngineSettings) -> TokenStore:
 
 
 def about(settings: EngineSettings, info: EngineInfo) -> dict[str, object]:
-    """Return what the line `ready` names: images stored under another model or storage type look lost."""
+    """Return the fields of the log line `ready`: images stored for another model or storage type would be missing."""
     return {
         "model": info.model_digest,
         "engine": info.engine_digest,
@@ -133,15 +133,16 @@ def about(settings: EngineSettings, info: EngineInfo) -> dict[str, object]:
 def run_worker(
     name: str, kind: type[S], build: Build[S], *, loads: str = ENGINE_WARM, needs: str = STORE_ANSWERS
 ) -> int:
-    """Run a worker until SIGTERM or SIGINT; returns or raises the process's exit status.
+    """Run a worker until SIGTERM or SIGINT; returns the exit status, or raises `SystemExit`.
 
-    `loads` and `needs` are the conditions in `/readyz` that the end of `build` and a first good `Built.probe` meet.
+    `loads` and `needs` are the `/readyz` conditions that `build` and the first successful `Built.probe` meet.
     """
     program = f"python -m workers.{name}"
 
     def command(
         layout: Annotated[
-            Layout | None, typer.Option("--show-config", help="List every setting (table or json; default table), end.")
+            Layout | None,
+            typer.Option("--show-config", help="List every setting (table or json; default table), then exit."),
         ] = None,
     ) -> None:
         try:
@@ -171,18 +172,18 @@ def _run_logged(name: str, settings: S, build: Build[S], *, loads: str, needs: s
         with ExitStack() as stack:
             _run(name, settings, build, stack, loads=loads, needs=needs)
     except (Misconfigured, EngineError) as error:
-        log.error("the worker cannot go on", error=str(error), kind=type(error).__name__)
+        log.error("the worker cannot run", error=str(error), kind=type(error).__name__)
         return 1
     except Exception:
-        log.exception("the worker ends; the next owner repeats what was in work")
+        log.exception("the worker ends; the next owner repeats the messages in work")
         return 1
     return 0
 
 
 class _Signals:
-    """SIGTERM and SIGINT: before the loop runs they end the process, afterwards they drain it.
+    """Handles SIGTERM and SIGINT: they end the process before the loop runs, and drain the loop afterwards.
 
-    The handler sets flags and takes no lock: the interrupted code may hold any.
+    The handler sets flags and takes no lock, because the interrupted code may hold it.
     """
 
     def __init__(self, health: Health) -> None:
@@ -272,9 +273,9 @@ def _check_checkpoint(settings: WorkerSettings, names: Mapping[str, str]) -> Non
 
 
 def _wait_for(shared: Shared[S], condition: str, call: Callable[[], T]) -> T:
-    """Repeat a call until it succeeds; `/readyz` shows why it does not.
+    """Repeat a call until it succeeds; `/readyz` shows the last error.
 
-    Refused credentials and missing permissions too: a worker that reports them is found sooner than one that restarts.
+    Also repeats after refused credentials or missing permissions, which `/readyz` reports better than restarts would.
     """
 
     def attempt() -> T:
@@ -290,7 +291,7 @@ def _wait_for(shared: Shared[S], condition: str, call: Callable[[], T]) -> T:
 
 
 class _Prober:
-    """Probes the store or database of a ready worker, on a thread: while idle it would not notice that it is away."""
+    """Probes a ready worker's store or database on a thread, because an idle worker would not notice an outage."""
 
     def __init__(self, health: Health, needs: str, probe: Callable[[], None]) -> None:
         self._health = health
@@ -304,7 +305,7 @@ class _Prober:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()  # not joined: its call may wait for a store that is away
+        self._stop.set()  # the thread is not joined: its probe may wait for an unreachable store
 
     def is_serving(self) -> bool:
         return self._thread.is_alive()
@@ -314,7 +315,7 @@ class _Prober:
             try:
                 self._probe()
             except (Transient, Misconfigured) as error:
-                self._health.fail(self._needs, f"not any more: {error}")
+                self._health.fail(self._needs, f"no longer: {error}")
             else:
                 self._health.restore(self._needs)
                 for kind in STORE_RETRIES:
@@ -322,7 +323,7 @@ class _Prober:
 
 
 class _Housekeeping:
-    """Reports each turn of the loop to health and metrics, the costlier things once a second."""
+    """Reports each turn of the loop to health and metrics, and updates gauges and spans once a second."""
 
     def __init__(
         self,

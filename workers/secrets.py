@@ -1,6 +1,6 @@
 """Finds and masks secrets: passwords in addresses, and the secret values of settings.
 
-The one set of patterns for log lines, error messages and listed settings. Knows no setting and no client.
+The only patterns for log lines, error messages and listed settings. Knows no setting and no client.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from urllib.parse import unquote
 
 MASK = "***"
-#: A shorter secret would be found inside ordinary words; in an address it is masked all the same.
+#: Shorter secrets are masked in addresses only, because they could occur inside ordinary words.
 MIN_SECRET_CHARS = 4
 
-#: The password before the last @ of the word: one that holds an unescaped @ or slash is masked whole.
+#: Matches up to the last @ of the word, so that a password with an unescaped @ or slash is masked whole.
 _USERINFO = re.compile(r"(?<=://)([^\s:/@]*):([^\s]*)@")
 _SECRET_OPTION = re.compile(r"([?&][^=&\s]*(?:password|secret|token)[^=&\s]*=)([^&\s]*)", re.IGNORECASE)
 
@@ -32,7 +32,7 @@ def secrets_in(value: str) -> list[str]:
 
 
 def mask_setting(value: str) -> str:
-    """Return a secret setting as it may be shown: an address without its passwords, anything else masked whole."""
+    """Return a secret setting for display: an address without its passwords, anything else masked whole."""
     return mask_addresses(value) if "://" in value else MASK
 
 
@@ -41,7 +41,9 @@ class SecretMask:
 
     def __init__(self, secrets: Iterable[str]) -> None:
         long_enough = {secret for secret in secrets if len(secret) >= MIN_SECRET_CHARS}
-        self._secrets = sorted(long_enough, key=len, reverse=True)  # the longest first: one may contain another
+        self._secrets = sorted(
+            long_enough, key=len, reverse=True
+        )  # longest first, because one secret may contain another
 
     def __call__(self, text: str) -> str:
         for secret in self._secrets:

@@ -1,7 +1,7 @@
 """The settings of the workers: names, types, bounds, defaults and meanings.
 
-Frozen once made; composition roots turn them into the small limits that modules take. How they are read is
-`workers.read_settings`, how they are shown `workers.show_config`.
+Settings are immutable; composition roots convert them to the small limits that modules take. They are read by
+`workers.read_settings` and listed by `workers.show_config`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def _split(value: object) -> object:
     return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
 
 
-#: Several words, written with commas between them.
+#: Several words, separated by commas.
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
 Ports = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)]
-#: Bytes, also written with a unit: 1GiB.
+#: A number of bytes, optionally with a unit: 1GiB.
 PositiveBytes = Annotated[ByteSize, Field(gt=0)]
 
 
 class KafkaSettings(BaseSettings):
-    """How to reach Kafka: the same variables for everything that talks to it."""
+    """The connection to Kafka: the same variables for every program that uses it."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", env_ignore_empty=True, populate_by_name=True, hide_input_in_errors=True
@@ -50,7 +50,7 @@ class KafkaSettings(BaseSettings):
         description="Whether connections use TLS, SASL, both or neither.",
     )
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(
-        None, validation_alias="KAFKA_SASL_MECHANISM", description="Mechanism of the login, for SASL protocols."
+        None, validation_alias="KAFKA_SASL_MECHANISM", description="SASL mechanism, for SASL protocols."
     )
     kafka_sasl_username: str | None = Field(
         None, validation_alias="KAFKA_SASL_USERNAME", description="User, for SASL protocols."
@@ -61,7 +61,7 @@ class KafkaSettings(BaseSettings):
     kafka_ssl_cafile: Path | None = Field(
         None,
         validation_alias="KAFKA_SSL_CAFILE",
-        description="File of trusted certificates; default: those of the system.",
+        description="File of trusted certificates; default: the system's.",
     )
     kafka_ssl_certfile: Path | None = Field(
         None, validation_alias="KAFKA_SSL_CERTFILE", description="File of the client's certificate."
@@ -106,13 +106,15 @@ class ServiceSettings(KafkaSettings):
     http_host: str = Field(
         "127.0.0.1", description="Address that serves health and metrics; 0.0.0.0 for the probes of a pod."
     )
-    http_port: int = Field(8080, ge=0, le=65535, description="Port of both; 0 takes a free one, which is logged.")
+    http_port: int = Field(8080, ge=0, le=65535, description="Port of health and metrics; 0 takes a free one.")
     stall_limit_s: PositiveFloat = Field(
         10.0, description="Seconds without a turn of the loop after which the worker counts as dead."
     )
-    drain_grace_s: NonNegativeFloat = Field(20.0, description="Seconds after SIGTERM to finish the messages in work.")
+    drain_grace_s: NonNegativeFloat = Field(
+        20.0, description="Longest time after SIGTERM to finish the messages in work."
+    )
     log_format: Literal["console", "json"] = Field(
-        "console", description="Format of log lines: for people or for machines."
+        "console", description="Format of log lines: console is for people, json for machines."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
     span_file: Path | None = Field(
@@ -137,40 +139,42 @@ class ServiceSettings(KafkaSettings):
         "false", validation_alias="OTEL_SDK_DISABLED", description="true: record and send neither spans nor metrics."
     )
     otel_traces_exporter: str = Field(
-        "otlp", validation_alias="OTEL_TRACES_EXPORTER", description="none: send no spans, whatever endpoint is set."
+        "otlp", validation_alias="OTEL_TRACES_EXPORTER", description="none: send no spans, even if an endpoint is set."
     )
     otel_metrics_exporter: str = Field(
         "otlp",
         validation_alias="OTEL_METRICS_EXPORTER",
-        description="none: send no metrics, whatever endpoint is set. They are served on `/metrics` in any case.",
+        description="none: send no metrics, even if an endpoint is set; `/metrics` always serves them.",
     )
     otel_protocol: str = Field(
         "http/protobuf",
         validation_alias="OTEL_EXPORTER_OTLP_PROTOCOL",
-        description="Protocol to the collector; this is the only one.",
+        description="Protocol to the collector; the only supported one.",
     )
     otel_traces_sampler: str = Field(
         "parentbased_always_on",
         validation_alias="OTEL_TRACES_SAMPLER",
         description="Which messages are traced: always_on, always_off, traceidratio, or one of these after "
-        "`parentbased_`, which follows the producer's decision if there is one.",
+        "`parentbased_`, which follows the producer's decision if the message has one.",
     )
     otel_traces_sampler_arg: str = Field(
-        "1.0", validation_alias="OTEL_TRACES_SAMPLER_ARG", description="The share of traces, for traceidratio."
+        "1.0", validation_alias="OTEL_TRACES_SAMPLER_ARG", description="Share of traces to record, for traceidratio."
     )
     otel_max_queue_spans: str = Field(
-        "2048", validation_alias="OTEL_BSP_MAX_QUEUE_SIZE", description="Spans that wait to be sent; more are dropped."
+        "2048",
+        validation_alias="OTEL_BSP_MAX_QUEUE_SIZE",
+        description="Most spans that wait to be sent; more are dropped.",
     )
     otel_max_batch_spans: str = Field(
         "512",
         validation_alias="OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
-        description="Number of spans that are sent together, at most the queue's size.",
+        description="Most spans sent together, at most the queue's size.",
     )
     otel_span_delay_ms: str = Field(
-        "5000", validation_alias="OTEL_BSP_SCHEDULE_DELAY", description="Interval at which fewer spans are sent."
+        "5000", validation_alias="OTEL_BSP_SCHEDULE_DELAY", description="Milliseconds after which fewer spans are sent."
     )
     otel_metric_export_interval_ms: str = Field(
-        "60000", validation_alias="OTEL_METRIC_EXPORT_INTERVAL", description="Interval at which metrics are sent."
+        "60000", validation_alias="OTEL_METRIC_EXPORT_INTERVAL", description="Milliseconds between exports of metrics."
     )
 
     @check(mode="after")
@@ -179,7 +183,7 @@ class ServiceSettings(KafkaSettings):
         return self
 
     def telemetry(self) -> TelemetryOptions:
-        """Return the telemetry options; invalid values of standard variables are ignored."""
+        """Return the telemetry options; invalid values of OTEL_* variables are ignored."""
         return self._read_telemetry(OptionsReader())
 
     def warnings(self) -> list[str]:
@@ -230,7 +234,7 @@ class WorkerSettings(ServiceSettings):
         "others, its open transaction is aborted.",
     )
     revoke_grace_s: NonNegativeFloat = Field(
-        5.0, description="Seconds to finish the messages of a partition before it is given back."
+        5.0, description="Longest time to finish the messages of a revoked partition before it is given back."
     )
     max_poll_records: PositiveInt = Field(500, description="Most records of one poll.")
     max_undelivered_messages: PositiveInt = Field(
@@ -251,17 +255,19 @@ class EngineSettings(WorkerSettings):
     )
     checkpoint: Path = Field(Path("checkpoint"), description="Folder of the model checkpoint.")
     engine: Literal["auto", "torch", "tensorrt", "onnx", "constant"] = Field(
-        "auto", description="Runtime; auto picks a fast one here and logs it, constant computes nothing."
+        "auto", description="Runtime; auto picks a fast one for this machine and logs it, constant computes nothing."
     )
     engine_directory: Path | None = Field(
         None, description="Output of `python -m trt.build` for the checkpoint, for tensorrt, onnx and auto."
     )
     constant_engine_ms_per_item: NonNegativeFloat = Field(
-        0.0, description="How long the constant engine takes for a pair or an image, for tests and benchmarks."
+        0.0, description="Milliseconds that the constant engine takes for a pair or image, for tests and benchmarks."
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where the engine runs: cpu, cuda, cuda:1.")
-    num_threads: PositiveInt | None = Field(None, description="Threads of the engine on a CPU; none: its choice.")
-    storage: Literal["fp16", "bf16", "int8", "int4"] = Field("int8", description="How tokens are stored.")
+    num_threads: PositiveInt | None = Field(
+        None, description="Threads of the engine on a CPU; none: the runtime's choice."
+    )
+    storage: Literal["fp16", "bf16", "int8", "int4"] = Field("int8", description="Storage type of tokens.")
 
     @check(mode="after")
     def _engine_settings_agree(self) -> Self:
@@ -279,8 +285,8 @@ class RerankSettings(EngineSettings):
     model_config = SettingsConfigDict(env_prefix="RERANK_")
 
     group_id: str = Field("edje-rerank", min_length=1, description="Consumer group.")
-    max_candidates: PositiveInt = Field(1000, description="Candidates of one request.")
-    max_query_chars: PositiveInt = Field(2000, description="Characters of a query or of a candidate's text.")
+    max_candidates: PositiveInt = Field(1000, description="Most candidates of one request.")
+    max_query_chars: PositiveInt = Field(2000, description="Most characters of a query or of a candidate's text.")
     max_request_bytes: PositiveBytes = Field(
         ByteSize(MIB), description="Largest request that is read, after decompression."
     )
@@ -288,26 +294,26 @@ class RerankSettings(EngineSettings):
         ByteSize(256 * MIB), description="Bytes of requests in work before reading pauses."
     )
     max_inflight_pairs: PositiveInt = Field(20_000, description="Pairs in work before reading pauses.")
-    max_batch_tokens: PositiveInt = Field(65_536, description="Text and visual tokens of one micro-batch.")
-    max_batch_pairs: PositiveInt = Field(512, description="Pairs of one micro-batch.")
+    max_batch_tokens: PositiveInt = Field(65_536, description="Most text and visual tokens of one micro-batch.")
+    max_batch_pairs: PositiveInt = Field(512, description="Most pairs of one micro-batch.")
     max_batch_wait_ms: NonNegativeFloat = Field(2.0, description="Longest wait of a pair for a fuller batch.")
-    piece_pairs: PositiveInt = Field(128, le=1024, description="Pairs of the pieces a big request is cut into.")
+    piece_pairs: PositiveInt = Field(128, le=1024, description="Most pairs of the pieces into which a request is cut.")
     slab_bytes: PositiveBytes = Field(ByteSize(1024 * MIB), description="Memory of the token slab on the device.")
-    fetch_threads: PositiveInt = Field(2, le=64, description="Threads that read the store, a connection each.")
+    fetch_threads: PositiveInt = Field(2, le=64, description="Threads that read the store, each with one connection.")
     deadline_tolerance_ms: NonNegativeFloat = Field(
         0.0,
-        description="A deadline counts as passed so much later, for producers whose clocks are behind this worker's.",
+        description="Milliseconds added to each deadline, for producers whose clocks are behind this worker's.",
     )
     allowed_reply_topics: Words = Field(
         (), description="Patterns of the reply topics a request may name; none: <responses> and <responses>.*"
     )
-    tokenizer_cache_size: int = Field(10_000, ge=0, description="Texts whose ids are remembered.")
+    tokenizer_cache_size: int = Field(10_000, ge=0, description="Most texts whose token ids are cached.")
     fixed_buckets: bool = Field(
         False,
-        description="Compute in fixed shapes: slower, and a score is the same to the last bit in every batch.",
+        description="Compute in fixed shapes: slower, but a score has the same bits in every batch.",
     )
     hot_images: int = Field(
-        0, ge=0, description="Images of a `minimal` encoder whose keys and values are kept in the slab, in its bytes."
+        0, ge=0, description="Images whose keys and values a `minimal` encoder caches in the slab, within its bytes."
     )
 
     @check(mode="after")
@@ -335,34 +341,42 @@ class IngestSettings(EngineSettings):
     model_config = SettingsConfigDict(env_prefix="INGEST_")
 
     group_id: str = Field("edje-ingest", min_length=1, description="Consumer group.")
-    http_port: int = Field(8081, ge=0, le=65535, description="Port of both; 0 takes a free one, which is logged.")
-    allowed_schemes: Words = Field(("https", "http"), description="Of http, https, file, s3 and gs, those to read.")
+    http_port: int = Field(8081, ge=0, le=65535, description="Port of health and metrics; 0 takes a free one.")
+    allowed_schemes: Words = Field(
+        ("https", "http"), description="Schemes of addresses to read: http, https, file, s3, gs."
+    )
     allowed_hosts: Words = Field(
-        (), description="Hosts and buckets to read from, *.example.com too; none: any public host and no bucket."
+        (), description="Hosts, buckets and patterns like *.example.com to read; none: any public host, no bucket."
     )
     allowed_ports: Ports = Field((), description="Ports to read from; none: any.")
-    file_roots: Paths = Field((), description="Folders that file addresses may lie in.")
+    file_roots: Paths = Field((), description="Folders from which file addresses may be read.")
     allow_private_addresses: bool = Field(
         False,
         description="Also read from private and loopback addresses; never from link-local ones and those of cloud "
         "metadata services.",
     )
     max_image_bytes: PositiveBytes = Field(ByteSize(32 * MIB), description="Largest image file.")
-    max_image_pixels: PositiveInt = Field(50_000_000, description="Most pixels of an image, told by its header.")
+    max_image_pixels: PositiveInt = Field(50_000_000, description="Most pixels of an image, by its header.")
     max_redirects: int = Field(3, ge=0, le=20, description="Redirects followed, each checked like the first address.")
-    fetch_timeout_s: PositiveFloat = Field(15.0, description="For one attempt, from name lookup to the last byte.")
+    fetch_timeout_s: PositiveFloat = Field(
+        15.0, description="Time limit of one attempt, from name lookup to the last byte."
+    )
     fetch_retry_s: PositiveFloat = Field(
-        600.0, description="How long an image that cannot be fetched now is tried again, before its dead letter."
+        600.0, description="How long the fetch of an image is retried before its dead letter."
     )
     fetch_threads: PositiveInt = Field(
-        16, le=256, description="Images fetched at once; a slow host has a quarter of them, a fast one three quarters."
+        16,
+        le=256,
+        description="Images fetched at once; a slow host gets at most a quarter of them, a fast one three quarters.",
     )
-    decode_threads: PositiveInt = Field(2, le=256, description="Images decoded at once.")
-    max_batch_images: PositiveInt = Field(16, description="Images of one batch.")
+    decode_threads: PositiveInt = Field(2, le=256, description="Most images decoded at once.")
+    max_batch_images: PositiveInt = Field(16, description="Most images of one batch.")
     max_batch_wait_ms: NonNegativeFloat = Field(20.0, description="Longest wait of an image for a fuller batch.")
-    max_inflight_images: PositiveInt = Field(256, description="Images in work before reading pauses.")
-    max_inflight_bytes: PositiveBytes = Field(ByteSize(512 * MIB), description="Bytes in work before reading pauses.")
-    thumbnails: bool = Field(False, description="Store a thumbnail of each image beside its tokens, for search pages.")
+    max_inflight_images: PositiveInt = Field(256, description="Most images in work before reading pauses.")
+    max_inflight_bytes: PositiveBytes = Field(
+        ByteSize(512 * MIB), description="Most bytes of images in work before reading pauses."
+    )
+    thumbnails: bool = Field(False, description="Also store a thumbnail of each image, for search pages.")
     publish_embedding: bool = Field(False, description="Whether images.indexed carries the pooled embedding.")
 
     @check(mode="after")
@@ -377,7 +391,7 @@ class IngestSettings(EngineSettings):
 
 
 def at_most(settings: BaseSettings, smaller: str, larger: str) -> None:
-    """Refuse limits that contradict each other."""
+    """Raise `ValueError` if the first limit exceeds the second."""
     low, high = getattr(settings, smaller), getattr(settings, larger)
     if low > high:
         raise ValueError(f"{smaller}={low} is more than {larger}={high}")

@@ -19,7 +19,7 @@ from rich.table import Table
 from workers.read_settings import variable_names
 from workers.secrets import mask_setting
 
-#: Width for a pipe or a file: each setting stays on one line.
+#: Width of output to a pipe or a file, so that each setting is one line.
 UNBOUNDED_WIDTH = 240
 
 

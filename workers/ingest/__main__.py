@@ -26,7 +26,7 @@ from workers.runtime import Built, Shared, about, open_store, run_worker
 from workers.settings import IngestSettings
 from workers.telemetry.bus_spans import BusSpans
 
-#: The bytes of an event beside its image: metadata, ids and framing.
+#: The bytes of an event in addition to its image: metadata, ids and framing.
 EVENT_BYTES = 1 << 20
 
 
@@ -96,7 +96,7 @@ def build(shared: Shared[IngestSettings]) -> Iterator[Built]:
 
 
 def image_fetcher(settings: IngestSettings) -> ImageFetcher:
-    """Build the fetcher within the address policy and the limits of the settings."""
+    """Build the fetcher with the address policy and the limits of the settings."""
     policy = AddressPolicy(
         schemes=frozenset(settings.allowed_schemes),
         hosts=settings.allowed_hosts,
@@ -113,7 +113,7 @@ def image_fetcher(settings: IngestSettings) -> ImageFetcher:
 
 
 def load(settings: IngestSettings) -> Engine:
-    """Load the engine and warm it up; its slab has one slot, because nothing is scored here."""
+    """Load the engine and warm it up; its slab has one slot, because ingest workers score nothing."""
     engine = load_engine(
         settings.engine,
         settings.checkpoint,

@@ -1,7 +1,7 @@
 """Decides which image addresses the service may read: schemes, hosts, buckets, ports and network addresses.
 
-Pure: it judges names and numbers and looks nothing up. The fetcher checks every IP address again when it opens a
-connection to it. The lists of networks are kept here, because those of Python's `ipaddress` differ between releases.
+Pure: it checks names and numbers without any lookup. The fetcher checks every IP address again when it opens a
+connection to it. The networks are listed here, because the lists of Python's `ipaddress` differ between releases.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from workers.errors import Misconfigured, Poison
 SCHEMES = frozenset({"file", "http", "https", "s3", "gs"})
 OBJECT_SCHEMES = frozenset({"s3", "gs"})
 
-#: Networks of IPv4 that are not public (IANA's special-purpose registry), but for those in the next two lists.
+#: IPv4 networks that are not public (IANA's special-purpose registry), except those in the next two lists.
 _PRIVATE_V4 = tuple(
     map(
         IPv4Network,
@@ -35,14 +35,14 @@ _PRIVATE_V4 = tuple(
         ),
     )
 )
-#: No single machine has an address in these.
+#: IPv4 networks whose addresses belong to no single machine.
 _NO_MACHINE_V4 = tuple(map(IPv4Network, ("0.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4")))
-#: Link-local addresses, and those under which clouds serve credentials to their virtual machines outside of them.
+#: Link-local networks, and other addresses under which clouds serve credentials to their virtual machines.
 _METADATA_V4 = tuple(
     map(
         IPv4Network,
         (
-            "169.254.0.0/16",  # almost every cloud: 169.254.169.254 and its neighbours
+            "169.254.0.0/16",  # almost every cloud: 169.254.169.254 and nearby addresses
             "100.100.100.200/32",  # Alibaba Cloud
             "168.63.129.16/32",  # Azure's platform service
             "192.0.0.192/32",  # Oracle Cloud
@@ -66,11 +66,11 @@ _METADATA_NAMES = frozenset(
 
 #: The only network of IPv6 that is routed on the public internet (RFC 4291).
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
-#: Parts of it that are not: protocol assignments, among them Teredo, and documentation.
+#: Parts of that network that are not public: protocol assignments (such as Teredo) and documentation.
 _PRIVATE_V6 = tuple(map(IPv6Network, ("2001::/23", "2001:db8::/32", "3fff::/20")))
 _NO_MACHINE_V6 = tuple(map(IPv6Network, ("::/128", "ff00::/8")))
 
-#: Networks of IPv6 addresses that hold an IPv4 address, with the number of bits behind it.
+#: Networks of IPv6 addresses that contain an IPv4 address, with the number of bits after it.
 _EMBEDDED_V4 = (
     (IPv6Network("::ffff:0:0/96"), 0),  # mapped
     (IPv6Network("::ffff:0:0:0/96"), 0),  # translated (RFC 6145)
@@ -79,7 +79,7 @@ _EMBEDDED_V4 = (
     (IPv6Network("64:ff9b:1::/48"), 0),  # NAT64, local prefixes
     (IPv6Network("2002::/16"), 80),  # 6to4
 )
-#: Of these, the ones that lead to the embedded address on the public internet.
+#: Those of these networks that lead to the contained address on the public internet.
 _TRANSPARENT = (IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"), IPv6Network("2002::/16"))
 _TEREDO = IPv6Network("2001::/32")
 _ISATAP = 0x5EFE  # the second word of an interface identifier whose last 32 bits are an IPv4 address
@@ -92,9 +92,9 @@ _AnyAddress = IPv4Address | IPv6Address
 class AddressPolicy:
     """The rules for image addresses.
 
-    `hosts` holds names and patterns like `*.example.com` (which does not match `example.com` itself), and the buckets
-    of s3 and gs; empty allows every host, and no bucket. `ports` empty allows every port. `file_roots` empty allows no
-    file. Addresses that serve a machine's credentials are never allowed, `allow_private_addresses` or not.
+    `hosts` holds names and patterns like `*.example.com` (which does not match `example.com`), and the buckets
+    of s3 and gs; if empty, every host and no bucket is allowed. Empty `ports` allow every port, empty `file_roots` no
+    file. Addresses that serve a machine's credentials are never allowed, even with `allow_private_addresses`.
     """
 
     schemes: frozenset[str]
@@ -123,7 +123,7 @@ class AddressPolicy:
             raise _refused(f"the scheme {scheme[:20]!r} is not allowed; allowed: {', '.join(sorted(self.schemes))}")
 
     def check_host(self, host: str) -> None:
-        """Raise `Poison` unless this host may be read; a literal IP address is checked as such too."""
+        """Raise `Poison` unless this host may be read; a literal IP address is checked as an address too."""
         name = _normal(host)
         if self.hosts and not any(_matches(name, pattern) for pattern in self.hosts):
             raise _refused(f"the host {host[:253]!r} is not allowed")
@@ -151,13 +151,13 @@ class AddressPolicy:
         if is_metadata(number):
             raise _refused(f"the address {address} is link-local or serves the machine's credentials")
         if _names_no_machine(number):
-            raise _refused(f"the address {address} is not one of a single machine")
+            raise _refused(f"the address {address} belongs to no single machine")
         if not self.allow_private_addresses and not is_public(number):
-            raise _refused(f"the address {address} is not a public one")
+            raise _refused(f"the address {address} is not public")
 
 
 def is_public(number: _AnyAddress) -> bool:
-    """Whether an address can be that of a machine on the public internet."""
+    """Whether an address may belong to a machine on the public internet."""
     if isinstance(number, IPv4Address):
         return not _in_any(number, (*_PRIVATE_V4, *_NO_MACHINE_V4, *_METADATA_V4))
     for network, num_bits in _EMBEDDED_V4:

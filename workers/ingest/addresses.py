@@ -1,7 +1,7 @@
 """Parses image addresses: `file`, `http`, `https`, `s3` and `gs`.
 
-Pure. Says which host an address belongs to, so that no host takes more than its share of the fetches. Whether an
-address may be read is for `address_policy`.
+Pure. Names the host of an address, so that no host takes more than its share of the fetches. `address_policy` decides
+whether an address may be read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workers.ingest.address_policy import OBJECT_SCHEMES
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _SPACE = re.compile(r"\s")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-#: An address in this alphabet is sent as it is written: re-quoting could break a signature in its query.
+#: An address of only these characters is sent unchanged, because re-quoting could break a signature in its query.
 _ENCODED = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+")
 _LABEL = re.compile(r"[a-z0-9_-]{1,63}")
 _MAX_HOST_CHARS = 253
@@ -79,7 +79,7 @@ def parse_url(text: str) -> URL:
 
 
 def _is_host(host: str) -> bool:
-    if ":" in host:  # a literal IPv6 address, perhaps with a zone
+    if ":" in host:  # a literal IPv6 address, possibly with a zone
         try:
             IPv6Address(host)
         except ValueError:

@@ -1,4 +1,4 @@
-"""Encodes and stores images without Kafka's `images.new`, for programs that fill a collection by themselves.
+"""Encodes and stores images without the topic `images.new`, for programs that fill a collection themselves.
 
 For jobs on Ray Data or Spark, with one engine in each of their workers:
 
@@ -10,8 +10,8 @@ For jobs on Ray Data or Spark, with one engine in each of their workers:
             else:
                 failed.append(outcome)             # (image_id, error)
 
-A value that is written here replaces the results of all earlier events. Every event of `images.new` that is processed
-afterwards replaces the value.
+A value written here replaces the results of all earlier events. Every later event of `images.new` for the image
+replaces the value.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def encode_and_store(
     *,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[ImageIndexed | tuple[str, Poison]]:
-    """Yield for each image id and image file the event to publish, or the id and its error.
+    """Yield for each image the event to publish, or the id and the error.
 
-    Blocks until the store has the tokens. An image that a later event has stored meanwhile yields nothing. `clock`
+    Blocks until the store has the tokens. If a later event has stored the image meanwhile, yields nothing. `clock`
     returns seconds since 1970.
     """
     position = SourcePosition(0, round(clock() * 1000))

@@ -1,7 +1,7 @@
 """Reads the bytes behind an image address: files, http(s) and object stores.
 
-All fetches share one event loop on a thread of its own. Its executor reads files and looks up names, which can only be
-done by waiting. Knows which addresses may be read (by the policy) and how many bytes; knows nothing of images, events
+All fetches share one event loop on a separate thread. The loop's executor reads files and looks up names, because both
+block. Knows which addresses may be read (by the policy) and how many bytes; knows nothing of images, events
 and retries.
 """
 
@@ -37,9 +37,9 @@ class ImageFetcher:
         resolver: AbstractResolver | None = None,
         store_class: Callable[[str], Callable[..., Any]] = open_store_class,
     ) -> None:
-        """`max_fetches` is the number of fetches that the caller starts at most.
+        """`max_fetches` is the most fetches that the caller has open at once.
 
-        Raises `Misconfigured` where the policy allows a scheme whose package is not installed.
+        Raises `Misconfigured` if the policy allows a scheme whose package is not installed.
         """
         self._policy = policy
         self._limits = limits
@@ -55,7 +55,7 @@ class ImageFetcher:
     def start(self, address: ImageAddress) -> Future[bytes]:
         """Start reading an address.
 
-        The future fails with `Poison` (not allowed, not there, too large) or `Transient` (not now), and is cancelled by
+        The future fails with `Poison` (forbidden, missing, too large) or `Transient` (try again), and is cancelled by
         `close`. No message shows credentials or a query.
         """
         return self._on_loop(self._read(address))
@@ -113,12 +113,12 @@ class ImageFetcher:
         except IsADirectoryError:
             raise Poison("uri_not_allowed", f"{path}: not a regular file") from None
         except ValueError:  # half a surrogate pair, for example
-            raise Poison("uri_invalid", "the path of the file address cannot be a path here") from None
+            raise Poison("uri_invalid", "the path of the file address is not valid on this system") from None
         except OSError as error:
             raise Transient(f"{path}: {error.strerror}") from None
 
     def _read_regular(self, path: str) -> bytes:
-        # Opened here and not by fsspec: its kind must be checked on the very file that is opened, before it can block.
+        # Not opened by fsspec: the file's kind must be checked on the opened file, before a read can block.
         with open(path, "rb", opener=_open_without_following) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise Poison("uri_not_allowed", f"{path}: not a regular file")
@@ -129,5 +129,5 @@ class ImageFetcher:
 
 
 def _open_without_following(path: str, flags: int) -> int:
-    """Open a file; fail on a link that has taken its name meanwhile, and do not wait for the other end of a pipe."""
+    """Open a file without following a link and without waiting for the other end of a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

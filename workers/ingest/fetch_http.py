@@ -1,7 +1,7 @@
-"""Reads images over http and https from addresses that anyone may have written.
+"""Reads images over http and https from untrusted addresses.
 
-Every hop of a redirect is checked, and every IP address when a socket is opened to it, so a name cannot lead elsewhere
-between the check and its use. fsspec's HTTP filesystem does neither, and reads a whole body before its size is known.
+Checks every redirect, and every IP address when its socket is opened, so a name cannot resolve to another address
+between check and use. fsspec's HTTP filesystem does neither, and reads a whole body before it knows the size.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from workers.ingest.scheduling import Unavailable
 
 _HEADERS = {
     "Accept": "image/*",
-    # Images are compressed already; an encoding on top saves nothing.
+    # Images are compressed already, so a content encoding saves nothing.
     "Accept-Encoding": "identity",
     "User-Agent": "edje-ingest",
 }
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-#: Besides 5xx: the server asks for another attempt (request timeout, too early, too many requests).
+#: Statuses to retry in addition to 5xx: request timeout, too early, too many requests.
 _TRY_AGAIN = frozenset({408, 425, 429})
 _READ_BYTES = 65_536
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
-#: A new name is known everywhere within seconds, a misspelt one never.
+#: How long an unknown host name is retried: a new name is known within seconds, a misspelt name never.
 _NAME_PATIENCE_S = 30.0
 
 _COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
@@ -68,7 +68,7 @@ class HttpReader:
             limit=0,  # the caller limits the fetches
             use_dns_cache=False,
             socket_factory=self._checked_socket,
-            happy_eyeballs_delay=None,  # one address after the other: a refused one must end the fetch
+            happy_eyeballs_delay=None,  # one address after the other, so that a forbidden one ends the fetch
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -79,7 +79,7 @@ class HttpReader:
         )
 
     async def read(self, url: URL) -> bytes:
-        """Return the body behind an address. Raises `Poison` or `Transient`; no message shows a secret."""
+        """Return the body at an address. Raises `Poison` or `Transient`; no message shows a secret."""
         start = url
         for _ in range(self._limits.max_redirects + 1):
             self._check(url)
@@ -121,15 +121,15 @@ class HttpReader:
 def decoded_body(body: bytes, content_encodings: list[str], limit: int, where: str) -> bytes:
     """Return a body without its content encodings. Raises `Poison` if it cannot be read or exceeds `limit` bytes.
 
-    Many servers send a plain image with an encoding that means nothing, or that the file does not have; so the body
-    decides where its first bytes are those of an image.
+    Many servers send a plain image with a wrong or meaningless encoding, so the body is kept as it is if its first
+    bytes are those of an image.
     """
     for encoding in reversed(",".join(content_encodings).lower().split(",")):
         name = encoding.strip()
         if body.startswith(_IMAGE_STARTS):
             return body
         if name in _UNREADABLE:
-            raise Poison("http_refused", f"{where}: the body is compressed with {name}, which was not asked for")
+            raise Poison("http_refused", f"{where}: the body is compressed with {name}, which was not requested")
         if name in _COMPRESSED:
             body = _decompressed(body, limit, where)
     return body
@@ -191,7 +191,7 @@ def _check_status(response: aiohttp.ClientResponse) -> None:
 
 @contextmanager
 def _translated_errors(url: URL) -> Iterator[None]:
-    """Turn errors of the client into the worker's; the client's messages may quote the address and are left out."""
+    """Raise the client's errors as the worker's, without the client's messages, which may quote the address."""
     where = shown(url)
     try:
         yield
@@ -200,10 +200,10 @@ def _translated_errors(url: URL) -> Iterator[None]:
     except (aiohttp.InvalidURL, UnicodeError):
         raise Poison("uri_invalid", f"{where}: not an address that can be fetched") from None
     except aiohttp.ClientConnectorCertificateError:
-        raise Poison("http_refused", f"{where}: its certificate is not trusted") from None
+        raise Poison("http_refused", f"{where}: the server's certificate is not trusted") from None
     except aiohttp.ClientConnectorDNSError as error:
         if error.os_error.errno in _NO_SUCH_NAME:
-            raise Unavailable(f"{where}: no host has this name", give_up_after_s=_NAME_PATIENCE_S) from None
-        raise Transient(f"{where}: its name cannot be looked up now") from None
+            raise Unavailable(f"{where}: unknown host name", give_up_after_s=_NAME_PATIENCE_S) from None
+        raise Transient(f"{where}: the host name cannot be looked up now") from None
     except (aiohttp.ClientError, OSError) as error:
         raise Transient(f"{where}: {type(error).__name__}") from None

@@ -1,6 +1,6 @@
 """Reads images from object stores through the packages s3fs and gcsfs, which the extras `s3` and `gs` install.
 
-The packages use the credentials of the environment, as they document. They run on the event loop of the fetches.
+The packages take credentials from the environment, as they document. They run on the event loop of the fetches.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from workers.ingest.address_policy import OBJECT_SCHEMES, AddressPolicy
 from workers.ingest.fetch_http import FetchLimits
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
-#: Packages whose errors, like `OSError`, mean that the store did not answer.
+#: Packages whose errors, like `OSError`, report that the store did not answer.
 _STORE_ERRORS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs"})
 
-#: The client of S3 makes up to 25 attempts of its own by default.
+#: The S3 client makes up to 25 attempts by default; the caller retries instead.
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"max_attempts": 1}}}, "gs": {}}
-#: Codes of a refusal of this object; "" where the package gives none.
+#: Error codes of a refused object; "" if the package gives no code.
 _FORBIDDEN = frozenset({"AccessDenied", "AllAccessDisabled", "403", ""})
-#: Codes of a ranged read of an object without bytes.
+#: Error codes of a ranged read of an empty object.
 _EMPTY = frozenset({"InvalidRange", "416"})
 
 
@@ -32,7 +32,7 @@ def open_store_class(scheme: str) -> Callable[..., Any]:
         from s3fs import S3FileSystem
 
         return S3FileSystem  # type: ignore[no-any-return]
-    # Of its core: the class that the package exports prefers gRPC, which no proxy and no emulator speaks.
+    # From the module `core`: the class that the package exports prefers gRPC, which proxies and emulators lack.
     from gcsfs.core import GCSFileSystem
 
     return GCSFileSystem  # type: ignore[no-any-return]
@@ -44,7 +44,7 @@ class ObjectReader:
     def __init__(
         self, policy: AddressPolicy, limits: FetchLimits, store_class: Callable[[str], Callable[..., Any]]
     ) -> None:
-        """Raises `Misconfigured` where the policy allows a scheme whose package is not installed."""
+        """Raises `Misconfigured` if the policy allows a scheme whose package is not installed."""
         self._policy = policy
         self._limits = limits
         self._classes = {scheme: _loaded(scheme, store_class) for scheme in sorted(policy.schemes & OBJECT_SCHEMES)}
@@ -69,7 +69,7 @@ class ObjectReader:
             if _code(error) in _EMPTY:
                 return b""
             if _is_refused(error):
-                sentence = f"{where}: the worker's credentials do not open this object"
+                sentence = f"{where}: the worker's credentials may not read this object"
                 raise Poison("image_forbidden", sentence) from None
             if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _STORE_ERRORS:
                 raise Transient(f"{where}: {type(error).__name__} {_code(error)}".rstrip()) from None
@@ -98,14 +98,14 @@ class ObjectReader:
 
 
 def _code(error: Exception) -> str:
-    """Return the code of an object store's error reply: a word of S3, a status of Google Cloud Storage."""
+    """Return the code of an object store's error reply: a word from S3, a status from Google Cloud Storage."""
     reply = getattr(error.__cause__, "response", None)
     code = reply.get("Error", {}).get("Code", "") if isinstance(reply, dict) else getattr(error, "code", "")
     return str(code)[:40]
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether this object is refused; credentials that are invalid or have expired are a fault of another kind."""
+    """Whether this object is refused, as opposed to credentials that are invalid or have expired."""
     if isinstance(error, PermissionError):
         return _code(error) in _FORBIDDEN
     return isinstance(error, OSError) and str(error).startswith("Forbidden:")

@@ -1,7 +1,7 @@
-"""Fetches images for the ingest job: who is fetched when, within the bytes that may be in work, and again after errors.
+"""Fetches images for the ingest job: decides when each fetch starts, limits the bytes in work, and retries.
 
-Runs on the loop's thread; the fetches themselves run elsewhere (`IngestStages.fetch`). The order and the pauses are
-those of `FetchQueue`.
+Runs on the loop's thread; the fetches run on others (`IngestStages.fetch`). `FetchQueue` decides the order and the
+pauses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 
 class StartFetch(Protocol):
-    """Reads the bytes behind an address in one attempt (`IngestStages.fetch`)."""
+    """Reads the bytes at an address in one attempt (`IngestStages.fetch`)."""
 
     def __call__(
         self, address: ImageAddress, then: Callable[[bytes], None], failed: Callable[[Exception], None]
@@ -44,7 +44,7 @@ class Fetching:
         failed: Callable[[ImageWork, Exception], None],
         dropped: Callable[[ImageWork], None],
     ) -> None:
-        """`failed` takes the image's last error; `dropped` an image that was dropped while it was here."""
+        """`failed` is called with an image and its last error, `dropped` with an image that was dropped meanwhile."""
         self._start_fetch = start_fetch
         self._queue = queue
         self._limits = limits
@@ -59,20 +59,20 @@ class Fetching:
         self._queue.add(image, address.host)
 
     def start(self, now: float, num_bytes: int) -> None:
-        """Start the fetches that are due; `num_bytes` are in work already."""
+        """Start the fetches that are due; `num_bytes` is the number of bytes in work."""
         self._now = now
         while self._fits(num_bytes) and (image := self._queue.take(now)) is not None:
             if image.address is None or image.is_dropped:
                 self._queue.abandon(image)
                 self._dropped(image)
                 continue
-            # The stage lasts from the first attempt on, pauses included.
+            # The fetch stage begins with the first attempt and includes the pauses.
             image.stages.setdefault("fetch", Interval(now, now))
             image.num_attempts = self._queue.num_attempts(image)
             self._start_fetch(image.address, partial(self._fetched, image), partial(self._not_fetched, image))
 
     def turn(self, now: float) -> None:
-        """Note the time of the results that land next."""
+        """Set the time of the results that land next."""
         self._now = now
 
     def remove_dropped(self) -> None:
@@ -92,7 +92,7 @@ class Fetching:
         return 0.0 if self._queue.can_take() else self._queue.wants_turn_in_s(now)
 
     def _fits(self, num_bytes: int) -> bool:
-        """Whether another image, which could have any allowed size, may be fetched; one is always under way."""
+        """Whether another image of the largest size fits into the bytes in work; always if no fetch is under way."""
         reserved = (self._queue.num_fetching + 1) * self._limits.max_image_bytes
         return self._queue.num_fetching == 0 or num_bytes + reserved <= self._limits.max_inflight_bytes
 

@@ -27,7 +27,7 @@ REMOVAL_MARKER_LIFETIME_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An image that the store is asked for."""
+    """An image to look up in the store."""
 
     image_id: str
     position: SourcePosition
@@ -36,9 +36,9 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The store's answer for one image.
+    """The result of looking up one image.
 
-    `stored`: a good blob of this very content, now with this position. `superseded`: a value of a later event.
+    `stored`: a valid blob of the same content, which now has this position. `superseded`: a value of a later event.
     """
 
     state: Literal["absent", "stored", "superseded"]
@@ -56,7 +56,7 @@ class LookedUp:
 
 @dataclass(frozen=True, slots=True)
 class ToWrite:
-    """What is to be written of one image; `tokens` is None if its blob is stored already."""
+    """The values to write for one image; `tokens` is None if its blob is stored already."""
 
     image_id: str
     position: SourcePosition
@@ -64,7 +64,7 @@ class ToWrite:
     tokens: NDArray[np.float32] | None  # (m, d)
     embedding: NDArray[np.float32] | None  # (e,); checked, not written
     thumbnail: bytes | None
-    is_dropped: Callable[[], bool]  # asked again just before the write
+    is_dropped: Callable[[], bool]  # called just before the write
 
 
 WriteOutcome = Poison | Literal["written", "superseded"]
@@ -86,7 +86,7 @@ class ImageStore:
     def __init__(
         self, store: TokenStore, layout: BlobLayout, *, reads: Retry, writes: Retry, clock: Callable[[], float]
     ) -> None:
-        """`reads` and `writes` are separate so that their retries are counted by name."""
+        """`reads` and `writes` are separate retries, so that they are counted separately."""
         self.layout = layout
         self._store = store
         self._reads = reads
@@ -94,12 +94,12 @@ class ImageStore:
         self._clock = clock
 
     def stop(self) -> None:
-        """Give up every call that waits for the store."""
+        """Give up every waiting call to the store."""
         self._reads.stop()
         self._writes.stop()
 
     def look_up(self, wanted: Sequence[Wanted], *, thumbnails: bool) -> LookedUp:
-        """Ask for good blobs of these contents, and with `thumbnails` for the images' thumbnails."""
+        """Look up valid blobs of these contents and, with `thumbnails`, the images' thumbnails."""
         started = self._clock()
         keys = [self._key(each.image_id) for each in wanted]
         thumbnail_keys = [thumbnail_key(each.image_id) for each in wanted] if thumbnails else []
@@ -114,7 +114,7 @@ class ImageStore:
         return LookedUp(found, Interval(started, self._clock()), num_bytes)
 
     def write(self, items: Sequence[ToWrite]) -> Written:
-        """Write the blobs and thumbnails of images, but for those that are dropped meanwhile."""
+        """Write the blobs and thumbnails of the images that are not dropped meanwhile."""
         started = self._clock()
         values: list[dict[str, bytes]] = []
         errors: dict[int, Poison] = {}
@@ -135,7 +135,7 @@ class ImageStore:
         return Written(outcomes, num_bytes, num_blobs, Interval(started, self._clock()))
 
     def remove(self, images: Sequence[tuple[str, SourcePosition]]) -> list[bool]:
-        """Replace the values of these images by removal markers; False for an image that a later event has stored."""
+        """Replace the values of images by removal markers; returns False for an image that a later event has stored."""
         markers = {
             key: removal_marker(position)
             for image_id, position in images
@@ -162,7 +162,7 @@ class ImageStore:
     def _move(self, wanted: Sequence[Wanted], blobs: Sequence[bytes | None], found: list[Found]) -> None:
         """Give stored blobs the position of the later event with the same content.
 
-        From then on an event between the two, written late by a former owner, does not replace the blob.
+        Afterwards an event between the two, written late by a former owner, cannot replace the blob.
         """
         moved: dict[str, tuple[int, bytes]] = {}
         for number, (each, blob) in enumerate(zip(wanted, blobs, strict=True)):
@@ -187,7 +187,7 @@ class ImageStore:
         return values
 
     def _put(self, items: Sequence[ToWrite], values: Sequence[dict[str, bytes]]) -> list[bool]:
-        """Write the values that are not dropped; returns for each image whether its blob is in the store now.
+        """Write the values of images that are not dropped; returns for each image whether its blob is in the store.
 
         Of two events of one image in `items` the later one is written.
         """

@@ -1,7 +1,7 @@
-"""Takes image events through fetch, look-up, decode, encode and write, each to its one outcome.
+"""Passes image events through fetch, look-up, decode, encode and write, and gives each its one outcome.
 
-Decides what is started when: within the bounds of what is in work, in batches where that pays. Events of one image may
-pass each other here; the store keeps the later one (`protocols.source_position`). Implements `workers.ports.Job`; the
+Decides when each stage starts, within the bounds of the work, in batches where that pays. Events of one image may
+overtake each other; the store keeps the later one (`protocols.source_position`). Implements `workers.ports.Job`; the
 stages run in `IngestStages`.
 """
 
@@ -23,13 +23,13 @@ from workers.ingest.work import ImageWork, IngestLimits
 from workers.metrics import IngestStage, Metrics
 from workers.ports import Finished, Interval, Partition, Record, SpanIds
 
-#: One batch on the engine and one stacked behind it, so that the engine does not wait for the loop between two.
+#: One batch on the engine and one waiting, so that the engine does not wait for the loop between two batches.
 _MAX_BATCHES = 2
-#: Blobs read in one look-up, a few megabytes: whole ones, because a broken blob must not count as stored.
+#: Blobs read in one look-up, a few megabytes. Read whole, because a broken blob must not count as stored.
 _MAX_LOOKUPS = 64
-#: Removals written at once.
+#: Most removals written at once.
 _MAX_REMOVALS = 256
-#: Images that wait for a fetch. They keep little but their event, so a host that is down does not hold up the others.
+#: Most images that wait for a fetch. They hold little memory, so images of a failed host delay no others.
 _MAX_WAITING_IMAGES = 10_000
 
 
@@ -68,9 +68,9 @@ class IngestJob:
         self._num_look_ups = 0
         self._num_removals = 0
         self._finished: list[Finished] = []
-        self._num_in_work = 0  # active ones, and dropped ones that some stage still holds
+        self._num_in_work = 0  # active images, and dropped images that a stage still holds
         self._num_bytes = 0
-        self._num_preparing = 0  # images with content that are on their way to the batcher
+        self._num_preparing = 0  # images with content that will reach the batcher
         self._num_batches = 0
         self._now = 0.0
 
@@ -137,7 +137,7 @@ class IngestJob:
         return min((wait for wait in waits if wait is not None), default=None)
 
     def drop(self, partitions: Collection[Partition]) -> None:
-        # An image that a stage holds ends when the stage does, and writes nothing any more.
+        # An image in a stage ends with the stage, and writes nothing.
         for key, image in list(self._active.items()):
             if key[0] in partitions:
                 image.is_dropped = True
@@ -171,7 +171,7 @@ class IngestJob:
         self._to_look_up.append(image)
 
     def _start_look_up(self) -> None:
-        """One look-up at a time: images that arrive meanwhile go together into the next."""
+        """Start a look-up unless one is running; images that arrive meanwhile share the next one."""
         if self._num_look_ups == 0 and self._to_look_up:
             self._look_up([self._to_look_up.popleft() for _ in range(min(len(self._to_look_up), _MAX_LOOKUPS))])
 
@@ -219,7 +219,7 @@ class IngestJob:
         if image.is_dropped:
             self._end(image)
         elif image.pixels is None:
-            self._write(None, [image])  # its blob is stored already, without the thumbnail
+            self._write(None, [image])  # its blob is stored, but no thumbnail
         else:
             self._batcher.add(image, self._now)
 
@@ -284,7 +284,7 @@ class IngestJob:
                 self._index(image)
 
     def _start_removals(self) -> None:
-        """One call at a time: removals that arrive meanwhile go together into the next."""
+        """Start a call that removes images unless one is running; later removals share the next call."""
         if self._num_removals == 0 and self._to_remove:
             self._remove([self._to_remove.popleft() for _ in range(min(len(self._to_remove), _MAX_REMOVALS))])
 
@@ -312,7 +312,7 @@ class IngestJob:
             else:
                 self._superseded(image)
 
-    # --- ends ---
+    # --- outcomes ---
 
     def _index(self, image: ImageWork) -> None:
         try:
@@ -328,7 +328,7 @@ class IngestJob:
         self._end(image)
 
     def _failed(self, image: ImageWork, error: Exception) -> None:
-        """Give an image the outcome of its error; an unexpected one is a fault of this image alone."""
+        """Give an image the outcome of its error; an unexpected error fails this image only."""
         if not image.is_dropped:
             partition, offset = image.record.partition.number, image.record.offset
             poison = as_internal_error(error, image_id=image.image_id, partition=partition, offset=offset)
@@ -354,7 +354,7 @@ class IngestJob:
             again([image])
 
     def _end(self, image: ImageWork) -> None:
-        """Forget an image that has its outcome, or whose partition is another worker's."""
+        """Forget an image that has its outcome, or whose partition another worker owns."""
         key = image.record.partition, image.record.offset
         if self._active.get(key) is image:
             del self._active[key]
@@ -366,7 +366,7 @@ class IngestJob:
         self._metrics.observe_image(stage, interval.seconds, image.trace.exemplar())
 
     def _count_bytes(self, image: ImageWork) -> None:
-        """Count the bytes that this image holds now."""
+        """Update the count of bytes in work with the bytes that this image now holds."""
         num_bytes = image.held_bytes()
         self._num_bytes += num_bytes - image.num_bytes
         image.num_bytes = num_bytes

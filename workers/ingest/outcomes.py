@@ -1,6 +1,6 @@
 """Reads image events and writes their outcomes: `images.indexed`, its tombstones, and dead letters.
 
-The bridge between the wire contract and the job; decides nothing about when.
+Translates between the wire contract and the job; decides nothing about timing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from workers.telemetry.tracer import MessageTrace
 
 log = structlog.get_logger(__name__)
 
-#: Lists and maps of an event; it has two.
+#: Most lists and maps in an event; valid events have two.
 _MAX_CONTAINERS = 1_000
 _ID: TypeAdapter[str] = TypeAdapter(Id)
 
@@ -75,7 +75,7 @@ class IngestOutcomes:
             raise Poison("invalid_event", sentence) from None
 
     def indexed(self, image: ImageWork, now: float) -> Finished:
-        """The image's blob is in the store."""
+        """Return the outcome of an image whose blob is in the store."""
         embedding = image.embedding if self.publishes_embedding else None
         event = ImageIndexed(
             image_id=image.image_id,
@@ -92,23 +92,23 @@ class IngestOutcomes:
         return self._published(image, now, "skipped" if image.is_stored else "ok", encode(event))
 
     def removed(self, image: ImageWork, now: float) -> Finished:
-        """The image is no longer in the store; its tombstone on `images.indexed` removes it everywhere else."""
+        """Return the outcome of a removal: the tombstone on `images.indexed` removes the image everywhere else."""
         return self._published(image, now, "removed", None)
 
     def superseded(self, image: ImageWork, now: float) -> Finished:
-        """The store holds the result of a later event, which publishes its own outcome: nothing is published here."""
-        log.info("a later event of the image has its result in the store", **_ids(image.record, image.trace))
+        """Return an outcome without messages: a later event has stored the image and publishes its outcome."""
+        log.info("a later event of the image is already in the store", **_ids(image.record, image.trace))
         self._metrics.count_event("superseded")
         self._spans.ended(image, now, "superseded")
         return Finished(image.record, (), image.trace.span)
 
     def refused(self, image: ImageWork, error: Poison, now: float) -> Finished:
-        """The image can never be stored: its dead letter."""
+        """Return the dead letter of an image that can never be stored."""
         self._spans.ended(image, now, "dead_letter", error=error.code)
         return self._dead_letter(image.record, image.trace, image.image_id, error, image.num_attempts)
 
     def unreadable(self, record: Record, trace: MessageTrace, error: Poison, now: float) -> Finished:
-        """The record is no event: its dead letter."""
+        """Return the dead letter of a record that is no valid event."""
         image_id = salvage_id(record.value, record.key, "image_id")
         self._spans.unreadable(record, trace, image_id, now, error=error.code)
         return self._dead_letter(record, trace, image_id, error, 1)
@@ -138,5 +138,5 @@ class IngestOutcomes:
 
 
 def _ids(record: Record, trace: MessageTrace) -> dict[str, object]:
-    """The fields of a log line about a record."""
+    """Return the fields of a log line about a record."""
     return {"partition": record.partition.number, "offset": record.offset, "trace_id": trace.trace_id}

@@ -17,21 +17,21 @@ from workers.errors import Transient
 
 T = TypeVar("T")
 
-#: The first pause before an image is fetched again, and the longest; each pause is up to twice the one before.
+#: The first and the longest pause before an image is fetched again; each pause is up to twice the previous one.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-#: The longest pause that a host may ask for (`Retry-After`).
+#: The longest pause that a host may request (`Retry-After`).
 LONGEST_RETRY_AFTER_S = 120.0
-#: A fetch that took longer does not raise the number of fetches of its host.
+#: A fetch that takes longer than this does not increase its host's number of fetches.
 SLOW_FETCH_S = 2.0
-#: Idle hosts are forgotten from this number of hosts on.
+#: Idle hosts are forgotten when there are this many hosts.
 _MIN_REMEMBERED_HOSTS = 1_000
 
 
 class Unavailable(Transient):
     """The image cannot be fetched now.
 
-    `retry_after_s` is the pause that the host asks for. `give_up_after_s` shortens the time for which the image is
-    tried again, for errors that seldom pass.
+    `retry_after_s` is the pause that the host requests. `give_up_after_s` shortens the time for which the image is
+    retried, for errors that rarely pass.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class _Fetch(Generic[T]):
 class _Host(Generic[T]):
     """The fetches of one host.
 
-    `window` is the number of fetches it may have at once: it grows with each image that arrives soon and is halved by
-    each failure, so a host that is slow or down holds few of the fetches, and a fast one holds many.
+    `window` is the number of fetches it may have at once. It grows with each image that arrives soon and is halved by
+    each failure, so a slow or failed host has few of the fetches and a fast host has many.
     """
 
     window: int
@@ -64,7 +64,7 @@ class _Host(Generic[T]):
     num_fetching: int = 0
     num_paused: int = 0
     not_before: float = 0.0
-    num_failures: int = 0  # since the last success
+    num_failures: int = 0  # failures since the last success
     is_runnable: bool = False
 
     @property
@@ -89,13 +89,13 @@ class FetchQueue(Generic[T]):
         self._hosts: dict[str, _Host[T]] = {}
         self._runnable: deque[_Host[T]] = deque()
         self._fetch_of: dict[T, _Fetch[T]] = {}
-        self._due: list[tuple[float, int, _Host[T], _Fetch[T] | None]] = []  # ends of pauses, the next one first
+        self._due: list[tuple[float, int, _Host[T], _Fetch[T] | None]] = []  # ends of pauses, the earliest first
         self._numbers = itertools.count()
         self._forget_hosts_at = _MIN_REMEMBERED_HOSTS
         self.num_fetching = 0
 
     def add(self, item: T, host_name: str) -> None:
-        """Enter an item. It must be hashable and not be in the queue."""
+        """Add an item. It must be hashable and not yet in the queue."""
         host = self._hosts.get(host_name)
         if host is None:
             self._forget_idle_hosts()
@@ -105,7 +105,7 @@ class FetchQueue(Generic[T]):
         self._offer(host)
 
     def take(self, now: float) -> T | None:
-        """Return the next item to fetch, None if there is none now. `succeeded`, `failed` or `abandon` must follow."""
+        """Return the next item to fetch, else None. The caller must then call `succeeded`, `failed` or `abandon`."""
         self._end_pauses(now)
         while self._runnable and self.num_fetching < self._max_fetches:
             host = self._runnable.popleft()
@@ -134,7 +134,7 @@ class FetchQueue(Generic[T]):
         self._offer(host)
 
     def failed(self, item: T, error: Transient, now: float) -> bool:
-        """Note that a fetch failed; returns whether the item is tried again. If not, it leaves the queue."""
+        """Note that a fetch failed; returns whether the item will be retried. Otherwise the item leaves the queue."""
         fetch = self._ended(item)
         host = fetch.host
         host.num_failures += 1
@@ -152,7 +152,7 @@ class FetchQueue(Generic[T]):
             self._offer(host)
             return False
         longest_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(fetch.num_attempts - 1, 16))
-        # The last attempt is made when the time is over, however long the pause would be.
+        # The last attempt is made when the retry time ends, even if the pause would be longer.
         pause_s = min(max(self._uniform(longest_s / 2, longest_s), asked_s), left_s)
         host.num_paused += 1
         heapq.heappush(self._due, (now + pause_s, next(self._numbers), host, fetch))
@@ -160,13 +160,13 @@ class FetchQueue(Generic[T]):
         return True
 
     def abandon(self, item: T) -> None:
-        """Note that a taken item is not fetched after all; it leaves the queue."""
+        """Remove a taken item that will not be fetched."""
         fetch = self._ended(item)
         del self._fetch_of[item]
         self._offer(fetch.host)
 
     def remove(self, is_removed: Callable[[T], bool]) -> list[T]:
-        """Remove the waiting items for which this holds, and return them; fetches under way are left alone."""
+        """Remove and return the waiting items for which `is_removed` is true; fetches under way go on."""
         removed = [fetch.item for host in self._hosts.values() for fetch in host.ready if is_removed(fetch.item)]
         removed += [fetch.item for _, _, _, fetch in self._due if fetch is not None and is_removed(fetch.item)]
         gone = {id(self._fetch_of.pop(item)) for item in removed}
@@ -179,23 +179,23 @@ class FetchQueue(Generic[T]):
         return removed
 
     def num_waiting(self) -> int:
-        """Items that are neither fetched nor being fetched."""
+        """Return the number of items that wait for a fetch."""
         return len(self._fetch_of) - self.num_fetching
 
     def num_attempts(self, item: T) -> int:
-        """The attempts on an item in the queue."""
+        """Return the number of attempts on an item in the queue."""
         return self._fetch_of[item].num_attempts
 
     def num_failures(self, item: T) -> int:
-        """The failures of the item's host since its last success."""
+        """Return the failures of the item's host since the host's last success."""
         return self._fetch_of[item].host.num_failures
 
     def can_take(self) -> bool:
-        """Whether an item may be ready now; pauses that have ended are not seen before the next `take`."""
+        """Whether an item may be ready; pauses that have just ended count only after the next `take`."""
         return bool(self._runnable) and self.num_fetching < self._max_fetches
 
     def wants_turn_in_s(self, now: float) -> float | None:
-        """Seconds until the next pause ends, None if there is none."""
+        """Return the seconds until the next pause ends, None without a pause."""
         return max(0.0, self._due[0][0] - now) if self._due else None
 
     def _ended(self, item: T) -> _Fetch[T]:
@@ -213,7 +213,7 @@ class FetchQueue(Generic[T]):
             self._offer(host)
 
     def _offer(self, host: _Host[T]) -> None:
-        """Let a host have its turn, if it has something to fetch and room for it."""
+        """Queue a host for its turn if it has an item to fetch and room in its window."""
         if host.ready and host.num_fetching < host.window and not host.is_runnable:
             host.is_runnable = True
             self._runnable.append(host)
@@ -239,17 +239,17 @@ class ImageBatcher(Generic[T]):
         self._waiting.append((now, image))
 
     def take(self, now: float, *, more_is_coming: bool) -> list[T]:
-        """Return the next batch, or an empty list while waiting pays.
+        """Return the next batch, or an empty list while it is better to wait.
 
-        A batch leaves when it is full, when its oldest image has waited long enough, or at once when no other image is
-        on its way.
+        A batch is returned when it is full, when its oldest image has waited long enough, or at once if no other image
+        is being prepared.
         """
         if more_is_coming and len(self._waiting) < self._max_images and self.wants_turn_in_s(now) != 0.0:
             return []
         return [self._waiting.popleft()[1] for _ in range(min(len(self._waiting), self._max_images))]
 
     def wants_turn_in_s(self, now: float) -> float | None:
-        """Seconds until the oldest image has waited long enough, None when no image waits."""
+        """Return the seconds until the oldest image has waited long enough, None without images."""
         if not self._waiting:
             return None
         return max(0.0, self._waiting[0][0] + self._max_wait_s - now)

@@ -1,6 +1,6 @@
-"""The spans of an image event: its processing with the stages, and the look-ups, batches and writes it shared.
+"""Records the spans of image events: the processing and its stages, and shared look-ups, batches and writes.
 
-A span is made when its work has ended, from the times that the stages keep anyway; an event that is not sampled costs
+A span is made when its work has ended, from times that the stages keep anyway; an unsampled event costs
 one comparison.
 """
 
@@ -14,7 +14,7 @@ from workers.telemetry import names
 from workers.telemetry.bus_spans import BusSpans
 from workers.telemetry.tracer import MessageTrace, Tracer, child_of, root
 
-#: Images that the span of a batch names; few batches are larger.
+#: Most images that a batch's span lists; few batches are larger.
 MAX_NAMED_IMAGES = 100
 
 
@@ -31,7 +31,7 @@ class IngestSpans:
         return cls(Tracer.off(), BusSpans.off())
 
     def ended(self, image: ImageWork, now: float, status: str, error: str | None = None) -> None:
-        """Record the processing of an event that has its outcome."""
+        """Record the processing of an event with its outcome."""
         span = image.trace.span
         if span is None:
             return
@@ -50,7 +50,7 @@ class IngestSpans:
         self.bus.stages(span, {names.INBOX: Interval(polled_at, image.taken_at), **image.stages})
 
     def unreadable(self, record: Record, trace: MessageTrace, image_id: str | None, now: float, *, error: str) -> None:
-        """Record the processing of a record that is no event."""
+        """Record the processing of a record that is no valid event."""
         if trace.span is not None:
             self.bus.processed(
                 record,

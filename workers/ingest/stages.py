@@ -1,8 +1,8 @@
-"""The stages of an image that run on other threads than the loop's: fetch, look-up, decode, encode, write.
+"""Runs the stages of an image on other threads: fetch, look-up, decode, encode, write.
 
-Each stage takes its input, waits as long as it must, and its result lands on the loop's thread. An error of one image
-lands as its exception; an error of the engine is raised by `land` and ends the worker. Knows nothing of records, of
-their order and of what is published.
+Each stage may wait on its thread; its result lands on the loop's thread (`workers.landing`). An error of one image
+is passed to `failed`; an error of the engine is raised by `land` and ends the worker. Knows nothing of records,
+their order or the published events.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Failed = Callable[[Exception], None]
 
 
 class Fetcher(Protocol):
-    """Reads the bytes behind an address (`workers.ingest.fetch.ImageFetcher`)."""
+    """Reads the bytes at an address (`workers.ingest.fetch.ImageFetcher`)."""
 
     def start(self, address: ImageAddress) -> Future[bytes]:
         """Start reading; the future fails with `Poison` or `Transient`."""
@@ -43,7 +43,7 @@ class Fetcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """An image as the engine takes it, and its thumbnail; each None if it was not asked for."""
+    """An image's pixels for the engine, and its thumbnail; each None if not requested."""
 
     pixels: NDArray[np.uint8] | None  # (3, size, size)
     thumbnail: bytes | None
@@ -52,7 +52,7 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The engine's results for a batch, in its order."""
+    """The engine's results for a batch, in the batch's order."""
 
     tokens: NDArray[np.float32]  # (n, m, d)
     embeddings: NDArray[np.float32]  # (n, e)
@@ -74,7 +74,7 @@ class IngestStages:
         wake: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
-        """Raises `Misconfigured` if the engine does not make the tokens that the store's layout holds."""
+        """Raises `Misconfigured` if the engine's tokens do not fit the blob layout."""
         info, layout = engine.info, images.layout
         made, expected = (info.num_visual_tokens, info.token_dim), (layout.num_tokens, layout.token_dim)
         if made != expected or info.model_digest != layout.model_digest:
@@ -88,13 +88,13 @@ class IngestStages:
         self._landing = Landing(wake)
         self._decoding = ThreadPoolExecutor(decode_threads, thread_name_prefix="image-decode")
         self._on_engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        # Separate, so that a look-up does not wait behind the write of a large batch. One thread writes, so that the
-        # results of writes land in the order of the writes.
+        # Separate executors, so that no look-up waits for the write of a large batch. One thread writes, so that the
+        # results land in the order of the writes.
         self._looking_up = ThreadPoolExecutor(1, thread_name_prefix="store-read")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="store-write")
 
     def fetch(self, address: ImageAddress, then: Callable[[bytes], None], failed: Failed) -> None:
-        """Read the bytes behind an address, in one attempt."""
+        """Read the bytes at an address, in one attempt."""
         self._landing.watch(self._fetcher.start(address), then, failed)
 
     def digest(self, data: bytes, then: Callable[[bytes], None], failed: Failed) -> None:
@@ -102,7 +102,7 @@ class IngestStages:
         self._landing.start(self._decoding, lambda: hashlib.sha256(data).digest(), then, failed)
 
     def look_up(self, wanted: Sequence[Wanted], then: Callable[[LookedUp], None], failed: Failed) -> None:
-        """Ask the store, until it answers, for good blobs of these contents."""
+        """Look up valid blobs of these contents, retrying until the store answers."""
         task = partial(self._images.look_up, wanted, thumbnails=self.makes_thumbnails)
         self._landing.start(self._looking_up, task, then, failed)
 
@@ -114,17 +114,17 @@ class IngestStages:
         self._landing.start(self._decoding, task, then, failed)
 
     def encode(self, pixels: Sequence[NDArray[np.uint8]], then: Callable[[Encoded], None]) -> None:
-        """Run a batch on the engine, one batch after the other."""
+        """Run a batch on the engine, after the batches before it."""
         self._landing.start(self._on_engine, lambda: self._encode(pixels), then)
 
     def write(self, items: Sequence[ToWrite], then: Callable[[Written], None], failed: Failed) -> None:
-        """Write the values of a batch in one call, until the store has them."""
+        """Write the values of a batch in one call, retrying until the store has them."""
         self._landing.start(self._writing, lambda: self._images.write(items), then, failed)
 
     def remove(
         self, images: Sequence[tuple[str, SourcePosition]], then: Callable[[list[bool]], None], failed: Failed
     ) -> None:
-        """Remove images from the store; lands False for an image that a later event has stored."""
+        """Remove images from the store; the result is False for an image that a later event has stored."""
         self._landing.start(self._writing, lambda: self._images.remove(images), then, failed)
 
     def land(self) -> None:
@@ -132,7 +132,7 @@ class IngestStages:
         self._landing.turn()
 
     def close(self) -> None:
-        """Give up waiting tasks, let the engine finish its batch, and end the threads."""
+        """Cancel waiting tasks, let the engine finish its batch, and end the threads."""
         self._images.stop()
         self._fetcher.close()
         for pool in (self._decoding, self._looking_up, self._on_engine, self._writing):
@@ -146,7 +146,7 @@ class IngestStages:
                 opened = open_image(data, self._image_limits, min_side=info.image_size)
                 square = opened.square(info.image_size, info.resample)
             if thumbnail:
-                # Opened once for both only if that does not change the pixels.
+                # Opened once for pixels and thumbnail only if that does not change the pixels.
                 if opened is None or info.image_size < THUMBNAIL_SIDE:
                     opened = open_image(data, self._image_limits, min_side=THUMBNAIL_SIDE)
                 small = opened.thumbnail()

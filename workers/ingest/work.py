@@ -1,4 +1,4 @@
-"""One image event in work, and the bounds of everything in work.
+"""One image event in work, and the bounds of all work.
 
 Plain data; decides nothing.
 """
@@ -20,10 +20,10 @@ from workers.telemetry.tracer import MessageTrace
 
 @dataclass(frozen=True, slots=True)
 class IngestLimits:
-    """The bounds of everything in work at once."""
+    """The bounds of all work at one time."""
 
     max_image_bytes: int  # reserved for each image that is being fetched, because its size is unknown
-    max_inflight_images: int  # without those that wait for a fetch
+    max_inflight_images: int  # images that wait for a fetch are not counted
     max_inflight_bytes: int
 
     def __post_init__(self) -> None:
@@ -33,7 +33,7 @@ class IngestLimits:
 
 @dataclass(slots=True, eq=False)
 class ImageWork:
-    """One event on its way to its outcome."""
+    """One event that has no outcome yet."""
 
     record: Record
     trace: MessageTrace
@@ -43,7 +43,7 @@ class ImageWork:
     metadata: Mapping[str, str] | None = None
     data: bytes = b""
     sha256: bytes = b""
-    is_stored: bool = False  # a good blob of this very content is in the store
+    is_stored: bool = False  # a valid blob of the same content is in the store
     pixels: NDArray[np.uint8] | None = None  # (3, size, size)
     thumbnail: bytes | None = None
     tokens: NDArray[np.float32] | None = None  # (m, d)
@@ -51,7 +51,7 @@ class ImageWork:
     num_attempts: int = 1
     stages: dict[str, Interval] = field(default_factory=dict)
     batches: list[SpanIds] = field(default_factory=list)  # the spans of its batches, if it is sampled
-    num_bytes: int = 0  # as counted last
+    num_bytes: int = 0  # the bytes counted for this image in the job's total
     is_dropped: bool = False
 
     @property

@@ -1,7 +1,7 @@
 """`python -m workers.publish`: publishes images, removals and requests, and shows and replays dead letters.
 
-Reaches Kafka as the workers do (KAFKA_BROKERS and the other KAFKA_* settings). Results go to standard output,
-everything else to standard error. Ends with 0, with 1 and a sentence after a failure, with 2 after a misuse.
+Connects to Kafka with the workers' settings (KAFKA_BROKERS and the other KAFKA_*). Results go to standard output,
+everything else to standard error. The exit status is 0, 1 after a failure with an error message, or 2 after a misuse.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-#: The bytes of a message beside the image itself: ids, headers and framing.
+#: The bytes of a message in addition to the image: ids, headers and framing.
 EVENT_OVERHEAD_BYTES = 4_096
 
 app.command("backfill")(backfill)
@@ -57,8 +57,12 @@ app.command("search")(search_images)
 app.command("requests")(publish_requests)
 
 DeadLetterTopic = Annotated[str, typer.Argument(help="The dead-letter topic, such as images.new.dlq.")]
-Codes = Annotated[list[str] | None, typer.Option("--code", help="Only letters of this error code; may be repeated.")]
-Since = Annotated[datetime | None, typer.Option("--since", help="Only letters since then.", formats=TIME_FORMATS)]
+Codes = Annotated[
+    list[str] | None, typer.Option("--code", help="Only dead letters with this error code; may be repeated.")
+]
+Since = Annotated[
+    datetime | None, typer.Option("--since", help="Only dead letters since this time.", formats=TIME_FORMATS)
+]
 
 
 @app.command("images")
@@ -71,7 +75,9 @@ def publish_images(
     ] = "uri",
     prefix: Annotated[str, typer.Option(help="Prefix of every image id.")] = "",
     keep_extension: Annotated[bool, typer.Option("--keep-extension", help="Image ids keep .jpg and the like.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many, in the order of their ids.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Publish at most this many images, in the order of their ids.")
+    ] = None,
     wait: Wait = False,
     timeout_s: Patience = 60.0,
     max_message_bytes: MaxMessageBytes = MAX_MESSAGE_BYTES,
@@ -130,8 +136,8 @@ def show_dead_letters(
     topic: DeadLetterTopic,
     code: Codes = None,
     since: Since = None,
-    limit: Annotated[int, typer.Option(min=1, help="Show at most so many.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line, values whole.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most this many.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, with whole values.")] = False,
     brokers: Brokers = None,
     max_message_bytes: MaxMessageBytes = MAX_MESSAGE_BYTES,
 ) -> None:
@@ -146,7 +152,7 @@ def show_dead_letters(
             else:
                 num_more += 1
     if num_more:
-        remarks.print(f"{num_more} more; --limit, --code and --since choose among them")
+        remarks.print(f"{num_more} more; select with --limit, --code and --since")
     elif not num_shown:
         remarks.print("no dead letters")
 
@@ -156,12 +162,12 @@ def replay_dead_letters(
     topic: DeadLetterTopic,
     code: Codes = None,
     since: Since = None,
-    max_letters: Annotated[int, typer.Option(min=1, help="Publish at most so many.")] = 1_000,
+    max_letters: Annotated[int, typer.Option(min=1, help="Publish at most this many.")] = 1_000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be published.")] = False,
     brokers: Brokers = None,
     max_message_bytes: MaxMessageBytes = MAX_MESSAGE_BYTES,
 ) -> None:
-    """Publish dead letters to the topic they came from, byte for byte; letters that were cut are left out."""
+    """Publish dead letters to the topic they came from, byte for byte; cut dead letters are left out."""
     _check_dead_letter_topic(topic)
     with failing_with_a_sentence(), _dead_letters(topic, brokers, since, max_message_bytes) as reader:
         outbox = KafkaOutbox(connection(brokers), max_message_bytes=max_message_bytes)
@@ -215,7 +221,7 @@ def _dead_letters(
     reader = KafkaReader(connection(brokers), [topic], start=start, max_message_bytes=max_message_bytes)
     try:
         if reader.unknown_topics():
-            raise Misconfigured(f"there is no topic {topic}")
+            raise Misconfigured(f"the topic {topic} does not exist")
         yield reader
     finally:
         reader.close()

@@ -1,7 +1,7 @@
-"""Publishes a listing of images, as fast as the ingest workers keep up, and accounts for every row.
+"""Publishes a listing of images as fast as the ingest workers process it, and counts the outcome of every row.
 
-Keeps its state in a checkpoint file, so that a run that was stopped or killed goes on where it was. A row that was
-published after the last checkpoint is published again, which is harmless. Bounded by the images in work, not by the
+Keeps its state in a checkpoint file, from which a stopped or killed run continues. A row that was
+published after the last checkpoint is published again, which is harmless. Memory grows with the images in work, not the
 length of the listing.
 """
 
@@ -25,24 +25,24 @@ from workers.client import PUBLISH_TIMEOUT_S, Client
 from workers.errors import Misconfigured, TooLarge
 from workers.publish.listing import BadRow
 
-#: Rows that the store is asked for at once.
+#: Rows looked up in the store at once.
 CHUNK_ROWS = 500
 #: Events sent and not yet acknowledged.
 MAX_UNCONFIRMED = 512
 POLL_S = 0.5
 SAVE_EVERY_S = 2.0
-#: Bad rows whose reason is kept.
+#: Most bad rows whose reason is kept.
 MAX_NAMED = 5
 
 
 @dataclass(slots=True)
 class Balance:
-    """The account of a backfill: rows = published + stored + duplicates + bad; published = indexed + dead + others."""
+    """The counts of a backfill: rows = published + stored + duplicates + bad; published = indexed + dead + others."""
 
     rows: int = 0
     published: int = 0
-    stored: int = 0  # in the store before, so not published
-    duplicates: int = 0  # of an image in work
+    stored: int = 0  # already in the store, so not published
+    duplicates: int = 0  # rows of an image in work
     bad: int = 0  # rows that name no image
     bad_rows: list[str] = field(default_factory=list)
     indexed: int = 0
@@ -52,7 +52,7 @@ class Balance:
     retried: Counter[str] = field(default_factory=Counter)  # dead letters published again
 
     def finished(self) -> int:
-        """The published images that have their outcome."""
+        """Return the number of published images with an outcome."""
         return self.indexed + self.removed + self.too_large + self.dead.total()
 
 
@@ -61,13 +61,13 @@ class Checkpoint:
     """The state of a backfill in a file."""
 
     listing: str
-    saved_at: str  # outcomes before that are counted
+    saved_at: str  # outcomes before this time are counted
     balance: Balance = field(default_factory=Balance)
-    waiting: list[str] = field(default_factory=list)  # ids without an outcome
+    waiting: list[str] = field(default_factory=list)  # ids of published images without an outcome
 
     @classmethod
     def load(cls, path: Path, listing: str, now: datetime) -> Checkpoint:
-        """Return the state in the file, a new one without a file. Raises `Misconfigured` for another listing's."""
+        """Return the state in the file, or a new state. Raises `Misconfigured` for the file of another listing."""
         try:
             state = json.loads(path.read_bytes())
             balance = Balance(**state.pop("balance"))
@@ -104,7 +104,7 @@ class FailedIds:
     path: Path
 
     def read(self) -> set[str]:
-        """Return the ids; none without a file."""
+        """Return the ids; an empty set if there is no file."""
         try:
             with self.path.open(encoding="utf-8") as file:
                 return {json.loads(line) for line in file if line.endswith("\n")}  # a kill may cut the last line
@@ -118,7 +118,7 @@ class FailedIds:
             file.write(f"{json.dumps(image_id)}\n")
 
     def replace(self, ids: Iterable[str]) -> None:
-        """Write these ids in place of all others."""
+        """Replace all ids in the file by these."""
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(f"{json.dumps(image_id)}\n" for image_id in ids), encoding="utf-8")
         temporary.replace(self.path)
@@ -139,9 +139,9 @@ class Backfill:
         on_progress: Callable[[Balance, int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`are_stored` asks the store for image ids; `note_failed` takes the id of an image that became a dead letter.
+        """`are_stored` looks image ids up in the store; `note_failed` takes the id of each dead-lettered image.
 
-        `on_progress` takes the balance and the number of images in work.
+        `on_progress` is called with the counts and the number of images in work.
         """
         self._client = client
         self._checkpoint = checkpoint
@@ -158,7 +158,7 @@ class Backfill:
             client.watch_image(image_id)
 
     def publish(self, rows: Iterable[ImageNew | BadRow]) -> None:
-        """Publish the rows that the store does not have, then wait for every outcome."""
+        """Publish the rows that are not in the store, then wait for every outcome."""
         iterator = iter(rows)
         while chunk := list(islice(iterator, CHUNK_ROWS)):
             images = list(self._images_in(chunk))
@@ -173,7 +173,7 @@ class Backfill:
             self._confirm_all()
             self._balance.rows += len(chunk)
             self._turn(0.0)
-            self._save_if_due()  # here the balance adds up
+            self._save_if_due()  # only here do the counts add up
         self.wait()
 
     def retry(self, letters: Iterable[DeadLetter], failed: Collection[str]) -> None:
@@ -196,7 +196,7 @@ class Backfill:
         self.wait()
 
     def wait(self) -> None:
-        """Wait until no image is in work."""
+        """Wait until every published image has its outcome."""
         self._confirm_all()
         while self._client.num_outstanding_images:
             self._turn(POLL_S)

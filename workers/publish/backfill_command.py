@@ -1,4 +1,4 @@
-"""The command `backfill`: publishes a listing of images and accounts for every row."""
+"""The command `backfill`: publishes a listing of images and reports the outcome of every row."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from workers.publish.output import print_balance, remarks
 from workers.publish.replay import letters_in
 from workers.store.client import RedisStore
 
-#: Outcomes are read again from so long before the last checkpoint, because clocks differ.
+#: Outcomes are read again from this long before the last checkpoint, because clocks differ.
 CLOCK_TOLERANCE = timedelta(minutes=5)
-#: Without an outcome for so long a remark is printed.
+#: A remark is printed after this time without an outcome.
 SILENCE_S = 60.0
 
 
@@ -42,7 +42,7 @@ def backfill(
         str, typer.Argument(help="A folder, s3:// or gs:// prefix, or a CSV or Parquet file of addresses.")
     ],
     model: Annotated[
-        str | None, typer.Option(help="Model digest: skip the images that the store at REDIS_URL has under it.")
+        str | None, typer.Option(help="Model digest: skip images that the store at REDIS_URL has for this model.")
     ] = None,
     state: Annotated[Path, typer.Option(help="Checkpoint file, to continue after an interruption.")] = Path(
         "backfill.json"
@@ -52,14 +52,14 @@ def backfill(
     ] = False,
     prefix: Annotated[str, typer.Option(help="Prefix of every image id.")] = "",
     keep_extension: Annotated[bool, typer.Option("--keep-extension", help="Image ids keep .jpg and the like.")] = False,
-    max_in_work: Annotated[int, typer.Option(min=1, help="Images published and without an outcome.")] = 10_000,
+    max_in_work: Annotated[int, typer.Option(min=1, help="Most published images without an outcome.")] = 10_000,
     redis_url: Annotated[
         str, typer.Option(envvar="REDIS_URL", help="The token store, with --model.")
     ] = "redis://localhost:6379/0",
     brokers: Brokers = None,
     topic_prefix: ImagesPrefix = "",
 ) -> None:
-    """Publish the images of a listing as fast as they are indexed, and account for every row."""
+    """Publish the images of a listing as fast as they are indexed, and report the outcome of every row."""
     topics = topics_of(topic_prefix)
     now = datetime.now(UTC)
     with failing_with_a_sentence(), _stored(redis_url, model) as are_stored:
@@ -119,7 +119,7 @@ class _Progress:
 
 @contextlib.contextmanager
 def _stored(redis_url: str, model: str | None) -> Iterator[Callable[[Sequence[str]], list[bool]]]:
-    """Return a function that asks the store for image ids; without a model it has none."""
+    """Return a function that looks image ids up in the store; without a model it finds none."""
     if model is None:
         yield lambda image_ids: [False] * len(image_ids)
         return

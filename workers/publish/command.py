@@ -1,4 +1,4 @@
-"""The common parts of the commands: options, the connection to Kafka, errors as sentences."""
+"""The common parts of the commands: options, the connection to Kafka, error messages."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from workers.publish.output import remarks
 from workers.read_settings import near_misses, read_settings, secrets_of
 from workers.settings import KafkaSettings
 
-#: Shorter than a worker's: a person waits for the command.
+#: Shorter than a worker's timeout, because a person waits for the command.
 BOOTSTRAP_TIMEOUT_MS = 10_000
 TIME_FORMATS = ["%Y-%m-%dT%H:%M:%S.%f%z", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d"]
 
-Brokers = Annotated[str | None, typer.Option(help="Brokers to connect to first, host:port,...; else KAFKA_BROKERS.")]
-MaxMessageBytes = Annotated[int, typer.Option(min=1, help="Largest message to publish; the broker has a limit too.")]
-ImagesPrefix = Annotated[str, typer.Option("--topic-prefix", envvar="INGEST_TOPIC_PREFIX", help="Of topic names.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Stay until each image has its outcome.")]
+Brokers = Annotated[str | None, typer.Option(help="Addresses of some brokers, host:port,...; default: KAFKA_BROKERS.")]
+MaxMessageBytes = Annotated[int, typer.Option(min=1, help="Largest message to publish, at most the broker's limit.")]
+ImagesPrefix = Annotated[
+    str, typer.Option("--topic-prefix", envvar="INGEST_TOPIC_PREFIX", help="Prefix of topic names.")
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until each image has its outcome.")]
 Patience = Annotated[
     float, typer.Option("--timeout-s", min=0, help="With --wait: seconds without an outcome before giving up.")
 ]
@@ -45,7 +47,7 @@ def connection(brokers: str | None) -> dict[str, Any]:
 
 
 def topics_of(prefix: str) -> Topics:
-    """Return the topics with this prefix; an invalid prefix is a misuse."""
+    """Return the topics with this prefix; an invalid prefix ends the command with status 2."""
     try:
         return Topics(prefix)
     except ValueError as error:
@@ -54,7 +56,7 @@ def topics_of(prefix: str) -> Topics:
 
 @contextmanager
 def failing_with_a_sentence() -> Iterator[None]:
-    """Print an error of the worker as one sentence and end the command with status 1."""
+    """Print a `WorkerError` as one sentence and end the command with status 1."""
     try:
         yield
     except (WorkerError, TimeoutError) as error:
@@ -63,7 +65,7 @@ def failing_with_a_sentence() -> Iterator[None]:
 
 
 def progress_bars() -> Progress:
-    """Return bars on standard error."""
+    """Return progress bars on standard error."""
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=remarks)
 

@@ -1,6 +1,6 @@
 """Finds image files and builds their events.
 
-Reads names and sizes only; the ingest worker finds out whether a file is an image. Knows nothing of Kafka.
+Reads names and sizes only; the ingest worker checks whether a file is an image. Knows nothing of Kafka.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def image_files(paths: Iterable[Path], *, id_prefix: str = "", keep_extension: b
 def image_events(
     files: Sequence[ImageFile], source: SourceKind, *, max_data_bytes: int
 ) -> Iterator[ImageNew | Refused]:
-    """Yield the event of each file, read only when it is needed, or why there is none."""
+    """Yield the event of each file, or the reason why it has none; each file is read only when needed."""
     for file in files:
         try:
             if source == "uri":

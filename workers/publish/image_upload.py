@@ -1,6 +1,6 @@
 """Publishes many images or removals and follows their outcomes.
 
-Bounded in the events that are sent and not yet acknowledged, however many there are. Knows nothing of files and
+The number of unacknowledged events is bounded, however many images there are. Knows nothing of files and
 terminals.
 """
 
@@ -30,17 +30,17 @@ class Upload:
 
     published: int = 0
     indexed: int = 0
-    #: Of the indexed images, those that were stored already.
+    #: Those indexed images that were stored already.
     already_stored: int = 0
     removed: int = 0
     #: Indexed images by the digest of the model that encoded them.
     models: Counter[str] = field(default_factory=Counter)
-    #: Dead letters by error code, and the message of the first of each.
+    #: Dead letters by error code, and the first message of each code.
     dead: Counter[str] = field(default_factory=Counter)
     causes: dict[str, str] = field(default_factory=dict)
     #: Images that the broker refused for their size: id and reason.
     too_large: list[tuple[str, str]] = field(default_factory=list)
-    #: Images published without an outcome within the time.
+    #: Published images without an outcome in time.
     unanswered: frozenset[str] = frozenset()
 
 
@@ -54,7 +54,7 @@ def upload(
 ) -> Upload:
     """Publish all images, and the removals of all image ids.
 
-    With `wait`, stay until each has its outcome, or until no outcome has arrived for `patience_s`.
+    With `wait`, wait until each has its outcome, or until no outcome has arrived for `patience_s`.
     """
     upload = Upload()
     unconfirmed: deque[tuple[str, int, Future[None]]] = deque()

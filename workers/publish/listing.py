@@ -1,7 +1,7 @@
 """Reads listings of image addresses for a backfill: a folder, a bucket's prefix, a CSV or a Parquet file.
 
-Every listing is read as a stream in an order that is the same each time, so that a backfill can go on where it was. A
-row that names no image is returned with its reason. Knows nothing of Kafka.
+Every listing is read as a stream and always in the same order, so that a backfill can continue after an interruption. A
+row without a valid image is returned with the reason. Knows nothing of Kafka.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from protocols.events import ImageNew
 from protocols.validation import first_problem
 from workers.errors import Misconfigured
 
-#: Names of the columns that hold an address or an id, the preferred one first.
+#: Names of columns with an address or an id, the preferred name first.
 URI_COLUMNS = ("uri", "url", "path", "image_url")
 ID_COLUMNS = ("image_id", "id")
 _BATCH_ROWS = 10_000
@@ -40,9 +40,9 @@ class BadRow:
 def rows_of(
     source: str, *, skip: int = 0, id_prefix: str = "", keep_extension: bool = False
 ) -> Iterator[ImageNew | BadRow]:
-    """Return the events of a listing from row `skip` on, or why a row has none.
+    """Yield the events of a listing from row `skip` on, and a `BadRow` for each row without one.
 
-    Raises `Misconfigured` with a sentence if the listing cannot be opened.
+    Raises `Misconfigured` if the listing cannot be opened.
     """
     for number, (image_id, uri) in enumerate(islice(_pairs(source), skip, None), skip):
         if not uri:
@@ -56,7 +56,7 @@ def rows_of(
 
 
 def fingerprint_of(source: str) -> str:
-    """Return a text that differs between two listings, for the checkpoint of a backfill."""
+    """Return a text that identifies a listing, for the checkpoint of a backfill."""
     if source.startswith(("s3://", "gs://")):
         return source
     try:
@@ -68,7 +68,7 @@ def fingerprint_of(source: str) -> str:
 
 
 def _pairs(source: str) -> Iterator[tuple[str | None, str | None]]:
-    """Return the id, if the listing has one, and the address of each row."""
+    """Yield the id of each row, None if the listing has no ids, and the row's address."""
     if source.startswith(("s3://", "gs://")):
         return _objects(source)
     path = Path(source)
@@ -80,13 +80,13 @@ def _pairs(source: str) -> Iterator[tuple[str | None, str | None]]:
 
 
 def _id_of(uri: str, keep_extension: bool) -> str:
-    """Return the path of an address without its leading slash, and without its suffix unless it is kept."""
+    """Return the path of an address without leading slash and, unless `keep_extension`, without suffix."""
     path = PurePosixPath(uri.partition("://")[2].partition("?")[0].partition("/")[2] or uri)
     return str(path if keep_extension else path.with_suffix("") if path.name else path)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Return the image files below a folder, folder by folder, each in the order of its names."""
+    """Yield the image files below a folder, folder by folder, each folder ordered by name."""
     with os.scandir(folder) as entries:
         found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in found:
@@ -118,7 +118,7 @@ def _csv(path: Path) -> Iterator[tuple[str | None, str | None]]:
 def _headless(row: list[str]) -> tuple[str | None, str | None]:
     if row[0].startswith(_SCHEMES):
         return None, row[0].strip()
-    # An S3 Inventory: bucket and key, the key in URL encoding.
+    # An S3 Inventory: bucket, and the key in URL encoding.
     key = unquote_plus(row[1]) if len(row) > 1 else ""
     return None, f"s3://{row[0]}/{key}" if key else None
 
@@ -157,7 +157,7 @@ def _parquet(path: Path) -> Iterator[tuple[str | None, str | None]]:
 
 
 def _objects(source: str) -> Iterator[tuple[str | None, str | None]]:
-    """Return the image files below a prefix of a bucket, folder by folder."""
+    """Yield the image files below a prefix of a bucket, folder by folder."""
     scheme, _, prefix = source.partition("://")
     try:
         if scheme == "s3":
@@ -171,7 +171,7 @@ def _objects(source: str) -> Iterator[tuple[str | None, str | None]]:
             for name in sorted(files):
                 if PurePosixPath(name).suffix.lower() in SUFFIXES:
                     yield None, f"{scheme}://{files[name]['name']}"
-            for name in sorted(folders):  # walked in this order, because `walk` reads the dictionary again
+            for name in sorted(folders):  # `walk` reads this dictionary again, and so visits the folders in this order
                 folders[name] = folders.pop(name)
     except (OSError, ValueError) as error:
         raise Misconfigured(f"{source}: {type(error).__name__}: {error}") from None

@@ -1,6 +1,6 @@
 """The output of `python -m workers.publish`: results on standard output, remarks on standard error.
 
-The functions return whether everything succeeded. Ids and texts come from outside and are printed as text, never as
+Most functions return whether everything succeeded. Ids and texts are untrusted and printed as plain text, never as
 markup.
 """
 
@@ -27,7 +27,7 @@ from workers.publish.image_files import Refused, printable
 from workers.publish.image_upload import Upload
 from workers.publish.replay import Replay
 
-#: Names in one remark; the others are counted.
+#: Most names in one remark; further names are counted.
 MAX_NAMED = 5
 #: Characters of a dead letter's value in a line.
 MAX_VALUE_CHARS = 160
@@ -56,14 +56,14 @@ def print_upload(
     if done.unanswered:
         names = _some([printable(name) for name in sorted(done.unanswered)])
         remarks.print(
-            f"{len(done.unanswered)} images without an answer after {patience_s:g} s without news: {names}; "
+            f"{len(done.unanswered)} images have no outcome, and none arrived for {patience_s:g} s: {names}; "
             "is the ingest worker running and ready, with this topic prefix? It retries unreachable images for minutes."
         )
     return not (done.dead or problems or done.unanswered)
 
 
 def print_balance(balance: Balance, state: Path) -> bool:
-    """Print the account of a backfill; True if every row is in the store."""
+    """Print the counts of a backfill; returns True if every row is in the store."""
     published = f"{balance.published} published"
     if balance.retried.total():
         published += f" and {balance.retried.total()} again"
@@ -82,7 +82,7 @@ def print_balance(balance: Balance, state: Path) -> bool:
     for reason in balance.bad_rows:
         remarks.print(printable(reason))
     if num_dead:
-        remarks.print(f"to try the dead ones again: the same command with --retry-failed --state {state}")
+        remarks.print(f"to retry the dead letters, repeat the command with --retry-failed --state {state}")
     return not (num_dead or balance.bad or balance.too_large)
 
 
@@ -120,7 +120,7 @@ def print_letter(record: Record, letter: DeadLetter, *, as_json: bool) -> None:
 
 
 def print_reply(reply: Reply, request: RerankRequest, *, as_json: bool) -> bool:
-    """Print the ranking; False for a request that was not ranked."""
+    """Print the ranking; returns False for a request without a ranking."""
     response = reply.response
     if as_json:
         print(encode(response).decode())
@@ -165,7 +165,7 @@ def print_search(answer: Mapping[str, Any], *, as_json: bool) -> None:
         table.add_row(str(result["rank"]), str(result["rank_before"]), shown, Text(result["image_id"]))
     Console(highlight=False, markup=False).print(table)
     if not answer["results"]:
-        remarks.print("no image found: none is indexed, or none has this metadata")
+        remarks.print("no image found: the index is empty, or no image has this metadata")
 
 
 def first_stage_ranks(request: RerankRequest) -> list[int]:
@@ -179,7 +179,7 @@ def first_stage_ranks(request: RerankRequest) -> list[int]:
 
 
 def print_replay(done: Replay, *, dry_run: bool) -> bool:
-    """Print the counts of a replay by error code, and the start of the next one."""
+    """Print the counts of a replay by error code, and the `--since` of the next replay."""
     columns = {
         "would be replayed" if dry_run else "replayed": done.replayed,
         "truncated": done.truncated,

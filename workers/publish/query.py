@@ -1,4 +1,4 @@
-"""The commands that ask: `query` over Kafka, `search` over a gateway."""
+"""The commands that send a query: `query` over Kafka, `search` over a gateway."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ from workers.publish.search import filters_of, search
 
 
 def query(
-    text: Annotated[str | None, typer.Argument(help="The query; leave out with --image.")] = None,
+    text: Annotated[str | None, typer.Argument(help="The query; omit with --image.")] = None,
     image: Annotated[str | None, typer.Option(help="Image id to rank texts for.")] = None,
     candidates: Annotated[str | None, typer.Option(help="Image ids, separated by commas.")] = None,
-    texts: Annotated[list[str] | None, typer.Option(help="With --image: a text to rank; once for each.")] = None,
+    texts: Annotated[list[str] | None, typer.Option(help="With --image: a text to rank; repeat for each text.")] = None,
     candidates_file: Annotated[
         typer.FileText | None,
-        typer.Option(help="One candidate per line, with a first-stage score behind a tab; else standard input."),
+        typer.Option(
+            help="File with one candidate per line, optionally a tab and a first-stage score; default: standard input."
+        ),
     ] = None,
-    top_n: Annotated[int | None, typer.Option(min=1, help="Results to return; else all.")] = None,
-    deadline_ms: Annotated[int | None, typer.Option(min=1, help="From now; a later answer is `expired`.")] = None,
-    priority: Annotated[int, typer.Option(min=0, max=9, help="Higher goes first.")] = 0,
+    top_n: Annotated[int | None, typer.Option(min=1, help="Results to return; default: all.")] = None,
+    deadline_ms: Annotated[
+        int | None, typer.Option(min=1, help="Milliseconds from now after which the request expires.")
+    ] = None,
+    priority: Annotated[int, typer.Option(min=0, max=9, help="Requests with a higher priority go first.")] = 0,
     reply_topic: Annotated[str | None, typer.Option(help="Topic of the reply, if the worker allows it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the response event.")] = False,
     timeout_s: Annotated[float, typer.Option(min=0, help="Longest wait for the reply.")] = 30.0,
@@ -67,17 +71,17 @@ def query(
 
 
 def search_images(
-    text: Annotated[str, typer.Argument(help="What the images are to show.")],
+    text: Annotated[str, typer.Argument(help="Description of the wanted images.")],
     gateway: Annotated[str, typer.Option(envvar="GATEWAY_URL", help="Address of a gateway.")] = "http://127.0.0.1:8000",
     top_n: Annotated[int, typer.Option(min=1, max=1_000, help="Images to show.")] = 10,
-    candidates: Annotated[int, typer.Option(min=1, max=1_000, help="Images of the index that are ranked.")] = 50,
+    candidates: Annotated[int, typer.Option(min=1, max=1_000, help="Images taken from the index to be ranked.")] = 50,
     filters: Annotated[
-        list[str] | None, typer.Option("--filter", help="Metadata that an image must have, key=value; repeatable.")
+        list[str] | None, typer.Option("--filter", help="Metadata that an image must have, key=value; may be repeated.")
     ] = None,
     key: Annotated[str | None, typer.Option(envvar="GATEWAY_KEY", help="API key, if the gateway needs one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer of the gateway.")] = False,
 ) -> None:
-    """Search the images behind a gateway, as its page does."""
+    """Search the images of a gateway, as its page does."""
     try:
         conditions = filters_of(filters or ())
     except ValueError as error:

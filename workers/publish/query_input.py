@@ -1,6 +1,6 @@
 """Parses the input of the commands: a rerank request, image ids.
 
-Raises `ValueError` with a sentence about invalid input. Knows nothing of Kafka.
+Raises `ValueError` that describes invalid input. Knows nothing of Kafka.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _ID: TypeAdapter[str] = TypeAdapter(Id)
 def candidates_of(
     ids: str | None, texts: Sequence[str], lines: Iterable[str] | None, *, for_image: bool
 ) -> list[Candidate]:
-    """Return the candidates from exactly one of: ids separated by commas, texts, or lines with one candidate each.
+    """Return the candidates from one source: ids separated by commas, texts, or lines with one candidate each.
 
     A line may end in a tab and the first-stage score.
     """
     if ids is not None and for_image:
-        raise ValueError("--candidates names images; give --texts or lines of text to rank for an image")
+        raise ValueError("--candidates takes image ids; with --image give --texts, or lines of text")
     if texts and not for_image:
-        raise ValueError("--texts is for --image; the candidates of a text query are images")
+        raise ValueError("--texts needs --image; the candidates of a text query are images")
     if ids is not None:
         return [Candidate(image_id=image_id.strip()) for image_id in ids.split(",") if image_id.strip()]
     if texts:
@@ -68,7 +68,7 @@ def request_of(
 
 
 def image_ids_of(lines: Iterable[str]) -> list[str]:
-    """Return the image ids of lines with one id each, every id once. Raises `ValueError` for an invalid id."""
+    """Return the distinct image ids of lines with one id each. Raises `ValueError` for an invalid id."""
     ids = dict.fromkeys(line.strip() for line in lines if line.strip())
     for image_id in ids:
         try:
@@ -85,5 +85,5 @@ def _candidate(line: str, for_image: bool) -> Candidate:
     try:
         score = float(number)
     except ValueError:
-        raise ValueError(f"{number[:40]!r} behind the tab is not a first-stage score") from None
+        raise ValueError(f"{number[:40]!r} after the tab is not a first-stage score") from None
     return Candidate(text=name, score=score) if for_image else Candidate(image_id=name.strip(), score=score)

@@ -1,6 +1,6 @@
-"""Reads dead letters, and publishes them again to the topic they came from, exactly as they first arrived.
+"""Reads dead letters, and publishes the original messages to the topic they came from, byte for byte.
 
-Reads only the letters that were there at the start: one that is dead-lettered again is not read twice.
+Reads only the letters that existed at the start, so a message that is dead-lettered again is not read twice.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PUBLISH_TIMEOUT_S = 60.0
 
 
 class History(Protocol):
-    """Reads a topic from some time on."""
+    """Reads a topic from a given time on."""
 
     def poll(self, timeout_s: float) -> list[Record]: ...
 
     def caught_up(self) -> bool:
-        """Whether every record that was there at the start has been read."""
+        """Whether every record that existed at the start has been read."""
         ...
 
 
@@ -37,15 +37,15 @@ class Replay:
     """The counts of a replay, by error code."""
 
     replayed: Counter[str] = field(default_factory=Counter)
-    #: Letters that were cut: the original message is lost.
+    #: Cut letters, whose original message is lost.
     truncated: Counter[str] = field(default_factory=Counter)
-    #: Letters of other error codes than the chosen ones.
+    #: Letters with other error codes than the chosen ones.
     passed_over: Counter[str] = field(default_factory=Counter)
     beyond_limit: Counter[str] = field(default_factory=Counter)
     #: Messages that are not dead letters of this topic.
     foreign: int = 0
-    #: The start of the next replay: behind the youngest letter read, or at the oldest beyond the limit. Partitions are
-    #: not ordered among each other, so some letters may then be replayed twice, and none is left out.
+    #: Start of the next replay: after the newest letter read, or at the oldest letter beyond the limit. Partitions are
+    #: not ordered relative to each other, so some letters may be replayed twice, but none is left out.
     next_since: datetime | None = None
 
 
@@ -107,5 +107,5 @@ def _letter_of(record: Record, topic: str) -> DeadLetter | None:
         letter = DeadLetter.from_message(record.key, record.value, record.headers)
     except ValueError:
         return None
-    # Any producer can write the header; it must not direct messages to an arbitrary topic.
+    # Any producer can write the header, so the header must not choose an arbitrary topic.
     return letter if Topics().dead_letter(letter.topic) == topic else None

@@ -30,8 +30,12 @@ class Client(Protocol):
 
 
 def publish_requests(
-    requests: Annotated[typer.FileText, typer.Argument(help="Request events as JSON lines; - for standard input.")],
-    concurrency: Annotated[int, typer.Option(min=1, max=1000, help="Requests that wait for a reply at a time.")] = 32,
+    requests: Annotated[
+        typer.FileText, typer.Argument(help="File of request events as JSON lines; - is standard input.")
+    ],
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=1000, help="Most requests that wait for a reply at one time.")
+    ] = 32,
     timeout_s: Annotated[float, typer.Option(min=0, help="Longest wait for the next reply.")] = 30.0,
     brokers: Brokers = None,
     topic_prefix: Annotated[str, typer.Option(envvar="RERANK_TOPIC_PREFIX", help="Prefix of topic names.")] = "",
@@ -54,7 +58,7 @@ def publish_requests(
 
 
 def requests_in(lines: Iterable[str]) -> list[RerankRequest]:
-    """The requests, one per line; empty lines are skipped. Raises `ValueError` with the line number."""
+    """Return the requests, one per line without empty lines. Raises `ValueError` with the line number."""
     events = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -63,14 +67,14 @@ def requests_in(lines: Iterable[str]) -> list[RerankRequest]:
             except EventError as error:
                 raise ValueError(f"line {number}: {error}") from error
     if len({event.request_id for event in events}) < len(events):
-        raise ValueError("two requests have the same request_id, so their replies could not be told apart")
+        raise ValueError("two requests have the same request_id, so their replies could not be distinguished")
     return events
 
 
 def replies_to(
     client: Client, events: Iterable[RerankRequest], concurrency: int, timeout_s: float
 ) -> Iterator[RerankResponse]:
-    """The responses in the order of the requests, with at most `concurrency` of them outstanding. Raises `NoAnswer`."""
+    """Yield the responses in the order of the requests, at most `concurrency` outstanding. Raises `NoAnswer`."""
     waiting: deque[str] = deque()
     for event in events:
         if len(waiting) == concurrency:

@@ -1,4 +1,4 @@
-"""Asks a gateway's `POST /v1/search` from the command line. Knows HTTP and the shape of the answer; no Kafka."""
+"""Calls a gateway's `POST /v1/search` from the command line. Knows HTTP and the answer's fields; no Kafka."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from workers.errors import WorkerError
 
-#: A search answers within the gateway's timeout; this is for a gateway that does not answer.
+#: Longer than the gateway's timeout: ends the wait for a gateway that does not answer.
 TIMEOUT_S = 60.0
 
 
 class SearchFailed(WorkerError):
-    """The gateway did not answer a search; the message is for the person who asked."""
+    """The gateway did not answer a search; the message is for the person who ran the command."""
 
 
 def search(
@@ -42,7 +42,7 @@ def search(
 
 
 def filters_of(conditions: Sequence[str]) -> dict[str, list[str]]:
-    """Return the filter of `key=value` conditions; of one key any of its values matches. Raises `ValueError`."""
+    """Return the filter of `key=value` conditions; several values of one key are alternatives. Raises `ValueError`."""
     filters: dict[str, list[str]] = {}
     for condition in conditions:
         key, separator, value = condition.partition("=")
@@ -57,4 +57,4 @@ def _message_in(error: urllib.error.HTTPError) -> str:
         body = json.loads(error.read(100_000))
         return f"{body['message']} ({error.code} {body['code']})"
     except (ValueError, KeyError, TypeError, OSError):
-        return f"answers with {error.code}"
+        return f"answers with status {error.code}"

@@ -1,4 +1,4 @@
-"""The rerank worker: `python -m workers.rerank`. Composes the job and its engine."""
+"""The rerank worker: `python -m workers.rerank`. Builds the job and its engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from workers.telemetry.bus_spans import BusSpans
 
 @contextmanager
 def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
-    """The rerank job over a warm engine. Raises `Misconfigured` or `EngineError`."""
+    """Build the rerank job with a warm engine. Raises `Misconfigured` or `EngineError`."""
     settings, metrics = shared.settings, shared.metrics
     store = open_store(settings)
     engine = load(settings)
@@ -73,7 +73,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
         bounds=RerankBounds(
             max_inflight_pairs=settings.max_inflight_pairs,
             max_inflight_bytes=settings.max_inflight_bytes,
-            max_fetches=2 * settings.fetch_threads,  # for each thread one in progress and one that waits
+            max_fetches=2 * settings.fetch_threads,  # for each thread one fetch in progress and one that waits
             max_ready_pairs=MAX_BATCHES * settings.max_batch_pairs,
             piece_pairs=settings.piece_pairs,
         ),
@@ -135,7 +135,7 @@ def build(shared: Shared[RerankSettings]) -> Iterator[Built]:
 
 
 def load(settings: RerankSettings) -> Engine:
-    """Return the engine, warm. Raises `Misconfigured` or `EngineError`."""
+    """Load the engine and warm it up. Raises `Misconfigured` or `EngineError`."""
     num_slots = slots_in(
         settings.slab_bytes,
         settings.checkpoint,

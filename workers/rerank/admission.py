@@ -1,4 +1,4 @@
-"""Reads rerank requests: decodes a record, checks what it asks for, and lays out its pairs.
+"""Reads rerank requests: decodes a record, checks the request and lays out its pairs.
 
 Pure: knows no broker, no engine and no tokenizer; time is an argument. Every refusal is a `Poison` with a code and a
 sentence.
@@ -24,26 +24,26 @@ from workers.ports import Record
 from workers.rerank.request import Request
 from workers.telemetry.tracer import MessageTrace
 
-#: Lists and objects of a request beyond those of its candidates: texts may hold brackets.
+#: Lists and objects of a request in addition to those of its candidates; also counts brackets inside texts.
 _SPARE_CONTAINERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """Bounds of one request, and what this worker serves."""
+    """The limits of one request, and the models, topics and directions that this worker serves."""
 
     model_digest: str
     max_request_bytes: int
     max_candidates: int
-    max_text_chars: int  # of the query and of each text candidate
+    max_text_chars: int  # of the query, and of each text candidate
     deadline_tolerance_s: float  # allowed difference between the clocks of producer and worker
     reply_topic: str  # the default
-    allowed_reply_topics: tuple[str, ...]  # patterns
+    allowed_reply_topics: tuple[str, ...]  # patterns of topic names
     reads_first_stage: Collection[Direction]  # the directions whose ranking uses first-stage scores
 
 
 def open_request(record: Record, trace: MessageTrace, limits: AdmissionLimits, now: float) -> Request:
-    """Return the request of a record whose value is not read yet: an error can be replied to it."""
+    """Return the request of a record before its value is read, so that errors can be answered."""
     content_type = content_type_of(record.headers)
     return Request(
         record=record,
@@ -57,8 +57,8 @@ def open_request(record: Record, trace: MessageTrace, limits: AdmissionLimits, n
 def read_request(request: Request, limits: AdmissionLimits, *, now: float, wall_now: float) -> None:
     """Read the record's value into the request. Raises `Poison`.
 
-    `now` is the loop's clock, `wall_now` the seconds since 1970. The address of the reply is set first, so that any
-    later refusal reaches it.
+    `now` is the loop's time, `wall_now` the seconds since 1970. The reply address is set first, so that any later
+    refusal can be sent to it.
     """
     record = request.record
     try:
@@ -85,7 +85,7 @@ def read_request(request: Request, limits: AdmissionLimits, *, now: float, wall_
 
 
 def salvage_address(request: Request, limits: AdmissionLimits) -> None:
-    """Read the id and the reply address of a request that cannot be read as a whole, as far as possible."""
+    """Read as much as possible of the id and the reply address of a request that is not valid as a whole."""
     value = request.record.value
     request.request_id = salvage_id(value, request.record.key, "request_id")
     topic, partition = salvage(value, "reply_topic"), salvage(value, "reply_partition")
@@ -98,7 +98,7 @@ def salvage_address(request: Request, limits: AdmissionLimits) -> None:
 def _is_allowed(topic: str, limits: AdmissionLimits) -> bool:
     if topic == limits.reply_topic:
         return True
-    # Kafka has no topic of these two names, whatever the patterns say.
+    # Kafka allows no topic with these two names, even if the patterns match them.
     return topic not in (".", "..") and any(
         fnmatch.fnmatchcase(topic, pattern) for pattern in limits.allowed_reply_topics
     )
@@ -141,7 +141,7 @@ def _lay_out(request: Request, event: RerankRequest, limits: AdmissionLimits) ->
 
 
 def _read_first_stage(request: Request, event: RerankRequest) -> None:
-    """Standardise the scores; equal candidates get the first one's. A fault becomes a warning."""
+    """Standardise the first-stage scores; of equal candidates the first one's counts. A fault becomes a warning."""
     scores = standardise([candidate.get("score") for candidate in event.candidates])
     values = scores.values
     if request.pair_of_candidate is not None:

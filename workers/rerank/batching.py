@@ -1,7 +1,7 @@
 """Groups ready pieces of requests into micro-batches for the engine.
 
-Decides which pieces go together and when; knows nothing of Kafka, tensors or the clock. A batch holds pieces of one
-length bucket, so that padding is at most a bucket's width, and is filled in rank order up to a budget of tokens and
+Decides which pieces form a batch and when; knows nothing of Kafka, tensors or the clock. A batch holds pieces of one
+length bucket, so padding is at most a bucket's width. It is filled in rank order up to a budget of tokens and
 pairs.
 """
 
@@ -25,7 +25,7 @@ class Batchable(Protocol):
 
     @property
     def tokens_per_pair(self) -> int:
-        """Text and visual tokens of a pair."""
+        """The text and visual tokens of one pair."""
         ...
 
 
@@ -43,7 +43,7 @@ class _Bucket(Generic[P]):
 
 
 class MicroBatcher(Generic[P]):
-    """Ready pieces by bucket."""
+    """Collects ready pieces by length bucket, and groups them into batches."""
 
     def __init__(self, *, max_tokens: int, max_pairs: int, max_wait_s: float) -> None:
         self.max_tokens = max_tokens
@@ -56,17 +56,17 @@ class MicroBatcher(Generic[P]):
         return sum(bucket.num_pairs for bucket in self._buckets.values())
 
     def add(self, piece: P, rank: int, now: float) -> None:
-        """Add a piece whose tokens are all in the slab. No two pieces have the same rank; smaller goes first."""
+        """Add a piece whose tokens are all in the slab. Ranks are distinct; the smallest goes first."""
         bucket = self._buckets.setdefault(piece.bucket, _Bucket())
         heapq.heappush(bucket.heap, (rank, now, piece))
         bucket.num_pairs += piece.num_pairs
         bucket.num_tokens += piece.num_pairs * piece.tokens_per_pair
 
     def take(self, now: float, *, more_is_coming: bool) -> list[P]:
-        """Return the next batch, or an empty list while waiting may fill it further.
+        """Return the next batch, or an empty list while waiting may fill the batch.
 
-        A bucket leaves when it is full, when its oldest piece has waited long enough, or at once if no piece that could
-        join it is being fetched. Of several such buckets the one with the smallest rank goes first.
+        A bucket becomes a batch when it is full, when its oldest piece has waited long enough, or at once if no piece
+        for it is being fetched. Of several such buckets, the one with the smallest rank goes first.
         """
         leaving = [
             number
@@ -99,7 +99,7 @@ class MicroBatcher(Generic[P]):
         return batch
 
     def wants_turn_in_s(self, now: float) -> float | None:
-        """Seconds until the oldest piece of a bucket has waited long enough, None if no piece waits."""
+        """Return the seconds until the oldest piece has waited long enough, None without pieces."""
         if not self._buckets:
             return None
         oldest = min(bucket.oldest() for bucket in self._buckets.values())

@@ -14,11 +14,11 @@ from protocols.events import WordSimilarities
 from protocols.fields import MAX_EXPLAINED_TOKENS, MAX_EXPLAINED_WORD_CHARS, MAX_EXPLAINED_WORDS
 from workers.rerank.request import Request
 
-#: Results that are explained.
+#: Most results that are explained.
 MAX_EXPLAINED_RESULTS = 10
-#: Numbers in the explanations of one reply: 200 kB of JSON.
+#: Most numbers in the explanations of one reply: 200 kB of JSON.
 MAX_EXPLAINED_VALUES = 32_768
-#: Decimals of a similarity on the wire.
+#: Decimals of a similarity in a reply.
 SIMILARITY_DECIMALS = 3
 
 #: Returns the words of a text, each with the positions of its pieces among the ids.
@@ -26,9 +26,9 @@ Words = Callable[[str], Sequence[tuple[str, Sequence[int]]]]
 
 
 def pairs_to_explain(request: Request, *, num_visual_tokens: int, max_pairs: int) -> NDArray[np.int32]:
-    """Return the distinct pairs of the best results: as many as a reply may explain, and at most `max_pairs`.
+    """Return the distinct pairs of the best results: as many as a reply may explain, at most `max_pairs`.
 
-    The request has a ranking.
+    The request must have a ranking.
     """
     if request.ranking is None or num_visual_tokens > MAX_EXPLAINED_TOKENS:
         return np.zeros(0, np.int32)
@@ -51,7 +51,7 @@ def explanations_of(
 ) -> Mapping[int, Sequence[WordSimilarities]]:
     """Return the explanation of each result by its position in the request.
 
-    `similarities[i]` is `(text tokens, visual tokens)` of `pairs[i]`. Of a word's pieces the most similar one counts.
+    `similarities[i]` is `(text tokens, visual tokens)` of `pairs[i]`. A word counts as its most similar piece.
     """
     by_pair: dict[int, Sequence[WordSimilarities]] = {}
     for pair, matrix in zip(pairs.tolist(), similarities, strict=True):

@@ -1,10 +1,10 @@
-"""The order in which requests get their turn: a weighted share for each priority, fair queueing within a priority.
+"""Orders the pieces of requests: a weighted share for each priority, fair queueing within a priority.
 
-Two levels of start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996). Between priorities, a waiting priority p gets
-service in proportion to 1 + p, so that a higher one goes first and a lower one never waits for ever. Within a priority,
-each request is a flow: the first piece of a small request goes before the eighth piece of a large one, whichever came
-first. Virtual time within a priority advances with the service given, as in Bennett and Zhang (SIGCOMM 1996): if only
-the pieces' start tags moved it, an unbroken run of new small requests would starve a large one.
+Two levels of start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996). Of the waiting priorities, priority p gets
+service in proportion to 1 + p, so higher priorities get more and lower ones never wait for ever. Within a priority,
+each request is a flow: the first piece of a small request goes before the eighth piece of a large one, even if the
+large one came first. Virtual time within a priority advances with the service given, as in Bennett and Zhang (SIGCOMM
+1996). If it advanced with start tags only, an unbroken run of new small requests would starve a large one.
 Pure; no clock.
 """
 
@@ -17,8 +17,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-#: However many requests wait, later ones leave an earlier one at least this share of its priority's service. With fewer
-#: requests than its inverse the order is exactly fair.
+#: The least share of its priority's service that a request gets, however many later requests wait. With fewer
+#: requests than the inverse of this share, the order is exactly fair.
 SMALLEST_SHARE = 1 / 32
 
 
@@ -35,14 +35,14 @@ class _Level(Generic[T]):
 
     def __init__(self, priority: int) -> None:
         self.weight = 1 + priority
-        self.start = 0.0  # virtual time at which the next item is due, against those of other priorities
+        self.start = 0.0  # virtual time at which this priority's next item is due
         self.heap: list[_Entry[T]] = []
         self.num_waiting: Counter[int] = Counter()  # items by flow
         self.virtual_time = 0.0
 
     def pop(self) -> _Entry[T]:
         entry = heapq.heappop(self.heap)
-        share = max(SMALLEST_SHARE, 1 / (len(self.num_waiting) + 1))  # one more: the flow that comes next
+        share = max(SMALLEST_SHARE, 1 / (len(self.num_waiting) + 1))  # + 1 for the flow that arrives next
         self.virtual_time = max(self.virtual_time, entry.tag) + entry.cost * share
         self.num_waiting[entry.flow] -= 1
         if self.num_waiting[entry.flow] == 0:
@@ -52,7 +52,7 @@ class _Level(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Items in fair order; the items of one `push` are one flow and stay in their order."""
+    """A queue of items in fair order; the items of one `push` are one flow and stay in their order."""
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level[T]] = {}
@@ -100,7 +100,7 @@ class FairQueue(Generic[T]):
         return min(waiting, key=lambda level: (level.start, -level.weight))
 
     def discard(self, is_unwanted: Callable[[T], bool]) -> None:
-        """Remove all items for which this is true, as if they had not been pushed."""
+        """Remove all items for which `is_unwanted` is true, as if they had not been pushed."""
         for level in self._levels.values():
             level.heap = [entry for entry in level.heap if not is_unwanted(entry.item)]
             heapq.heapify(level.heap)

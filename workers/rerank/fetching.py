@@ -1,6 +1,6 @@
 """Fetches token blobs on threads, and waits while the store is away.
 
-The loop never waits for the store: it starts a fetch and gets a future.
+The loop never waits for the store: it starts a fetch and receives a future.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class Read:
     """The store's answer to one fetch: one blob or None per key."""
 
     blobs: Sequence[bytes | None]
-    interval: Interval  # of all attempts
+    interval: Interval  # from the first attempt's start to the last one's end
     num_attempts: int
 
 
 class BlobFetcher:
-    """Fetches in progress; each is tried until the store answers or the worker ends."""
+    """Fetches blobs; each fetch is retried until the store answers or the worker ends."""
 
     def __init__(
         self, store: TokenStore, retry: Retry, num_threads: int, seconds: Histogram, clock: Callable[[], float]
     ) -> None:
-        """`seconds` observes each read that the store answered; `clock` is the loop's."""
+        """`seconds` observes the time of each successful read; `clock` is the loop's."""
         self._store = store
         self._clock = clock
         self._retry = retry
@@ -38,7 +38,7 @@ class BlobFetcher:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
 
     def start(self, keys: Sequence[str]) -> Future[Read]:
-        """Fetch the blobs of these keys."""
+        """Start to fetch the blobs of these keys."""
         return self._executor.submit(self._read, keys)
 
     def _read(self, keys: Sequence[str]) -> Read:

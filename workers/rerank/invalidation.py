@@ -1,4 +1,4 @@
-"""Drops the slab's tokens of images that have changed or are removed, as `images.indexed` reports them.
+"""Drops the tokens of changed and removed images from the slab, as `images.indexed` reports them.
 
 The ingest worker publishes an event after it has changed the store. So the next request fetches the new tokens.
 Called from the loop's thread; knows nothing of Kafka.
@@ -17,7 +17,7 @@ from workers.rerank.loading import SlabLoader
 
 log = structlog.get_logger(__name__)
 
-#: Events of one turn: a filling publishes thousands per second, and one that concerns no slot takes microseconds.
+#: Most events of one turn: a backfill publishes thousands per second, and an event without a slot takes microseconds.
 MAX_EVENTS_PER_TURN = 256
 
 
@@ -31,12 +31,12 @@ class Invalidation:
         self._follower: Follower | None = None
 
     def follow(self, follower: Follower) -> None:
-        """Apply this follower's events from now on. Events before its start were missed: all slots are dropped."""
+        """Apply this follower's events from now on. Drops all slots, because events before its start were missed."""
         self._follower = follower
         self._loader.invalidate_all()
 
     def turn(self) -> bool:
-        """Apply the events that have arrived. Returns whether more may be waiting. Raises what the follower raises."""
+        """Apply the events that have arrived; returns whether more may wait. Raises the follower's error."""
         if self._follower is None:
             return False
         for _ in range(MAX_EVENTS_PER_TURN):
@@ -63,7 +63,7 @@ class Invalidation:
             self._metrics.slab_invalidations.inc()
 
     def _is_change(self, record: Record) -> bool:
-        """Whether the tokens under this model may have changed: a removal, new content, or an unreadable event."""
+        """Whether an event may change this model's tokens: a removal, new content, or an unreadable event."""
         try:
             event = decode(ImageIndexed, record.value, content_type_of(record.headers))
         except EventError:

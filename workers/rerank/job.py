@@ -1,7 +1,7 @@
-"""The rerank job: requests in, one outcome each out.
+"""Turns each rerank request into its one outcome.
 
-A request is read, its texts are encoded, and it is cut into pieces. Pieces wait for their fair turn, get their images
-into the token slab, join a micro-batch and are scored; the last piece of a request brings its reply. A late request is
+A request is read, its texts are encoded, and it is cut into pieces. Pieces wait for their fair turn, load their images
+into the token slab, join a micro-batch and are scored; after the last piece the request is answered. A late request is
 answered as expired before it costs a fetch, and again before it costs the engine. Knows neither Kafka nor Redis; the
 loop's clock is an argument.
 """
@@ -35,18 +35,18 @@ from workers.rerank.scoring import Backlog, BatchScorer
 from workers.rerank.spans import RerankSpans
 from workers.rerank.texts import TextEncoder, warnings_about
 
-#: Pieces in the queue before those of closed requests are first removed.
+#: Number of queued pieces at which the pieces of closed requests are first removed.
 MIN_SWEEP_PIECES = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RerankBounds:
-    """How much work a worker accepts and starts at once."""
+    """Limits on the work that a worker accepts and starts at one time."""
 
     max_inflight_pairs: int
-    max_inflight_bytes: int  # of the records in work
+    max_inflight_bytes: int  # bytes of the records in work
     max_fetches: int
-    max_ready_pairs: int  # pieces ahead of the engine: two batches; the others wait where the order is still open
+    max_ready_pairs: int  # pairs of started pieces: about two batches; others wait in the fair queue
     piece_pairs: int
 
 
@@ -71,7 +71,7 @@ class RerankJob:
         words: Words,
         wall_clock: Callable[[], float],
     ) -> None:
-        """`landing` is the one that texts, loader and scorer use."""
+        """`landing` is shared by texts, loader and scorer."""
         self._limits = limits
         self._bounds = bounds
         self._num_visual_tokens = num_visual_tokens
@@ -97,7 +97,7 @@ class RerankJob:
         self._num_inflight_tokens = 0
         self._num_started = 0
         self._sweep_at = MIN_SWEEP_PIECES
-        self._made_room = False  # since pieces were last started
+        self._made_room = False  # room was made since pieces were last started
         self._has_more_changes = False
 
     def has_room(self) -> bool:
@@ -114,7 +114,7 @@ class RerankJob:
         return self._num_inflight_pairs
 
     def backlog_s(self, lag_events: int) -> float | None:
-        """Return the seconds of work that wait here and, with this lag, in the partitions; None if unknown."""
+        """Return the seconds of work that wait here and, by this lag, in the partitions; None if unknown."""
         return self._backlog.seconds(num_tokens=self._num_inflight_tokens, lag_events=lag_events)
 
     def accept(self, record: Record, now: float) -> None:
@@ -137,7 +137,7 @@ class RerankJob:
             self._fail(request, error, now)
 
     def _withdraw(self, record: Record, now: float) -> None:
-        """Expire the request that the record's key names, unless its pieces have started; its caller has left."""
+        """Expire the request that the record's key names, unless its pieces have started: its caller has left."""
         request_id = (record.key or b"").decode("utf-8", "replace")
         withdrawn = [
             request
@@ -160,7 +160,7 @@ class RerankJob:
         return request
 
     def turn(self, now: float) -> list[Finished]:
-        self._has_more_changes = self._invalidation.turn()  # first: later pieces must not see the old tokens
+        self._has_more_changes = self._invalidation.turn()  # first, so that later pieces do not use the old tokens
         self._landing.turn()
         for request, error in (*self._texts.take_failed(), *self._loader.take_failed()):
             self._fail(request, error, now)
@@ -168,15 +168,15 @@ class RerankJob:
         self._queue_encoded(now)
         for request in self._deadlines.passed(now):
             self._expire(request, now)
-        self._take_loaded(now)  # before pieces are started, because an ended fetch makes room for another
+        self._take_loaded(now)  # before starting pieces, because an ended fetch makes room for another
         self._start_pieces(now)
-        self._take_loaded(now)  # again, because a piece whose images are all in the slab is ready at once
+        self._take_loaded(now)  # again, because a piece with all images in the slab is ready at once
         self._start_batches(now)
         finished, self._finished = self._finished, []
         return finished
 
     def _queue_encoded(self, now: float) -> None:
-        """Cut the requests whose texts are encoded into pieces, and queue these."""
+        """Cut the requests with encoded texts into pieces, and queue the pieces."""
         for request, encoded in self._texts.take_ready():
             if request.is_closed:
                 continue
@@ -184,7 +184,7 @@ class RerankJob:
                 self._queue_pieces(request, encoded, now)
             except Exception as error:
                 self._fail(request, error, now)
-        if len(self._queue) >= self._sweep_at:  # while the store is away no piece of a closed request has its turn
+        if len(self._queue) >= self._sweep_at:  # while the store is away, closed requests' pieces are never popped
             self._queue.discard(lambda piece: piece.request.is_closed)
             self._sweep_at = max(MIN_SWEEP_PIECES, 2 * len(self._queue))
 
@@ -206,7 +206,7 @@ class RerankJob:
         self._made_room = True
 
     def _start_pieces(self, now: float) -> None:
-        """Give pieces their slots and fetches, in fair order, no further ahead of the engine than is useful."""
+        """Start pieces in fair order: assign slots and start fetches, only as far ahead of the engine as is useful."""
         bounds = self._bounds
         self._made_room = False
         num_ready = self._batcher.num_pairs
@@ -233,7 +233,7 @@ class RerankJob:
             request.num_unready_pieces -= 1
             piece.leave_out_missing()
             if not piece.explains:
-                request.fetched_at = max(now, piece.read_at)  # a store may answer within a turn, which has one `now`
+                request.fetched_at = max(now, piece.read_at)  # a store may answer during the turn, after `now`
             if request.is_closed or piece.num_pairs == 0:
                 self._end(piece, now)
             elif piece.explains:
@@ -298,7 +298,7 @@ class RerankJob:
             self._fail(request, error, now)
 
     def _end(self, piece: Piece, now: float) -> None:
-        """Free the slots of a piece, and answer its request if it was the last one."""
+        """Free the slots of a piece, and answer its request if this was the last piece."""
         self._loader.release(piece)
         self._made_room = True
         request = piece.request
@@ -319,7 +319,7 @@ class RerankJob:
             self._fail(request, error, now)
 
     def _start_explanation(self, request: Request) -> bool:
-        """Queue a piece that explains the best results; False if there is none to explain, or no way to."""
+        """Queue a piece that explains the best results; returns False if nothing can be explained."""
         if not self._scorer.can_explain():
             request.warn("explanation_unavailable", "this model or this engine cannot explain its scores")
             return False
@@ -344,14 +344,14 @@ class RerankJob:
         try:
             if request.ranking is None:
                 self._finish(request, self._replies.expired(request, now))
-            else:  # scored in time, only the explanation is late
+            else:  # scored in time; only the explanation is late
                 request.warn("explanation_late", "the deadline passed before the results were explained")
                 self._finish(request, self._replies.ranked(request, now))
         except Exception as error:
             self._fail(request, error, now)
 
     def _fail(self, request: Request, error: Exception, now: float) -> None:
-        """Give a request the outcome of an error; an unexpected one is reported as `internal_error`."""
+        """Give a request the outcome of an error; an unexpected error is reported as `internal_error`."""
         if request.is_closed:
             return
         if request.request_id is None:
@@ -360,7 +360,7 @@ class RerankJob:
         try:
             finished = self._replies.refused(request, poison, now)
         except Exception as second:
-            request.request_id = None  # no reply can be written: the dead letter alone
+            request.request_id = None  # no reply can be written, so only the dead letter is published
             finished = self._replies.refused(request, as_internal_error(second, **request.for_log()), now)
         self._finish(request, finished)
 

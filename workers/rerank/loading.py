@@ -1,6 +1,6 @@
-"""Loads the images of a piece into the token slab: pins the present ones, fetches the others, decodes them into slots.
+"""Loads the images of a piece into the token slab: pins present images, fetches the others, decodes them into slots.
 
-Two pieces that miss the same image wait for one fetch. An image without a usable blob (missing, corrupt, of another
+Two pieces that miss the same image share one fetch. An image without a usable blob (missing, corrupt, of another
 model) is counted, logged and left out of its pieces. Called from the loop's thread only; fetches run elsewhere.
 """
 
@@ -29,10 +29,10 @@ from workers.retrying import Stopped
 
 log = structlog.get_logger(__name__)
 
-#: Requests that one log line names; more may wait for the same image.
+#: Most requests that one log line names; more may wait for the same image.
 MAX_LOGGED_REQUESTS = 4
 
-#: Starts to fetch the blobs of some keys on another thread.
+#: Starts a fetch of the blobs of some keys on another thread.
 StartFetch = Callable[[Sequence[str]], "Future[Read]"]
 
 
@@ -46,7 +46,7 @@ class Fetch:
 
 
 class SlabLoader:
-    """Takes pieces, and returns them when every image is in its slot or known to be missing."""
+    """Takes pieces and returns each when all its images are in slots or known to be missing."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class SlabLoader:
         self.num_fetching = 0
 
     def start(self, piece: Piece) -> bool:
-        """Pin or fetch the images of a piece. Returns False, without any change, if there are too few slots now."""
+        """Pin or fetch the images of a piece. Returns False and changes nothing if there are too few free slots."""
         slots = self._table.pin_present(piece.images)
         absent = [piece.images[number] for number in np.flatnonzero(slots == NO_SLOT).tolist()]
         if len(absent) > self._table.num_available():
@@ -125,12 +125,12 @@ class SlabLoader:
 
     def _fail(self, fetch: Fetch, error: Exception) -> None:
         if isinstance(error, WorkerError | Stopped):
-            raise error  # the store refuses this worker, or the worker ends: not the fault of a request
+            raise error  # the store refuses this worker, or the worker ends: no request is at fault
         self._failed += [(piece.request, error) for piece in fetch.waiting]
         self._end(fetch, range(len(fetch.images)))
 
     def _end(self, fetch: Fetch, missing: Sequence[int]) -> None:
-        """Free the slots of missing images, and let the waiting pieces go on."""
+        """Free the slots of missing images, and update the waiting pieces."""
         self.num_fetching -= 1
         for image in fetch.images:
             if self._fetch_of.get(image) is fetch:
@@ -167,12 +167,12 @@ class SlabLoader:
             )
 
     def take_ready(self) -> list[Piece]:
-        """Return the pieces that wait for no fetch any more."""
+        """Return the pieces whose last fetch has ended."""
         ready, self._ready = self._ready, []
         return ready
 
     def take_failed(self) -> list[tuple[Request, Exception]]:
-        """Return the requests whose images cannot be loaded for an unexpected reason, and the exceptions."""
+        """Return the requests whose images failed to load, with the unexpected exceptions."""
         failed, self._failed = self._failed, []
         return failed
 
@@ -186,7 +186,7 @@ class SlabLoader:
         return image in self._table
 
     def invalidate(self, image: str) -> None:
-        """Drop the slot of a changed image: later pieces fetch it again, pieces in work keep the old tokens."""
+        """Drop the slot of a changed image. Later pieces fetch it again; pieces in work keep the old tokens."""
         self._table.discard(image)
         self._fetch_of.pop(image, None)
 

@@ -1,6 +1,6 @@
-"""Writes the outcome of rerank requests: rankings, expired and error replies, dead letters.
+"""Writes the outcomes of rerank requests: rankings, expired and error replies, dead letters.
 
-Maps a finished request to messages of the wire contract; decides nothing about when.
+Maps a finished request to messages of the wire contract; decides nothing about timing.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from workers.rerank.timeline import Timeline, timeline_of
 
 log = structlog.get_logger(__name__)
 
-#: Decimals of scores on the wire: finer than any engine's rounding, and a third of the bytes.
+#: Decimals of scores in a reply: finer than any engine's rounding, in a third of the bytes.
 SCORE_DECIMALS = 7
 
 
 class _Kind(Enum):
-    """The kinds of messages that may answer one request, each the replacement of an earlier one."""
+    """The kinds of replies to one request; a later kind replaces an earlier one that the broker refused."""
 
     RESULT = auto()
     ERROR = auto()
@@ -53,7 +53,7 @@ class Replies:
         metrics: Metrics,
         spans: RerankSpans,
     ) -> None:
-        """`reply_topic` is the default topic; it also gets the error reply if a request's own topic is refused."""
+        """`reply_topic` is the default topic; it also gets the error reply if a request's reply topic is refused."""
         self._reply_topic = reply_topic
         self._dead_letters = dead_letters
         self._model = model_digest
@@ -106,13 +106,13 @@ class Replies:
         return self._finished(request, timeline, status, value, num_pairs=request.num_pairs)
 
     def _missing(self, request: Request) -> list[str]:
-        """Return the ids of the images without usable tokens; warn if these are all images."""
+        """Return the ids of the images without usable tokens; add a warning if no image has any."""
         absent = np.flatnonzero(~request.scored).tolist()
         missing = list(dict.fromkeys(map(request.image_of_pair, absent)))
         if missing and len(missing) == len(request.images):
             request.warn(
                 "all_images_missing",
-                f"the store has usable tokens of none of the {len(missing)} images under model {self._model}: index "
+                f"the store has no usable tokens under model {self._model} for any of the {len(missing)} images: index "
                 "them with this model",
             )
         return missing
@@ -142,7 +142,7 @@ class Replies:
         return Finished(request.record, (self._reply(request, timeline, value, _Kind.RESULT),), request.trace.span)
 
     def refused(self, request: Request, error: Poison, now: float) -> Finished:
-        """Return the outcome of a request that can never succeed: a dead letter, and an error reply if it has an id."""
+        """Return the outcome of a request that can never succeed: a dead letter and, given its id, an error reply."""
         error_class = type(error.__cause__ or error).__name__
         letter = self._dead_letters.of(request.record, error_class=error_class, code=error.code, message=str(error))
         log.warning("request refused", **request.for_log(), code=error.code, error=str(error))
@@ -191,7 +191,7 @@ class Replies:
     def _instead(
         self, request: Request, timeline: Timeline, num_bytes: int, kind: _Kind, refused: Refused
     ) -> Outgoing | None:
-        """Return the error reply that replaces a reply which the broker refuses, or None.
+        """Return the error reply that replaces a refused reply, None without a replacement.
 
         A result that is too large is replaced at the request's own address. Any other refusal is reported to the
         default topic.
@@ -203,6 +203,6 @@ class Replies:
             replacement = self._error_reply(request, timeline, "reply_topic_refused", str(refused), _Kind.REDIRECTED)
         else:
             return None
-        if kind is not _Kind.SECOND_ERROR:  # of several replacements only the first counts
+        if kind is not _Kind.SECOND_ERROR:  # only the first of several replacements is counted
             self._metrics.replies_replaced.inc()
         return replacement

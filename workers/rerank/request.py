@@ -1,6 +1,6 @@
 """A rerank request and its pieces, from the record to the reply.
 
-Plain data and the few questions about it. The modules of this room fill it in; the job advances it.
+Plain data with small queries. The modules of this package fill it in; the job advances it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class Request:
     content_type: str
     reply_topic: str
     reply_partition: int | None = None
-    request_id: str | None = None  # None: not read yet, or not readable
+    request_id: str | None = None  # None: not read yet, or unreadable
 
-    # The request as it was read; set by `admission`.
+    # The content of the request; set by `admission`.
     direction: Direction = "text-to-image"
-    texts: Sequence[str] = ()  # the query, or each distinct text candidate
+    texts: Sequence[str] = ()  # the text query, or each distinct text candidate
     images: Sequence[str] = ()  # each distinct image candidate, or the query's image
     candidate_ids: Sequence[str | None] = ()
     pair_of_candidate: NDArray[np.intp] | None = None  # None: candidate i is pair i
     num_pairs: int = 0
-    first_stage: NDArray[np.float32] | None = None  # standardised, by pair; None: the model reads no scores
+    first_stage: NDArray[np.float32] | None = None  # standardised, by pair; None: the model uses no scores
     top_n: int | None = None
     priority: int = 0
-    deadline: float | None = None  # in the loop's clock
+    deadline: float | None = None  # by the loop's clock
     explain: bool = False
     warnings: list[WarningInfo] = field(default_factory=list)
 
@@ -54,11 +54,11 @@ class Request:
     scored: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # by pair
     ranking: Ranking | None = None
     explanations: Mapping[int, Sequence[WordSimilarities]] | None = None  # by position in the request
-    num_inflight_pairs: int = 0  # counted among the pairs in work
+    num_inflight_pairs: int = 0  # this request's part of the pairs in work
     num_open_pieces: int = 0
-    num_unready_pieces: int = 0  # that wait for tokens
-    num_open_tokens: int = 0  # of the open pieces
-    is_closed: bool = False  # answered or dropped: results that arrive later are ignored
+    num_unready_pieces: int = 0  # pieces that wait for tokens
+    num_open_tokens: int = 0  # tokens of the open pieces
+    is_closed: bool = False  # answered or dropped: later results are ignored
     started_at: float | None = None  # when the first piece left the queue
     fetched_at: float | None = None  # when the last piece had its tokens
     scoring_at: float | None = None  # when the last micro-batch started on the engine
@@ -94,18 +94,18 @@ class Piece:
     """Some pairs of one request that go through fetch, slab, batch and engine together."""
 
     request: Request
-    pairs: NDArray[np.int32]  # numbers of pairs; after the load only those whose image is in the slab
+    pairs: NDArray[np.int32]  # indexes of pairs; after loading, only those whose image is in the slab
     images: Sequence[str]  # parallel to `pairs`, or one image for all
     bucket: int  # padded length of the texts
     tokens_per_pair: int  # text and visual tokens
-    num_tokens: int  # of all pairs
-    explains: bool = False  # asks for similarities instead of logits
+    num_tokens: int  # sum over the pairs
+    explains: bool = False  # computes similarities instead of logits
 
     rank: int = 0  # the order in which pieces left the queue
 
     # Set by `loading`.
     slots: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # by image; -1: missing
-    num_fetches: int = 0  # in progress
+    num_fetches: int = 0  # fetches in progress
     read_at: float = 0.0  # when the store answered the last fetch; 0 without a fetch
 
     @property
@@ -126,7 +126,7 @@ class Piece:
 
 
 def cut(request: Request, *, piece_pairs: int, num_visual_tokens: int) -> list[Piece]:
-    """Cut the pairs of a request with text ids into pieces of one length bucket each, in the candidates' order."""
+    """Cut a request's pairs into pieces of one length bucket each, in the candidates' order; `text_ids` must be set."""
     if len(request.text_ids) == 1:
         by_bucket = {padded_length(len(request.text_ids[0])): np.arange(request.num_pairs, dtype=np.int32)}
     else:
@@ -157,7 +157,7 @@ class Deadlines:
 
     def push(self, deadline: float, request: Request) -> None:
         heapq.heappush(self._heap, (deadline, id(request), request))
-        if len(self._heap) >= self._sweep_at:  # else answered requests with far deadlines would accumulate
+        if len(self._heap) >= self._sweep_at:  # so that answered requests with late deadlines do not accumulate
             self._heap = [entry for entry in self._heap if not entry[2].is_closed]
             heapq.heapify(self._heap)
             self._sweep_at = max(1024, 2 * len(self._heap))

@@ -1,6 +1,6 @@
-"""Runs micro-batches on the engine, one after the other on one thread, and estimates how long waiting work takes.
+"""Runs micro-batches on the engine one by one on a thread, and estimates how long waiting work takes.
 
-Makes the few small arrays that the engine takes from ready pieces. Knows nothing of what the logits are for.
+Makes the engine's input arrays from ready pieces. Knows nothing of how the logits are used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from workers.landing import Landing
 from workers.ports import Interval
 from workers.rerank.request import Piece
 
-#: One batch on the engine and one that waits, so that the engine does not wait for the loop between two.
+#: One batch on the engine and one waiting, so that the engine does not wait for the loop between two batches.
 MAX_BATCHES = 2
-#: Half-lives of the backlog's averages: requests for their size, busy seconds of the engine for its rate.
+#: Half-lives of the backlog's averages: in requests for the request size, in busy seconds for the engine's rate.
 HALF_LIFE_REQUESTS = 256
 HALF_LIFE_BUSY_S = 10.0
 
@@ -31,8 +31,8 @@ class ScoredBatch:
 
     pieces: Sequence[Piece]
     logits: NDArray[np.float32]
-    encoding: Interval  # of the queries
-    scoring: Interval  # of the pairs, right after
+    encoding: Interval  # encoding the queries
+    scoring: Interval  # scoring the pairs, right after the encoding
     copies: DeviceCopies | None  # None: the runtime does not report them
 
     @property
@@ -49,7 +49,7 @@ class ScoredBatch:
 
 
 class BatchScorer:
-    """Takes batches, and returns them scored, in order."""
+    """Scores submitted batches, in order."""
 
     def __init__(self, engine: PairScorer, *, executor: Executor, landing: Landing, clock: Callable[[], float]) -> None:
         """`executor` has one thread, because the engine takes one call at a time."""
@@ -80,7 +80,7 @@ class BatchScorer:
         self._landing.start(self._executor, partial(self._explain, piece), partial(self._land_explanation, piece))
 
     def _explain(self, piece: Piece) -> Sequence[NDArray[np.float32]]:
-        assert self._explainer is not None  # `can_explain` is asked first
+        assert self._explainer is not None  # callers check `can_explain` first
         texts, pair_query, pair_slot = batch_arrays([piece])
         return self._explainer.token_similarities(texts, pair_query, pair_slot)
 
@@ -89,7 +89,7 @@ class BatchScorer:
         self._explained.append((piece, similarities))
 
     def take_explained(self) -> list[tuple[Piece, Sequence[NDArray[np.float32]]]]:
-        """Return the pieces whose similarities are computed, `(text tokens, visual tokens)` of each pair."""
+        """Return the finished pieces with `(text tokens, visual tokens)` similarities of each pair."""
         explained, self._explained = self._explained, []
         return explained
 
@@ -98,7 +98,7 @@ class BatchScorer:
         self._scored.append(batch)
 
     def take_scored(self) -> list[ScoredBatch]:
-        """Return the batches that are scored."""
+        """Return the scored batches since the last call."""
         scored, self._scored = self._scored, []
         return scored
 
@@ -150,10 +150,10 @@ def _first_stage_of(piece: Piece) -> NDArray[np.float32]:
 
 
 class Backlog:
-    """Estimates the seconds of work that wait for this worker; an autoscaler adds them up over all workers.
+    """Estimates the seconds of work that wait for this worker; an autoscaler sums the estimates of all workers.
 
-    Work is counted in tokens, because requests differ in size; a message still in Kafka counts as the average of the
-    latest requests. The rate is that of the engine while it was busy. Where another part is slower than the engine (a
+    Work is counted in tokens, because requests differ in size; a message still in Kafka counts as an average recent
+    request. The rate is the busy engine's. If another part is slower than the engine (such as a
     slow store), the estimate is too low.
     """
 
@@ -176,8 +176,8 @@ class Backlog:
     def seconds(self, *, num_tokens: int, lag_events: int) -> float | None:
         """Return the time for these tokens and messages.
 
-        No work takes 0 seconds. None before the first batch and the first request, when rate and size are unknown; a
-        sum over workers then leaves this worker out.
+        Returns 0 without work, and None before the first batch and request, when rate and size are unknown; a
+        sum over workers then omits this worker.
         """
         if num_tokens == 0 and lag_events == 0:
             return 0.0

@@ -1,6 +1,6 @@
-"""The bookkeeping of the token slab: the slot of each image, pins, and eviction.
+"""Keeps track of the token slab's slots: the slot of each image, pins, and eviction.
 
-Pure: the memory belongs to the engine, and whether a blob has arrived in its slot is known to `loading`. A slot is
+Pure: the engine holds the memory, and `loading` knows whether a blob has arrived in its slot. A slot is
 *pinned* from its reservation until no pair in work needs it; an unpinned slot can be given to another image, least
 recently used first.
 """
@@ -14,12 +14,12 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
-#: In an array of slots: the image has no slot.
+#: The value of an image without a slot in an array of slots.
 NO_SLOT = -1
 
 
 class SlotTable:
-    """Image key to slot number."""
+    """Maps image keys to slot numbers."""
 
     def __init__(self, num_slots: int) -> None:
         if num_slots <= 0:
@@ -31,7 +31,9 @@ class SlotTable:
         self._pins = np.zeros(num_slots, np.int32)
         self._num_pinned = 0
         self._orphans: set[int] = set()  # discarded while pinned: free after the last unpin
-        self._discarded_tables: list[OrderedDict[str, int]] = []  # their slots are free unless pinned
+        self._discarded_tables: list[
+            OrderedDict[str, int]
+        ] = []  # tables dropped by `discard_all`: their unpinned slots are free
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -40,7 +42,7 @@ class SlotTable:
         return key in self._slots
 
     def num_available(self) -> int:
-        """The number of slots that new images can have now."""
+        """Return the number of slots that new images can take."""
         return self.num_slots - self._num_pinned
 
     def pin_present(self, keys: Sequence[str]) -> NDArray[np.int32]:
@@ -83,7 +85,7 @@ class SlotTable:
         return self._evict()
 
     def _evict(self) -> int:
-        """Free the least recently used slot without a pin; pinned ones on the way count as used now."""
+        """Free the least recently used unpinned slot; pinned slots found before it become the most recently used."""
         while True:
             key, slot = self._slots.popitem(last=False)
             if self._pins[slot] == 0:
@@ -92,7 +94,7 @@ class SlotTable:
             self._slots[key] = slot
 
     def discard(self, key: str, slot: int | None = None) -> None:
-        """Forget the slot of an image, if it has one (and if it is `slot`, where that is given).
+        """Forget the slot of an image if it has one and, with `slot`, if it is this one.
 
         The next lookup finds no slot. The slot is free as soon as no pair in work needs it.
         """

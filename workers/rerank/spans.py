@@ -1,6 +1,6 @@
-"""The spans of a rerank request: its processing with the stages, the reads it waited for, and its micro-batches.
+"""Records the spans of rerank requests: the processing with its stages, blob reads and micro-batches.
 
-A span is made when everything about it is known; a request that is not sampled costs one comparison.
+A span is made when all its values are known; an unsampled request costs one comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from workers.rerank.fetching import Read
     from workers.rerank.scoring import ScoredBatch
 
-#: Requests that the span of a micro-batch names.
+#: Most requests that a micro-batch's span lists.
 MAX_REQUEST_IDS = 100
 
 
@@ -37,7 +37,7 @@ class RerankSpans:
         return cls(Tracer.off(), BusSpans.off(), "")
 
     def processed(self, request: Request, timeline: Timeline, status: str, error: str | None) -> None:
-        """Record the processing of a request; `error` is the code of the reason why there is no ranking."""
+        """Record the processing of a request; `error` is the code of the reason for a missing ranking."""
         span = request.trace.span
         if span is None:
             return
@@ -97,7 +97,7 @@ class RerankSpans:
         scoring = child_of(ids)
         self._tracer.record(names.SCORE_PAIRS, scoring, batch.scoring, {})
         if batch.copies is not None:
-            # The runtime reports durations only: the copy to the device comes first, the copy to the host last.
+            # The runtime reports durations only; the copy to the device is first, the copy to the host last.
             began_at, ended_at = batch.scoring
             copied_in = Interval(began_at, began_at + batch.copies.to_device_s)
             copied_out = Interval(ended_at - batch.copies.to_host_s, ended_at)

@@ -1,7 +1,7 @@
-"""Encodes the texts of requests to token ids on a thread, in batches, and remembers the latest.
+"""Encodes the texts of requests to token ids on a thread, in batches, and caches recent texts.
 
-The loop never tokenises: a thousand long candidate texts take seconds. Used from the loop's thread; knows nothing of
-what the ids are for.
+The loop never tokenises, because a thousand long texts take seconds. Used from the loop's thread; knows nothing of
+how the ids are used.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from workers.rerank.request import Request
 
 EncodeBatch = Callable[[Sequence[str]], Sequence[EncodedText]]
 
-#: Texts of one task: a short request waits for at most two tasks of a long one.
+#: Most texts of one task, so that a short request waits for at most two tasks of a long one.
 MAX_TASK_TEXTS = 64
 MAX_TASK_CHARS = 16_384
-#: One task on the thread, and one that waits for it.
+#: One task on the thread and one waiting.
 MAX_TASKS = 2
 
 
@@ -37,14 +37,14 @@ class _Encoding:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Some texts of one request, by their index."""
+    """Some texts of one request, given by their indexes."""
 
     encoding: _Encoding
     numbers: Sequence[int]
 
 
 class TextEncoder:
-    """Takes requests, and returns them when all their texts are encoded."""
+    """Takes requests and returns each when all its texts are encoded."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class TextEncoder:
         self._run_tasks()
 
     def take_ready(self) -> list[tuple[Request, Sequence[EncodedText]]]:
-        """Return the requests whose texts are all encoded, with the encoded texts."""
+        """Return the requests with their encoded texts, when all are encoded."""
         ready, self._ready = self._ready, []
         return ready
 
@@ -104,7 +104,7 @@ class TextEncoder:
             return self._encode_batch(texts)
         except Exception:
             raise
-        except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+        except BaseException as error:  # a panic of the tokenizer's Rust code is not an `Exception`
             raise RuntimeError(f"the tokenizer failed: {error}") from error
 
     def _encoded(self, task: _Task, encoded: Sequence[EncodedText]) -> None:
@@ -137,7 +137,7 @@ class TextEncoder:
 
 
 def _chunks(texts: Sequence[str], numbers: Sequence[int]) -> list[list[int]]:
-    """Split the texts of these numbers into tasks."""
+    """Split the texts with these indexes into tasks."""
     chunks: list[list[int]] = []
     num_chars = 0
     for number in numbers:
@@ -150,7 +150,7 @@ def _chunks(texts: Sequence[str], numbers: Sequence[int]) -> list[list[int]]:
 
 
 def warnings_about(request: Request, encoded: Sequence[EncodedText]) -> list[tuple[str, str]]:
-    """Return a code and a sentence for each reason why the texts tell the model little.
+    """Return a warning, as code and message, for each reason why the model can use little of the texts.
 
     A text is not understood if none of its pieces is known, or if it has no letter and no digit.
     """
@@ -160,9 +160,7 @@ def warnings_about(request: Request, encoded: Sequence[EncodedText]) -> list[tup
     found: list[tuple[str, str]] = []
     if request.direction == "text-to-image":
         if not all(understood):
-            found.append(
-                ("query_not_understood", "the model knows no word of the query: the ranking carries no information")
-            )
+            found.append(("query_not_understood", "the model knows no word of the query: the ranking is meaningless"))
         if num_cut:
             found.append(("query_cut", "the query is longer than the model reads: its end has no influence"))
         return found

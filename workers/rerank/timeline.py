@@ -1,6 +1,6 @@
-"""The stages of a request in time, from which its reply, the metrics and the spans are made.
+"""Computes the times of a request's stages, from which its reply, the metrics and the spans are made.
 
-Pure. The stages follow each other without gaps and add up to the total; each ends when the last piece has passed it.
+Pure. The stages follow each other without gaps and add up to the total; a stage ends when the last piece has passed it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from workers.telemetry.names import BATCH_WAIT, FETCH, INBOX, QUEUE, SCORE, TOTA
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The stages in order, and the whole."""
+    """The intervals of the stages in order, and the total interval."""
 
     stages: dict[str, Interval]
     total: Interval
@@ -27,7 +27,7 @@ class Timeline:
 
 
 def timeline_of(request: Request, now: float) -> Timeline:
-    """Return the stages of a request that is answered now, as far as it came."""
+    """Return the stages that a request has reached, answered at `now`."""
     has_work = request.num_pairs > 0
     starts = [
         (QUEUE, request.accepted_at if has_work else None),
@@ -40,11 +40,11 @@ def timeline_of(request: Request, now: float) -> Timeline:
     for following, at in starts:
         if at is None:
             continue
-        # Of several pieces one may be scored before another has its tokens: a stage never ends before it begins.
+        # One piece may be scored before another has its tokens; `max` keeps a stage from ending before it begins.
         at = max(at, began_at)
         stages[stage] = Interval(began_at, at)
         stage, began_at = following, at
-    # Results of other threads may be later than `now`, the start of the loop's turn.
+    # Results of other threads may be later than `now`, the start of the turn.
     ended_at = max(began_at, now, request.scored_at)
     stages[stage] = Interval(began_at, ended_at)
     return Timeline(stages, Interval(polled_at, ended_at))

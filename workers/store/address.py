@@ -5,7 +5,7 @@
     redis+cluster://host:port,host:port             a cluster, found through any of these nodes
 
 `rediss+sentinel` and `rediss+cluster` add TLS. Options follow as a query (`?ssl_ca_certs=/ca.pem`): those of `_OPTIONS`
-and all that begin with `ssl_`. Parsed here and not by `urllib`, which treats IPv6 nodes differently from one Python
+and all that begin with `ssl_`. Not parsed by `urllib`, which treats IPv6 nodes differently from one Python
 release to the next. Imports no Redis client.
 """
 
@@ -24,7 +24,7 @@ from workers.secrets import mask_addresses
 StoreKind = Literal["server", "sentinel", "cluster"]
 OptionValue = str | int | float | bool
 
-#: By scheme: the kind of store, and whether it is reached with TLS.
+#: By scheme: the kind of store, and whether the connection uses TLS.
 _SCHEMES: dict[str, tuple[StoreKind, bool]] = {
     "redis": ("server", False),
     "rediss": ("server", True),
@@ -58,7 +58,7 @@ def _boolean(text: str) -> bool:
     return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
 
 
-#: The options of a client that do not change what a call returns, each with its parser.
+#: The allowed client options, none of which changes a call's result, each with its parser.
 _OPTIONS: dict[str, Callable[[str], OptionValue]] = {
     "db": int,
     "username": str,
@@ -118,7 +118,7 @@ class StoreUrl:
         }
         if scheme.lower() == "unix":
             if hosts or not path:
-                _refuse(url, "has no path of a socket: unix:///path, with three slashes")
+                _refuse(url, "has no socket path; write unix:///path, with three slashes")
             socket_path = unquote(slash + path)
             database = _database(str(given.get("db", "")), url)
             return cls(kind, has_tls, (), socket_path=socket_path, database=database, options=options, **found)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ class StoreUrl:
         if kind == "sentinel":
             name, _, path = path.partition("/")
             if not name:
-                _refuse(url, "names no service: redis+sentinel://host:port/service/db")
+                _refuse(url, "names no service; write redis+sentinel://host:port/service/db")
             service = unquote(name)
         elif kind == "server" and len(nodes) > 1:
             _refuse(url, "names several servers; that needs redis+sentinel:// or redis+cluster://")
@@ -174,7 +174,7 @@ def _node(text: str, kind: StoreKind, url: str) -> tuple[str, int]:
         if not _HOST.fullmatch(host):
             _refuse(url, "has an invalid host name")
     if port and not (port.isascii() and port.isdecimal() and 0 < int(port) <= _MAX_PORT):
-        # The port itself is not shown: it may be a part of the password.
+        # The port is not shown, because it may be a part of the password.
         _refuse(url, "has an invalid port; is a / ? # or @ of the password written as %2F, %3F, %23 or %40?")
     return host.lower(), int(port) if port else _DEFAULT_PORTS[kind]
 

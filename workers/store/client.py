@@ -1,8 +1,8 @@
-"""Redis behind `workers.ports.TokenStore`.
+"""Implements `workers.ports.TokenStore` with Redis.
 
 Connects to one server, a Sentinel group or a cluster by URL (`workers.store.address`). Safe for any number of threads:
 a call takes a connection from a pool that grows to the number of simultaneous calls. Never retries, because the
-callers do; errors of the client become `workers.errors` here. Knows of a value only where its source position lies.
+callers do; errors of the client become `workers.errors` here. Of a value it knows only where its source position is.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ class RedisStore:
             return [not is_wrong and length > HEAD_BYTES for length, is_wrong in zip(lengths, wrong_type, strict=True)]
 
     def probe(self, prefixes: Sequence[str], *, writes: bool) -> None:
-        """Try every command that will be needed, on keys with these prefixes that no image can have.
+        """Try every command that the worker needs, on keys with these prefixes that no image can have.
 
-        Raises `Misconfigured` if a person has to mend something, `Transient` while the store cannot be reached.
+        Raises `Misconfigured` if a person has to correct something, `Transient` while the store cannot be reached.
         """
         keys = [f"{prefix}\0probe-{number}" for prefix in prefixes for number in range(_NUM_PROBE_KEYS)]
         with self._translating():
@@ -140,7 +140,7 @@ class RedisStore:
         if not self._has_scripts:
             return self._put_many_without_scripts(values, lifetime_ms)
         replies = self._run_script("EVALSHA", WRITE_UNLESS_OLDER_SHA, values, lifetime_ms)
-        # A server that has restarted has forgotten the script; EVAL brings it along.
+        # A restarted server has forgotten the script; EVAL sends it again.
         unknown = [key for key, reply in replies.items() if _condition(reply) == "no_script"]
         if unknown:
             replies |= self._run_script("EVAL", WRITE_UNLESS_OLDER, {key: values[key] for key in unknown}, lifetime_ms)
@@ -158,7 +158,7 @@ class RedisStore:
         return dict(zip(values, self._pipelined(commands, key_at=3), strict=True))
 
     def _put_many_without_scripts(self, values: Mapping[str, bytes], lifetime_ms: int) -> list[bool]:
-        """Compare here and then write: between the two another worker may write."""
+        """Compare in this process, then write; another worker may write in between."""
         heads = self._pipelined([("GETRANGE", key, 0, HEAD_BYTES - 1) for key in values])
         _checked([head for head in heads if _condition(head) != "wrong_type"])
         written = [
@@ -235,7 +235,7 @@ class RedisStore:
 
     @contextlib.contextmanager
     def _translating(self) -> Iterator[None]:
-        """Turn errors of the client into the worker's."""
+        """Raise the client's errors as the worker's errors."""
         try:
             yield
         except (RedisError, RedisClusterException, OSError) as error:
@@ -245,7 +245,7 @@ class RedisStore:
 
     @contextlib.contextmanager
     def _retryable(self) -> Iterator[None]:
-        """Like `_translating`; what a person has to mend may be mended while the worker runs, so it is tried again."""
+        """Like `_translating`, but every error is `Transient`: a person may correct the fault while the worker runs."""
         try:
             with self._translating():
                 yield
@@ -253,7 +253,7 @@ class RedisStore:
             raise Transient(str(error)) from error
 
     def _drop_connections(self) -> None:
-        """Close idle connections: after a failover behind one address they lead to the former master."""
+        """Close idle connections, which after a failover behind one address lead to the former master."""
         pool: Any = getattr(self._open, "connection_pool", None)
         if pool is not None:
             pool.disconnect(inuse_connections=False)

@@ -46,7 +46,7 @@ class MemoryStore:
         self._check()
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: there is nothing to close."""
 
     def _get(self, key: str) -> bytes | None:
         value, ends_at = self._values.get(key, (None, 0.0))

@@ -1,7 +1,7 @@
-"""Turns errors of the Redis client into the worker's errors, by remedy.
+"""Translates errors of the Redis client to the worker's errors, by remedy.
 
-Only a refusal that a person has to mend is `Misconfigured`; every other error, an unknown reply included, is
-`Transient`. Servers, proxies and scripts report one condition in different words, so the code of a reply is searched in
+Only a refusal that a person has to correct is `Misconfigured`; every other error, an unknown reply included, is
+`Transient`. Servers, proxies and scripts report a condition in different words, so a reply's code is searched in
 its whole text.
 """
 
@@ -24,7 +24,7 @@ from redis.sentinel import MasterNotFoundError
 
 from workers.errors import Misconfigured, Transient
 
-#: Conditions that the store itself reacts to.
+#: Conditions that the store handles itself.
 Condition = Literal["read_only", "no_script", "no_scripting", "wrong_type", "other"]
 
 _CODES = re.compile(
@@ -32,13 +32,13 @@ _CODES = re.compile(
     r"can't run this command|Cluster mode is not enabled|cluster support disabled|DB index is out of range|"
     r"invalid DB index"
 )
-#: Replies of servers and proxies that know no scripts.
+#: Replies of servers and proxies without scripts.
 _NO_SCRIPTING = re.compile(
     r"unknown command|unsupported|not supported|not allowed|no permissions? to (run|execute)|"
     r"ACL failure in script|can't run this command",
     re.IGNORECASE,
 )
-#: Codes of conditions that end without a person. Their text may contain "not allowed" too.
+#: Codes of conditions that end by themselves. Their text may contain "not allowed" too.
 _PASSING = re.compile(r"\b(OOM|BUSY|LOADING|READONLY|MISCONF|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|MOVED|ASK)\b")
 
 _REMEDIES = {
@@ -57,7 +57,7 @@ _REMEDIES = {
 
 
 def text_of(error: BaseException) -> str:
-    """Return the reply behind an error as the server wrote it; the client cuts off known codes."""
+    """Return the server's reply of an error, with the code that the client removes."""
     code = getattr(error, "status_code", None)
     text = str(error)
     return text if not code or text.startswith(str(code)) else f"{code} {text}"
@@ -80,12 +80,12 @@ def condition_of(error: BaseException) -> Condition:
 
 
 def translated(name: str, error: BaseException) -> Misconfigured | Transient:
-    """Return the error by remedy; `name` is the address of the store without its secrets.
+    """Return the worker's error; `name` is the address of the store without its secrets.
 
     An unreachable cluster is reported by an error that carries the cause, so the causes are searched too.
     """
     if isinstance(error, MasterNotFoundError):  # its own text lists the clients with all their options
-        return Transient(f"{name}: no sentinel that answers knows a master of this service")
+        return Transient(f"{name}: no reachable sentinel knows a master of this service")
     sentence = f"{name}: {text_of(error) or type(error).__name__}"
     for cause in _chain(error):
         if isinstance(cause, ssl.SSLCertVerificationError):

@@ -1,8 +1,8 @@
 """The script that writes a value unless the store holds one of a later event.
 
-It runs in the server, so that no other write comes between the comparison and the write. It reads the first bytes of
-the stored value only, touches one key and so works in a cluster. The rule is that of
-`protocols.source_position.may_replace`; the contract suite of the store holds both to it.
+The script runs in the server, so no other write can come between comparison and write. It reads the first bytes of
+the stored value only and uses one key, so it works in a cluster. It applies the rule of
+`protocols.source_position.may_replace`; the store's contract suite tests both.
 """
 
 from __future__ import annotations

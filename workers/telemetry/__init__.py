@@ -1,1 +1,1 @@
-"""Spans and metrics of a worker: their names, how spans are made, and their export."""
+"""Spans and metrics of a worker: names, creation and export."""

@@ -1,6 +1,6 @@
-"""The spans of a worker's bus operations (poll, process, send, commit), by OpenTelemetry's messaging conventions.
+"""Records spans of bus operations (poll, process, send, commit) by OpenTelemetry's messaging conventions.
 
-A poll returns and a commit settles many messages: such a span belongs to no message's trace and links to each sampled
+Polls and commits concern many messages, so their spans belong to no message's trace and link to each sampled
 message. Used from the loop's thread only.
 """
 
@@ -33,7 +33,7 @@ class BusSpans:
         self._topic = topic
         self._consumes = {names.TOPIC.name: topic, names.GROUP.name: group_id}
         self._poll: Poll | None = None
-        self._polled: list[SpanIds] = []  # the producers' spans of the sampled records of that poll
+        self._polled: list[SpanIds] = []  # producers' spans of the last poll's sampled records
 
     @classmethod
     def off(cls) -> BusSpans:
@@ -47,12 +47,12 @@ class BusSpans:
             if record.poll is not self._poll:
                 self.flush()
                 self._poll = record.poll
-            # The producer's span, or this worker's if it has begun the trace.
+            # The producer's span, or this worker's if the trace begins here.
             self._polled.append(SpanIds(trace.span.trace_id, trace.span.parent_id or trace.span.span_id, None))
         return trace
 
     def flush(self) -> None:
-        """Record the last poll; call it when no more of its records will be taken."""
+        """Record the last poll; call this when no more of its records will be taken."""
         poll, self._poll = self._poll, None
         polled, self._polled = self._polled, []
         if poll is not None:
@@ -72,7 +72,7 @@ class BusSpans:
         links: Sequence[SpanIds] = (),
         attributes: Mapping[str, Any],
     ) -> None:
-        """Record the processing of one record, up to its outcome; `attributes` are those of the job."""
+        """Record the processing of one record up to its outcome; `attributes` come from the job."""
         recorded = {
             **_PROCESS,
             **self._consumes,
@@ -91,7 +91,7 @@ class BusSpans:
         )
 
     def stages(self, span: SpanIds, stages: Mapping[str, Interval]) -> None:
-        """Record the stages of one record as children of its processing; stages without a length are left out."""
+        """Record the stages of one record as children of its processing; stages of zero length are left out."""
         for stage, interval in stages.items():
             if interval.ended_at > interval.started_at:
                 self._tracer.record(names.STAGE, child_of(span), interval, {}, of=stage)
@@ -109,12 +109,12 @@ class BusSpans:
         self._tracer.record(names.SEND, message.span, interval, attributes, of=message.topic, failed=failed)
 
     def committed(self, settled: Sequence[SpanIds], num_events: int, interval: Interval) -> None:
-        """Record a commit or transaction that settles sampled events; `settled` are their spans."""
+        """Record a commit or transaction; `settled` are the spans of its sampled events."""
         if settled:
             attributes = {**_COMMIT, **self._consumes, names.MESSAGES.name: num_events}
             self._tracer.record(names.COMMIT, root(), interval, attributes, of=self._topic, links=settled)
 
     def refresh(self) -> None:
-        """Flush the last poll and synchronise the clocks; to be called at an interval."""
+        """Record the last poll and synchronise the clocks; to be called at an interval."""
         self.flush()
         self._tracer.synchronise()

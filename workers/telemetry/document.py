@@ -1,6 +1,6 @@
 """Writes the tables of docs/reference/telemetry.md from the names: `python -m workers.telemetry.document`.
 
-The text around the tables is written by hand and not touched; a test compares the tables with the code.
+The text around the tables is written by hand and stays; a test compares the tables with the code.
 """
 
 from __future__ import annotations

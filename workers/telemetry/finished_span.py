@@ -1,4 +1,4 @@
-"""A finished span as a plain tuple: the loop's thread only fills it in, converting it is the exporter's work.
+"""A finished span as a plain tuple, which the loop's thread fills in and an exporter converts.
 
 The SDK's span takes ten microseconds more and leaves a dozen objects to the garbage collector (docs/LOG.md).
 """
@@ -19,13 +19,13 @@ class FinishedSpan(NamedTuple):
     """Times are nanoseconds since 1970."""
 
     what: SpanName
-    of: str  # end of the name
+    of: str  # completes the name: a topic or a stage
     ids: SpanIds
     started_ns: int
     ended_ns: int
     attributes: Mapping[str, Any]
     links: tuple[SpanIds, ...] = ()
-    state: bytes = b""  # the `tracestate` of its message
+    state: bytes = b""  # the message's `tracestate`
     failed: bool = False
 
     @property

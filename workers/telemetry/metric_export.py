@@ -1,7 +1,7 @@
-"""Sends the metrics of a worker to an OTLP collector at an interval, for installations that do not scrape.
+"""Sends the metrics of a worker to an OTLP collector at an interval, for systems that do not scrape.
 
-Reads the Prometheus registry and converts it to OTLP. An export that fails is lost without harm: metrics are running
-totals, and the next export has all of them.
+Reads the Prometheus registry and converts it to OTLP. A failed export loses nothing: metrics are running
+totals, which the next export sends again.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class MetricExport:
         families = self._registry.collect()
         data = metrics_data(families, self._resource, start_ns=self._start_ns, now_ns=self._wall_ns())
         try:
-            self._exporter.export(data)  # logs the answers of a collector itself
-        except Exception as error:  # an address without a scheme, a certificate that is missing
+            self._exporter.export(data)  # logs the collector's answers itself
+        except Exception as error:  # for example an address without a scheme, or a missing certificate
             log.warning("metrics not exported; the next export repeats all of them", error=str(error))
 
     def close(self, timeout_s: float) -> None:

@@ -95,7 +95,7 @@ def test_a_text_with_commas_stays_one_candidate():
 
 
 def test_a_score_that_is_no_number_is_named():
-    with pytest.raises(ValueError, match="'high' behind the tab is not a first-stage score"):
+    with pytest.raises(ValueError, match="'high' after the tab is not a first-stage score"):
         candidates_of(None, (), ["img-7\thigh"], for_image=False)
 
 
@@ -424,7 +424,7 @@ def test_dead_letters_are_reported_by_cause_and_the_silent_are_named(service, tm
 
     assert done.returncode == 1
     assert "1 dead letters, not_an_image: no image" in done.stderr
-    assert "1 images without an answer after 1 s without news: lost" in done.stderr
+    assert "1 images have no outcome, and none arrived for 1 s: lost" in done.stderr
 
 
 @pytest.mark.services
@@ -507,7 +507,7 @@ def test_dead_letters_go_back_to_their_topic(service):
 def test_only_a_dead_letter_topic_that_exists_is_replayed(service):
     assert service.run("replay-dead-letters", service.topics.images_new).returncode == 2
     missing = service.run("replay-dead-letters", f"{service.topics.prefix}no.dlq")
-    assert (missing.returncode, missing.stderr) == (1, f"there is no topic {service.topics.prefix}no.dlq\n")
+    assert (missing.returncode, missing.stderr) == (1, f"the topic {service.topics.prefix}no.dlq does not exist\n")
 
 
 def test_a_broker_that_does_not_answer_is_a_sentence_without_the_password(monkeypatch):

@@ -408,7 +408,7 @@ def test_the_sentinels_are_asked_for_the_master(private_redis, tmp_path):
         assert store.get_many(["a"]) == [b"1"]
         with redis.Redis(port=master.port, db=1) as direct:
             assert direct.get("a") == b"1"
-        with pytest.raises(Transient, match="no sentinel that answers knows"):
+        with pytest.raises(Transient, match="no reachable sentinel knows"):
             RedisStore(f"redis+sentinel://127.0.0.1:{sentinel.port}/nobody").get_many(["a"])
         store.close()
     finally:
