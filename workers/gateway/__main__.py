@@ -5,12 +5,13 @@ python -m workers.gateway --new-key NAME    # prints an API key, and its entry f
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from contextlib import ExitStack
+from typing import Annotated
 
 import structlog
+import typer
 
 from edje.checkpoint import CheckpointError
 from workers.errors import Misconfigured
@@ -19,30 +20,40 @@ from workers.gateway.replica import Gateway
 from workers.gateway.settings import GatewaySettings
 from workers.logs import set_up_logs
 from workers.read_settings import near_misses, read_settings, secrets_of
+from workers.runtime import Layout
 from workers.show_config import show_config
 
 log = structlog.get_logger(__name__)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m workers.gateway", description="Settings come from the environment."
-    )
-    parser.add_argument(
-        "--show-config", nargs="?", const="table", choices=("table", "json"), help="list every setting, then exit"
-    )
-    parser.add_argument("--new-key", metavar="NAME", help="print an API key and its GATEWAY_API_KEYS entry, then exit")
-    arguments = parser.parse_args()
-    if arguments.new_key is not None:
-        return print_new_key(arguments.new_key)
+PROGRAM = "python -m workers.gateway"
+
+
+def command(
+    layout: Annotated[
+        Layout | None, typer.Option("--show-config", help="List every setting (table or json; default table), end.")
+    ] = None,
+    key_name: Annotated[
+        str | None,
+        typer.Option("--new-key", metavar="NAME", help="Print an API key and its settings entry, end."),
+    ] = None,
+) -> None:
+    """Settings come from the environment."""
+    if key_name is not None:
+        raise typer.Exit(print_new_key(key_name))
     try:
         settings = read_settings(GatewaySettings)
     except Misconfigured as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    if arguments.show_config is not None:
-        show_config(settings, sys.stdout, arguments.show_config)
-        return 0
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if layout is not None:
+        show_config(settings, sys.stdout, layout.value)
+        return
+    raise typer.Exit(run(settings))
+
+
+def run(settings: GatewaySettings) -> int:
+    """Run the gateway until it is stopped; return the process's exit status."""
     set_up_logs(log_format=settings.log_format, level=settings.log_level, secrets=secrets_of(settings))
     for sentence in near_misses(GatewaySettings):
         log.warning(sentence)
@@ -69,5 +80,15 @@ def print_new_key(name: str) -> int:
     return 0
 
 
+def main() -> None:
+    """Run the command line."""
+    arguments = sys.argv[1:]
+    if arguments[-1:] == ["--show-config"]:  # the option's value may be left out
+        arguments.append(Layout.table)
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    app(arguments, prog_name=PROGRAM)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
