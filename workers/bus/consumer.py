@@ -110,7 +110,6 @@ class KafkaInbox:
             group_id=group_id,
             enable_auto_commit=False,
             auto_offset_reset="earliest",  # a request published before the first worker is still answered
-            allow_auto_create_topics=False,
             isolation_level="read_committed" if read_committed else "read_uncommitted",
             partition_assignment_strategy=(CooperativeStickyAssignor,),
             max_poll_records=max_poll_records,

@@ -42,6 +42,7 @@ PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
     "kafka.cluster.ClusterMetadata": (
         "_last_successful_refresh_ms",
         "_topics",
+        "config",
         "partitions_for_topic",
         "request_update",
         "topic_id",
@@ -74,16 +75,19 @@ HANG_UP = "the broker ends every connection before it is ready; check the creden
 
 
 def make_client(kind: Any, refusals: tuple[type[BaseException], ...], **settings: Any) -> Any:
-    """Return a client. Raises errors of the classes in `refusals` at once, and leaves nothing open when it fails.
+    """Return a client that creates no topics.
 
-    kafka-python retries refused credentials until its timeout, and a client that fails to start leaves its
-    thread and its sockets behind.
+    Raises errors of the classes in `refusals` at once, and leaves nothing open when it fails: kafka-python retries
+    refused credentials until its timeout, and a client that fails to start leaves its thread and its sockets behind.
+    Its option `allow_auto_create_topics` has no effect: a broker with `auto.create.topics.enable`, Kafka's default,
+    would create every reply topic that a request names.
     """
     nets: list[KafkaNetClient] = []
 
     def watched(**net_settings: Any) -> KafkaNetClient:
         net = KafkaNetClient(**net_settings)
         nets.append(net)
+        net._manager.cluster.config["allow_auto_create_topics"] = False
         _raise_refusals(net, refusals)
         return net
 

@@ -31,7 +31,6 @@ class KafkaOutbox:
             # After the broker refuses one message for its size, an idempotent producer of kafka-python 3.0 fails every
             # later message too. This outbox may repeat messages, so it needs no idempotence.
             enable_idempotence=False,
-            allow_auto_create_topics=False,  # naming a reply topic must not create it
             max_request_size=max_message_bytes,
             max_block_ms=MAX_BLOCK_MS,
             linger_ms=linger_ms,

@@ -68,7 +68,6 @@ class KafkaReader:
             enable_auto_commit=False,
             auto_offset_reset="none",  # a position that is no longer valid is an error, which becomes a gap
             isolation_level="read_committed" if read_committed else "read_uncommitted",
-            allow_auto_create_topics=False,
             max_partition_fetch_bytes=max(1 << 20, max_message_bytes + (64 << 10)),
         )
         self._budget = PollBudget(MAX_POLL_BYTES, max(MAX_BATCH_BYTES, max_message_bytes))

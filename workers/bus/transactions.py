@@ -58,7 +58,6 @@ class KafkaTransactionalOutbox:
         self._settings = {
             **connection,
             "transactional_id": transactional_id,
-            "allow_auto_create_topics": False,
             "max_block_ms": START_LIMIT_MS,
             "max_request_size": max_message_bytes,
             "transaction_timeout_ms": transaction_timeout_ms,

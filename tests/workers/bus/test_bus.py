@@ -596,3 +596,25 @@ def is_created(kafka: KafkaBus, name: str) -> bool:
     except Exception:  # the deletion is not complete yet
         return False
     return True
+
+
+@pytest.mark.parametrize("kind", ["outbox", "transactional", "follower"])
+def test_a_broker_that_creates_topics_on_demand_creates_none_for_a_worker(kafka, monkeypatch, kind):
+    monkeypatch.setattr(workers.bus.topics, "APPEARANCE_S", 0.5)
+    absent = f"{kafka.prefix}absent"
+
+    if kind == "outbox":
+        with pytest.raises(TopicRefused):
+            kafka.outbox().send(Outgoing(absent, b"key", b"value")).result(LIMIT_S)
+    elif kind == "transactional":
+        inbox = kafka.inbox(kafka.topic("in"))
+        eventually(inbox.assigned)
+        outbox = kafka.transactional_outbox(inbox)
+        with pytest.raises(TopicRefused):
+            outbox.publish([Outgoing(absent, b"key", b"value")], {})
+    else:
+        with contextlib.suppress(Transient):
+            kafka.follower(absent).take()
+
+    with contextlib.closing(KafkaAdminClient(**kafka.connection)) as admin:
+        assert absent not in admin.list_topics()
