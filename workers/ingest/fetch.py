@@ -8,6 +8,7 @@ and retries.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 import threading
@@ -115,6 +116,10 @@ class ImageFetcher:
         except ValueError:  # half a surrogate pair, for example
             raise Poison("uri_invalid", "the path of the file address is not valid on this system") from None
         except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                raise Poison("uri_invalid", f"{path[:200]}: {error.strerror}") from None
+            if error.errno == errno.ENXIO:  # a socket, or a device without a driver
+                raise Poison("uri_not_allowed", f"{path}: not a regular file") from None
             raise Transient(f"{path}: {error.strerror}") from None
 
     def _read_regular(self, path: str) -> bytes:

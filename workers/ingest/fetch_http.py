@@ -42,6 +42,10 @@ _COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
 _UNREADABLE = frozenset({"br", "zstd", "compress", "x-compress", "dcb", "dcz"})
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+#: Compressed bytes that are given to zlib at a time.
+_INFLATE_BYTES = 16_384
+#: Each member costs time, also an empty one of 20 bytes; tools write one for each 64 KB.
+_MAX_GZIP_MEMBERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,24 +135,38 @@ def decoded_body(body: bytes, content_encodings: list[str], limit: int, where: s
         if name in _UNREADABLE:
             raise Poison("http_refused", f"{where}: the body is compressed with {name}, which was not requested")
         if name in _COMPRESSED:
-            body = _decompressed(body, limit, where)
+            # As in browsers: some servers send a deflate body without the header and the checksum of zlib.
+            is_raw = name == "deflate" and not _has_zlib_header(body)
+            body = _decompressed(body, -zlib.MAX_WBITS if is_raw else _GZIP_OR_ZLIB, limit, where)
     return body
 
 
-def _decompressed(body: bytes, limit: int, where: str) -> bytes:
-    found = b""
+def _has_zlib_header(body: bytes) -> bool:
+    """Whether a body begins like zlib's format (RFC 1950) or gzip's."""
+    head = int.from_bytes(body[:2])
+    return head == 0x1F8B or (head >> 8 & 0x0F == zlib.DEFLATED and head % 31 == 0)
+
+
+def _decompressed(body: bytes, window_bits: int, limit: int, where: str) -> bytes:
+    found = bytearray()
+    decompressor, num_members = zlib.decompressobj(window_bits), 1
     try:
-        while body and len(found) <= limit:  # a gzip file may have several members
-            decompressor = zlib.decompressobj(_GZIP_OR_ZLIB)
-            found += decompressor.decompress(body, limit + 1 - len(found))
-            body = decompressor.unused_data
-            if not decompressor.eof and len(found) <= limit:
-                raise zlib.error("it ends too early")
+        for start in range(0, len(body), _INFLATE_BYTES):  # zlib copies what follows a member, so a part at a time
+            part = body[start : start + _INFLATE_BYTES]
+            while part:
+                if decompressor.eof:  # a gzip file may have several members
+                    decompressor, num_members = zlib.decompressobj(window_bits), num_members + 1
+                    if num_members > _MAX_GZIP_MEMBERS:
+                        raise zlib.error(f"it has more than {_MAX_GZIP_MEMBERS} members")
+                found += decompressor.decompress(part, limit + 1 - len(found))
+                if len(found) > limit:
+                    raise Poison("image_too_large", f"{where}: more than {limit} bytes after decompression")
+                part = decompressor.unused_data
+        if body and not decompressor.eof:
+            raise zlib.error("it ends too early")
     except zlib.error as error:
         raise Poison("http_refused", f"{where}: the compressed body is broken: {error}") from None
-    if len(found) > limit:
-        raise Poison("image_too_large", f"{where}: more than {limit} bytes after decompression")
-    return found
+    return bytes(found)
 
 
 def retry_after_s(header: str | None, now: float) -> float | None:

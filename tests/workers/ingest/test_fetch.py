@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import os
 import socket
+import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -277,6 +278,7 @@ def test_an_encoding_that_the_body_does_not_have_is_ignored(serve, fetcher, enco
         ("aws-chunked, gzip", gzip.compress),
         ("gzip, gzip", lambda body: gzip.compress(gzip.compress(body))),
         ("gzip", lambda body: gzip.compress(body[:9]) + gzip.compress(body[9:])),
+        ("deflate", lambda body: zlib.compress(body)[2:-4]),
     ],
 )
 def test_a_compressed_body_is_decompressed(serve, fetcher, encoding, compress):
@@ -300,6 +302,14 @@ def test_a_bomb_of_many_empty_members_ends():
     bomb = gzip.compress(b"") * 2_000
 
     assert decoded_body(bomb, ["gzip"], 1_000, "here") == b""
+
+
+@pytest.mark.timeout(10)
+def test_a_bomb_of_a_million_empty_members_is_refused_within_moments():
+    with pytest.raises(Poison, match="more than 10000 members") as refused:
+        decoded_body(gzip.compress(b"") * 1_000_000, ["gzip"], 32 << 20, "here")
+
+    assert refused.value.code == "http_refused"
 
 
 @pytest.mark.parametrize(
@@ -635,6 +645,9 @@ def test_without_roots_no_file_is_read(fetcher, root):
         ("large.jpg/a", "image_not_found"),
         ("", "uri_not_allowed"),
         ("pipe", "uri_not_allowed"),
+        ("socket", "uri_not_allowed"),
+        ("loop", "uri_invalid"),
+        ("a" * 300, "uri_invalid"),
         ("a%00b", "uri_invalid"),
         ("a%0Ab", "uri_invalid"),
         ("%ff", "uri_invalid"),
@@ -644,6 +657,8 @@ def test_without_roots_no_file_is_read(fetcher, root):
 )
 def test_a_file_that_cannot_be_read_is_poison(fetcher, root, path, code):
     os.mkfifo(root / "pipe")
+    os.mknod(root / "socket", stat.S_IFSOCK)
+    (root / "loop").symlink_to("loop")
 
     assert poison(fetcher(policy(file_roots=(root,))), f"file://{root}/{path}").code == code
 
