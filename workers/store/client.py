@@ -238,7 +238,7 @@ class RedisStore:
         """Raise the client's errors as the worker's errors."""
         try:
             yield
-        except (RedisError, RedisClusterException, OSError) as error:
+        except (RedisError, RedisClusterException, OSError, UnicodeError) as error:
             if condition_of(error) == "read_only":
                 self._drop_connections()
             raise translated(self._name, error) from error

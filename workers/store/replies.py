@@ -90,6 +90,8 @@ def translated(name: str, error: BaseException) -> Misconfigured | Transient:
     for cause in _chain(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Misconfigured(f"{sentence}; the certificate is not trusted (ssl_ca_certs in REDIS_URL names the CA)")
+        if isinstance(cause, UnicodeError) and not isinstance(cause, UnicodeDecodeError):
+            return Misconfigured(f"{sentence}; the host in REDIS_URL is not a valid host name")
         if isinstance(cause, InvalidResponse):
             return Misconfigured(f"{sentence}; the server does not speak the Redis protocol")
         if isinstance(cause, (AuthenticationError, AuthorizationError, NoPermissionError)):

@@ -182,6 +182,17 @@ def test_the_twin_can_be_made_unreachable_and_reachable_again():
     assert store.get_many(["a"]) == [b"1"]
 
 
+@pytest.mark.parametrize("url", ["redis://cache..example:6379", f"rediss://{'a' * 64}.example"])
+def test_a_host_that_cannot_be_a_name_is_misconfigured_at_the_start_and_retried_later(url):
+    store = RedisStore(url)
+
+    with pytest.raises(Misconfigured, match="not a valid host name"):
+        store.probe(["vt:"], writes=False)
+    with pytest.raises(Transient, match="not a valid host name"):
+        store.get_many(["vt:a"])
+    store.close()
+
+
 def test_an_unreachable_store_is_transient_and_its_error_shows_no_secret():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
