@@ -164,8 +164,8 @@ class TensorRtEngine:
         logits = np.empty(len(pair_query), np.float32)
         layouts = [block.layout for block in encoded.blocks]
         pieces = list(pair_pieces(layouts, encoded.num_texts, pair_query, self._stages.pairs.largest))
-        self._copies.start()
         with self._device.current():
+            self._copies.start()
             self.slab.wait_for_published(self._stream)
             num_scored, loaded = 0, -1
             for piece in pieces:

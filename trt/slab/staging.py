@@ -93,10 +93,10 @@ class StagedSlab(ABC, Generic[Event]):
 
     def stage(self, slots: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Sequence[int]]:
         """Return pinned rows to decode blobs into; waits only for copies of their previous content."""
-        rows, events = self._ring.take(len(slots))
         with self._current():
-            for event in events:
-                event.synchronize()
+            rows, events = self._ring.take(len(slots))
+            while events:
+                events.pop().synchronize()
         return self.row_tokens, self.row_scales, rows
 
     def publish(self, slots: Sequence[int], rows: Sequence[int]) -> None:
@@ -109,9 +109,10 @@ class StagedSlab(ABC, Generic[Event]):
             for adjacent_rows in ranges:
                 self._copy_rows(adjacent_rows)
             event = self._record_event()
-        for adjacent_rows in ranges:
-            self._ring.hold(adjacent_rows, event)
-        self.published = event
+            for adjacent_rows in ranges:
+                self._ring.hold(adjacent_rows, event)
+            # The previous event is freed here: pycuda frees nothing on a thread where its context is not current.
+            self.published = event
         self.versions[list(slots)] += 1
 
 
