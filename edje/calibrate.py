@@ -1,8 +1,8 @@
 """`python -m edje.calibrate CHECKPOINT --data FILE --out FOLDER`: a copy of a checkpoint with a new calibration.
 
 Fits the weight of the first stage, temperature and offset of both directions on a split that the model was not trained
-on; the weights stay. The copy has its own model digest, so images must be indexed for it again. Exit status: 0, 1 with
-a sentence if checkpoint or data cannot be used, 2 for an invalid command line.
+on; the weights stay. The copy has a new model digest, so images must be indexed for it again. The exit status is 0, 1
+with a message if the checkpoint or the data cannot be used, or 2 for an invalid command line.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def log_odds(
 ) -> NDArray[np.float64]:
     """The log-odds of pairs, in the shape of their logits; their sigmoid is the probability that image and text fit.
 
-    `first_stage` holds the pairs' standardised scores; not read where the gain is 0. Without a calibration the logits
-    are the log-odds: their order is the model's, and their sigmoid means nothing beyond it.
+    `first_stage` holds the pairs' standardised scores; it is not read if the gain is 0. Without a calibration the
+    logits are returned: they rank the pairs, but their sigmoids are not probabilities.
     """
     exact = logits.astype(np.float64)
     if calibration is None:

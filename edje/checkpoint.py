@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from edje.config import EdjeConfig, canonical_json, parse_config
 from protocols.validation import first_problem
 
-#: Grows with the fields of a configuration: digests are taken over all of them, so an older one's would not agree.
+#: Increased with every new field of a configuration: a digest covers all fields, so an older digest would not match.
 FORMAT_VERSION = 3
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 GRAPH_FILE = "vision.onnx"
@@ -161,7 +161,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, _TensorEntry], i
     prefix = file.read(8)
     num_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 0 < num_bytes <= _MAX_HEADER_BYTES:
-        raise CheckpointIncomplete(f"{path} is no safetensors file: copy the whole folder again")
+        raise CheckpointIncomplete(f"{path} is not a safetensors file: copy the whole folder again")
     try:
         header = json.loads(file.read(num_bytes))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -195,7 +195,7 @@ def _read_envelope(checkpoint: Path) -> tuple[str, EdjeConfig]:
         return envelope.model_digest, parse_config(json.dumps(envelope.config))
     except ValidationError as error:
         raise CheckpointMismatch(
-            f"{checkpoint / CONFIG_FILE} describes no model that this version can load: {first_problem(error)}"
+            f"{checkpoint / CONFIG_FILE} does not describe a model that this version can load: {first_problem(error)}"
         ) from error
 
 

@@ -91,7 +91,7 @@ class JointConfig:
     kind: Literal["full", "late", "minimal", "maxsim"] = "full"
     text_layers: Annotated[int, Field(ge=0)] = 0
     visual_layers: Annotated[int, Field(ge=0)] = 0
-    match_dim: Annotated[int, Field(ge=0)] = 0  # width of the late interaction; 0: there is none
+    match_dim: Annotated[int, Field(ge=0)] = 0  # width of the late interaction; 0 without late interaction
     first_stage: FirstStageScoreConfig | None = None  # None: the head does not read the first stage's score
 
     @property

@@ -39,9 +39,9 @@ from edje.text import Tokenizer
 from edje.tower_config import Count, VitConfig
 from protocols.validation import first_problem
 
-#: The model that their joint encoder started from; its tokenizer is theirs.
+#: The model from which the authors trained their joint encoder, and whose tokenizer they use.
 MINILM = "hub:microsoft/MiniLM-L12-H384-uncased"
-#: Files of weights; the second kind is used where a folder or repository holds none of the first.
+#: Name patterns of files of weights; the second pattern is used if no file matches the first.
 _WEIGHTS = ("*.pth", "*.safetensors")
 _PARTS = TypeAdapter(dict[str, object])
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
@@ -57,7 +57,7 @@ class ImportedModel:
 
 
 class TowerConfig(BaseModel):
-    """The fields of a SigLIP tower's `config.json`; those that the weights imply as well must agree."""
+    """The fields of a SigLIP tower's `config.json`; fields that the weights also imply must agree with them."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -111,7 +111,7 @@ def read_weights(weights: Path) -> dict[str, Tensor]:
         raise AuthorsError(f'{weights} holds no dictionary {{"model": weights by name}}: give the authors\' file')
     strange = [str(name) for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if strange:
-        raise AuthorsError(f"{weights} holds objects that are no tensors: {join_names(strange)}")
+        raise AuthorsError(f"{weights} holds objects that are not tensors: {join_names(strange)}")
     return {inner: state[outer] for inner, outer in without_wrappers(state).items()}
 
 
@@ -134,7 +134,9 @@ def _read_safetensors(weights: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(weights)
     except (OSError, SafetensorError) as error:
-        raise AuthorsError(f"{weights} is no complete safetensors file ({error}): download or copy it again") from error
+        raise AuthorsError(
+            f"{weights} is not a complete safetensors file ({error}): download or copy it again"
+        ) from error
 
 
 def _require_authors_names(state: Mapping[str, Tensor]) -> None:
@@ -166,7 +168,7 @@ def import_model(state: Mapping[str, Tensor], options: ImportOptions) -> Importe
         wrong["wrongly shaped"] = shape_mismatches(state, rules, model.state_dict()) + _differing_word_tables(
             layout, state
         )
-    except (AuthorsError, KeyError):  # too little is known to compare shapes
+    except (AuthorsError, KeyError):  # without all names the shapes cannot be compared
         if missing or unexpected:
             raise AuthorsError(_sentence(wrong)) from None
         raise
@@ -188,7 +190,9 @@ def read_tower_config(path: Path) -> TowerConfig:
     except OSError as error:
         raise AuthorsError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise AuthorsError(f"{path} describes no SigLIP tower: {first_problem(error, root='the file')}") from error
+        raise AuthorsError(
+            f"{path} does not describe a SigLIP tower: {first_problem(error, root='the file')}"
+        ) from error
 
 
 def _find_weights(source: str) -> Path:
@@ -218,7 +222,7 @@ def _agreed(part: str, heads: int | None, config: TowerConfig | BertConfig | Non
 
 
 def _compare(config: EdjeConfig, tower: TowerConfig | None, bert: BertConfig | None) -> None:
-    """Raise `AuthorsError` where a configuration file describes another model than the weights make."""
+    """Raise `AuthorsError` if a configuration file does not describe the model of these weights."""
     assert isinstance(config.vision, VitConfig)  # nothing else is imported
     for part, file, ours in (("vision", tower, config.vision), ("joint", bert, config.joint)):
         expected = {
@@ -237,9 +241,9 @@ def _compare(config: EdjeConfig, tower: TowerConfig | None, bert: BertConfig | N
 
 def _differing_word_tables(layout: AuthorsLayout, state: Mapping[str, Tensor]) -> list[str]:
     """A phrase if the two tables of words have different shapes."""
-    twins = [name for name in duplicate_word_tables(layout) or () if name in state]
-    same = len({state[name].shape for name in twins}) <= 1
-    return [] if same else [" but ".join(f"{name} is {format_shape(state[name].shape)}" for name in twins)]
+    tables = [name for name in duplicate_word_tables(layout) or () if name in state]
+    same = len({state[name].shape for name in tables}) <= 1
+    return [] if same else [" but ".join(f"{name} is {format_shape(state[name].shape)}" for name in tables)]
 
 
 def _sentence(wrong: Mapping[str, list[str]]) -> str:
@@ -250,10 +254,10 @@ def _sentence(wrong: Mapping[str, list[str]]) -> str:
 
 def _remarks(unneeded: Mapping[str, int], layout: AuthorsLayout, state: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Remarks on tensors that were not used, and on tables of words that differ."""
-    remarks = [f"not needed: {number} tensors of {what}" for what, number in unneeded.items()]
-    twins = duplicate_word_tables(layout)
-    if twins and not torch.equal(state[twins[0]], state[twins[1]]):
-        remarks.append(f"{twins[0]} and {twins[1]} differ: the first was read, because it embeds the pair")
+    remarks = [f"not needed: {number} tensors of {description}" for description, number in unneeded.items()]
+    tables = duplicate_word_tables(layout)
+    if tables and not torch.equal(state[tables[0]], state[tables[1]]):
+        remarks.append(f"{tables[0]} and {tables[1]} differ: the first was read, because it embeds the pair")
     return tuple(remarks)
 
 

@@ -1,10 +1,10 @@
 """`python -m edje.evaluate CHECKPOINT --data FILE`: the published protocol, before and after reranking.
 
-With `--lists FILE --images FOLDER` in place of `--data`, the user's first stage is judged: fixed candidate lists with
-scores and labels (`edje.data.candidate_lists`).
+With `--lists FILE --images FOLDER` instead of `--data`, it evaluates reranking of the user's own first stage: fixed
+candidate lists with scores and labels (`edje.data.candidate_lists`).
 
-Prints tables and, as the last line, one JSON document to standard output; progress and remarks to standard error. Exit
-status: 0, 1 with a sentence if checkpoint, data or scorer cannot be used, 2 for an invalid command line.
+Prints tables and, as the last line, one JSON document to standard output; progress and remarks to standard error. The
+exit status is 0, 1 with a message if checkpoint, data or scorer cannot be used, or 2 for an invalid command line.
 """
 
 from __future__ import annotations
@@ -88,15 +88,15 @@ def main(
         "build/features"
     ),
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = NUM_RESAMPLES,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    resamples: Annotated[int, typer.Option(min=1, help="Number of bootstrap resamples.")] = NUM_RESAMPLES,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this file.")] = None,
     diagram: Annotated[
         Path | None, typer.Option(help="Also draw the reliability diagram, as .svg or .png; for torch and factories.")
     ] = None,
 ) -> None:
-    """Recall, MRR and nDCG before and after reranking, and how far scores are probabilities; with 95 % intervals."""
+    """Report recall, MRR and nDCG before and after reranking, and the calibration of scores, with 95 % intervals."""
     try:
         check_scorer_name(scorer)
     except ScorerUnknown as error:
@@ -175,7 +175,7 @@ def _evaluate_lists(
     out: Path | None,
     markdown: Path | None,
 ) -> None:
-    """Rank the lists of a file, without a checkpoint by the running service, and report metrics before and after."""
+    """Rank the lists of a file with the checkpoint or the running service, and report metrics before and after."""
     try:
         lists = list(read_candidate_lists(path))
         if not lists:

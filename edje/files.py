@@ -1,7 +1,7 @@
 """Atomic writes of files and directories: temporary sibling, fsync, rename.
 
-A reader sees the old content or the new, never half of either. What a killed process left unfinished is removed by the
-next write to the same path. Knows nothing of the content.
+A reader sees the old content or the new, never a part of either. The next write to the same path removes the drafts of
+killed processes. Knows nothing of the content.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 #: File systems and kernels that cannot swap names answer with one of these.
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP}
-#: A younger draft may belong to a process that has not locked it yet.
+#: A younger draft may belong to a process that has not yet locked the draft.
 _MIN_ABANDONED_AGE_S = 60
 
 
@@ -78,7 +78,7 @@ def replace_directory(draft: Path, path: Path) -> None:
     """Rename a finished directory to `path` on the same file system, and remove the former directory there, if any.
 
     The content is on the disk and readable by every user before the rename. Where the file system can swap two names,
-    `path` exists at every moment; elsewhere the former directory is renamed, and comes back if the second rename fails.
+    `path` always exists; elsewhere the former directory is renamed first, and renamed back if the second rename fails.
     """
     target = _resolved(path)
     for each in (*draft.rglob("*"), draft):

@@ -1,4 +1,4 @@
-"""Standardised first-stage scores: from scores on any scale to one number per candidate that every model reads alike.
+"""Standardised first-stage scores: converts scores on any scale to one number per candidate that models can read.
 
 A pure function of one request's scores. Training, evaluation and the service call it; it knows neither the model nor
 the wire format.
@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-#: Why a request's scores do not give the order, or may not mean what their sender thinks.
+#: Faults of a request's scores: they do not order all candidates, or they probably have the wrong sign.
 ScoreFault = Literal["missing", "incomplete", "equal", "ascending"]
 
-#: What each fault means for the ranking, for a person who reads a reply or a report.
+#: The effect of each fault on the ranking, for a person who reads a reply or a report.
 FAULT_MESSAGES: dict[ScoreFault, str] = {
     "missing": "no candidate has a first-stage score: the given order of the candidates counts as the first stage's",
     "incomplete": (

@@ -1,7 +1,7 @@
-"""Repairs image files that viewers show and Pillow refuses, by rewriting their bytes before they are decoded.
+"""Repairs image files that other programs can show but Pillow rejects, by rewriting their bytes before decoding.
 
 PNG: every chunk that does not change the pixels is dropped, and so is an optional chunk with a wrong checksum.
-JPEG, PNG, BMP: a file that ends a little too early is completed. `MAX_MISSING` says how much may be missing.
+JPEG, PNG, BMP: a file that ends early is completed if at most `MAX_MISSING` of its pixel rows are missing.
 
 A file that needs no repair, and one that cannot be repaired, is returned unchanged. Knows the formats' containers, and
 decodes no pixels.

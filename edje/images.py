@@ -1,4 +1,4 @@
-"""Decodes image files to the pixels that a vision tower takes, and to thumbnails.
+"""Decodes image files to the input pixels of a vision tower, and to thumbnails.
 
 Knows file formats and their dangers; knows neither the source of the bytes, nor torch, nor normalisation (the engine
 subtracts the mean).
@@ -33,12 +33,12 @@ SUFFIXES = frozenset(
     | {".avif", ".avifs", ".heic", ".heif", ".hif"}
 )
 
-#: The longest side that any of the formats but PNG, BMP and TIFF can express. The resampling filter needs memory in
+#: The longest side that the formats other than PNG, BMP and TIFF can express. The resampling filter needs memory in
 #: proportion to the longer side (640 MB for 40,000,000 x 1), whatever the number of pixels.
 MAX_SIDE = 65_535
 
-#: A parser that reads more often than this is misled by millions of tiny chunks. An ordinary PNG of 20 MB needs about
-#: 10,000 reads (four for each chunk of 8 KiB).
+#: Limit on the reads of a parser, which protects against files of millions of tiny chunks. An ordinary PNG of 20 MB
+#: needs about 10,000 reads (four for each chunk of 8 KiB).
 _MIN_READS = 10_000
 _BYTES_PER_READ = 1_000
 
@@ -47,7 +47,7 @@ _BYTES_PER_READ = 1_000
 #: and by 2 at most.
 _DRAFT_MARGIN = 2
 
-#: A list of search results shows thumbnails; half of these bytes are usual.
+#: Limits of a thumbnail in a list of search results; a usual thumbnail has half of these bytes.
 THUMBNAIL_SIDE, THUMBNAIL_BYTES = 256, 12_000
 _THUMBNAIL_QUALITIES = (80, 65, 50, 35, 20)
 
@@ -144,7 +144,7 @@ class DecodedImage:
             scale /= 2
 
     def _finished(self, resized: Image.Image) -> Image.Image:
-        """RGB pixels, upright: after the resize, because that is a fraction of the work."""
+        """Convert resized pixels to upright RGB. Called after the resize, because fewer pixels take less time."""
         image = _in_srgb(resized, self._profile)
         if image.mode == "RGBA":
             # White, because most images with transparency (logos, products) are made for white paper.
@@ -234,7 +234,7 @@ def _brands_of(data: bytes) -> set[bytes]:
 
 @cache
 def _has_heic() -> bool:
-    """Whether HEIC can be decoded; makes Pillow know the format."""
+    """Whether HEIC can be decoded; registers the format with Pillow."""
     try:
         import pillow_heif
     except ImportError:
@@ -337,7 +337,8 @@ def _unidentified(data: bytes) -> ImageError:
                 "image_format_refused", f"the image is {name}; it must be one of {', '.join(FORMATS + EXTRA_FORMATS)}"
             )
     return ImageError(
-        "not_an_image", f"the {len(data)} bytes are no image in any of the formats {', '.join(FORMATS + EXTRA_FORMATS)}"
+        "not_an_image",
+        f"the {len(data)} bytes are not an image in any of the formats {', '.join(FORMATS + EXTRA_FORMATS)}",
     )
 
 

@@ -29,7 +29,7 @@ def canonical_caption(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EncodedText:
-    """Token ids of a text with [CLS] and [SEP], and how much of the text they represent."""
+    """Token ids of a text with [CLS] and [SEP], and the completeness of their representation of the text."""
 
     ids: tuple[int, ...]
     num_unknown: int  # word pieces that are not in the vocabulary
@@ -113,7 +113,7 @@ class Tokenizer:
         return [(normalised[start:end], positions) for start, end, positions in words.values()]
 
     def normalise(self, text: str) -> str:
-        """The text that is split into word pieces: shortened, valid Unicode, and canonical where the model wants it."""
+        """The text that is split into word pieces: shortened, valid Unicode, and canonical if the model requires it."""
         text = _valid_unicode(text[: self._max_chars])
         return canonical_caption(text) if self._canonical else text
 

@@ -6,7 +6,7 @@ these fields or properties:
     dim          width of a patch token
     num_tokens   number of patch tokens of a square image
     pooled_dim   width of the pooled embedding
-    num_heads    attention heads of the adapter, as many as the tower's where it has any
+    num_heads    attention heads of the adapter; the number of the tower's heads if the tower has attention
     norm_eps     epsilon of the adapter's LayerNorms
 """
 

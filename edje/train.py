@@ -1,7 +1,7 @@
 """`python -m edje.train RECIPE --out DIR`: train a model by a recipe; `torchrun` for several GPUs.
 
-The same command resumes a stopped run from its latest saved state. Exit codes: 0; 1 if the recipe, the data or a model
-cannot be used, with a sentence; 130 after Ctrl-C or SIGTERM, with the state saved.
+The same command resumes a stopped run from its latest saved state. The exit status is 0; 1 with a message if the
+recipe, the data or a model cannot be used; or 130 after Ctrl-C or SIGTERM, with the state saved.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edje.training.run import RunFolders, start_run
 from edje.training.state import StateError
 from edje.vocabulary import VocabularyError
 
-#: Errors that are reported as one sentence.
+#: Errors that are reported by their message alone.
 _REPORTED = (
     BertError,
     CheckpointError,

@@ -29,7 +29,7 @@ _MIN_WORD_COUNT = 5
 
 
 class VocabularyError(ValueError):
-    """The vocabulary file is no BERT vocabulary."""
+    """The vocabulary file is not a BERT vocabulary."""
 
 
 def character_tokenizer() -> Tokenizer:
@@ -67,7 +67,7 @@ def wordpiece_tokenizer(vocabulary: Path) -> Tokenizer:
         raise VocabularyError(f"{vocabulary} cannot be read as a vocabulary: {error}") from error
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
-        raise VocabularyError(f"{vocabulary} is no BERT vocabulary: the tokens {', '.join(missing)} are missing")
+        raise VocabularyError(f"{vocabulary} is not a BERT vocabulary: the tokens {', '.join(missing)} are missing")
     return _tokenizer(tokens if IMAGE_TOKEN in tokens else [*tokens, IMAGE_TOKEN])
 
 

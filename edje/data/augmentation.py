@@ -52,7 +52,7 @@ class _ViewSource:
         return f"{key} view {self._number} {self._may_mirror} {self._seed(index)}"
 
     def _seed(self, index: int) -> int:
-        """The seed of an image's crops depends on its id alone, so that other images may come and go."""
+        """Return the seed of an image's crops. It depends on the image's id alone, not on other images."""
         digest = hashlib.sha256(self._dataset.images[index].image_id.encode(errors="surrogatepass")).digest()
         return int.from_bytes(digest[:8], "big")
 

@@ -5,9 +5,9 @@ One JSON object per line. A text that searches images, and an image that searche
     {"query": "a dog on a beach", "candidates": [{"image": "1.jpg", "score": 0.31, "label": 1}, {"image": "2.jpg"}]}
     {"query": {"image": "1.jpg"}, "candidates": [{"text": "a dog", "score": 0.4, "label": 1}, {"text": "a cat"}]}
 
-Candidates stand in the first stage's order, best first. `score` is on any scale, higher is better; `label` says how
-well the candidate fits, 0 not at all. Unknown fields are ignored. The reader opens no image: a name is a file name or
-an id, as its caller decides.
+Candidates are in the first stage's order, best first. `score` is on any scale, higher is better. `label` is the
+relevance of the candidate, 0 for an irrelevant one. Unknown fields are ignored. The reader opens no image; the caller
+decides whether a name is a file name or an id.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def read_candidate_lists(path: Path, *, problems: Problems | None = None) -> Ite
 
 
 def _skip_line(file: BinaryIO, start: bytes) -> None:
-    """Read to the end of a line of which `start` has been read."""
+    """Read the rest of a line after its first part, `start`."""
     while start and not start.endswith(b"\n"):
         start = file.readline(MAX_LINE_BYTES)
 

@@ -86,7 +86,7 @@ def caption_table(
 
 
 def hashed_split(image: str, dev_share: float, test_share: float) -> Split:
-    """A split by the hash of an image's name: stable when other images come and go."""
+    """Return a split by the hash of an image's name. It does not change when other images are added or removed."""
     digest = hashlib.sha256(image.encode(errors="surrogatepass")).digest()
     position = int.from_bytes(digest[:8], "big") / _HASH_RANGE
     if position < test_share:

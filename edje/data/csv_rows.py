@@ -1,4 +1,4 @@
-"""Reads the rows of a CSV table with their line numbers, and confines a fault to the row that has it.
+"""Reads the rows of a CSV table with their line numbers. A faulty row does not affect the rows after it.
 
 Knows neither images nor captions.
 """
@@ -71,8 +71,8 @@ class CsvTable:
     def rows(self, starts_row: Callable[[dict[str, str]], bool]) -> Iterator[Row | BadRow]:
         """Yield every row that is not blank.
 
-        `starts_row` says whether the cells of a line belong to a row of their own. A quoted field that contains such a
-        line has lost its closing quotation mark: its first line is a bad row, the others are read as rows.
+        `starts_row` returns whether the cells of a line are the start of a row. A quoted field that contains such a
+        line lacks its closing quotation mark: its first line is a bad row, and the other lines are read as rows.
         """
         for first in self._lines:
             line = self._lines.number
@@ -123,7 +123,7 @@ class _Lines(Iterator[str]):
         return line
 
     def put_back(self, lines: Sequence[str]) -> None:
-        """Let these lines come again."""
+        """Make these lines the next lines to be read."""
         self._waiting.extendleft(reversed(lines))
         self.number -= len(lines)
 

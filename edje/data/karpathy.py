@@ -32,7 +32,7 @@ class _Entry(BaseModel):
 
     @property
     def image_id(self) -> str:
-        """The file name within the image folder. COCO's images have a subfolder each split, others have none."""
+        """The file name within the image folder. Only COCO has a subfolder for each split."""
         return f"{self.filepath}/{self.filename}" if self.filepath else self.filename
 
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 NUM_RESAMPLES = 1_000
 CONFIDENCE = 0.95
-#: Drawn numbers held at a time: 16 MB.
+#: Number of random draws in memory at once: 16 MB.
 _CHUNK_DRAWS = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A statistic and the percentiles of its resamples between which it lies with a given confidence."""
+    """A statistic and its confidence limits, which are percentiles of its resamples."""
 
     value: float
     low: float

@@ -17,9 +17,9 @@ from edje.evaluation.protocol import Scorer, checked_scores
 class Cascade:
     """A scorer that gives the `budget` best candidates of each query, by `cheap`, the scores of `full`.
 
-    The other candidates follow in the order of their cheap scores, at even steps below the lowest full score. Adding
-    the two scores would not keep that order once rounded. With a budget of 0 all scores are cheap ones, with one of at
-    least k all are full ones.
+    The other candidates follow in the order of their cheap scores, at even steps below the lowest full score. (Cheap
+    scores are not shifted below the full scores, because rounding could change their order.) With a budget of 0 all
+    scores are cheap scores, with a budget of at least k all are full scores.
     """
 
     cheap: Scorer

@@ -17,9 +17,9 @@ from edje.evaluation.errors import RecallChanged, ScoresUnusable
 from edje.evaluation.metrics import PositiveRanks, recall_at
 from edje.evaluation.task import RetrievalTask, refuse_depth
 
-#: Pairs in one call of a scorer, unless a single query has more: enough for any batch a scorer makes of it.
+#: Pairs in one call of a scorer, unless a single query has more: enough to fill the batches of every scorer.
 PAIRS_PER_CALL = 2_048
-#: Similarities sorted at a time: 32 MB of indices.
+#: Number of similarities that are sorted at once: 32 MB of indices.
 _CHUNK_VALUES = 4_000_000
 
 
@@ -42,7 +42,7 @@ class FirstStage:
 
     top: NDArray[np.int64]  # (queries, k) candidates, best first
     positives: NDArray[np.int64]  # (positives,) candidates
-    ranks: PositiveRanks  # of those, over all candidates
+    ranks: PositiveRanks  # of the positives, among all candidates
 
 
 def swapped(scorer: Scorer) -> Scorer:

@@ -1,4 +1,4 @@
-"""How far relevance scores are probabilities: calibration error, Brier score, log loss, average precision.
+"""Measures how reliable relevance scores are as probabilities: calibration error, Brier score, log loss, AP.
 
 Computed from log-odds and labels of pairs; knows neither models nor how the log-odds were calibrated.
 """
@@ -15,7 +15,7 @@ from edje.evaluation.bootstrap import NUM_RESAMPLES, Interval, cluster_draws, cl
 
 #: Bins of equal width, as in Guo et al. (arXiv 1706.04599).
 NUM_BINS = 15
-#: Resampled pairs held at a time: 32 MB.
+#: Number of resampled pairs in memory at once: 32 MB.
 _CHUNK_PAIRS = 4_000_000
 
 
@@ -108,7 +108,7 @@ class _Ranking:
         self._labels, self._cluster = labels[order], cluster[order]
 
     def average_precision(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(resamples,), with pairs counted as often as `(resamples, clusters)` says; 0 without positives."""
+        """Return (resamples,) values; `times` (resamples, clusters) counts draws. 0 without positives."""
         step = max(1, _CHUNK_PAIRS // len(self._labels))
         parts = [self._of_some(times[start : start + step]) for start in range(0, len(times), step)]
         return np.concatenate(parts)

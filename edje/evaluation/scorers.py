@@ -44,7 +44,7 @@ class HasScorers(Protocol):
 
 
 def check_scorer_name(name: str) -> None:
-    """Raise `ScorerUnknown` for a name that is a scorer of no split."""
+    """Raise `ScorerUnknown` for a name that cannot be a scorer of any split."""
     if name not in (CHEAP, FULL) and not _CASCADE.fullmatch(name) and not _DOTTED.fullmatch(name):
         raise ScorerUnknown(
             f"unknown scorer {name!r}: choose {FULL}, {CHEAP}, cascade:BUDGET with a number of candidates, "

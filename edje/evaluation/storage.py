@@ -1,6 +1,6 @@
 """Visual tokens as the service stores them and its engine reads them: encoded, decoded, dequantised.
 
-Uses the code that writes and reads the store's blobs, so that an evaluation judges what is served.
+Uses the code that writes and reads the store's blobs, so that an evaluation uses the same tokens as the service.
 """
 
 from __future__ import annotations

@@ -32,12 +32,12 @@ class RetrievalTask:
             raise TaskInvalid(f"{self.cluster.shape} clusters for {num_queries} queries")
         if self.positive_query.ndim != 1 or self.positive_query.shape != self.positive_candidate.shape:
             raise TaskInvalid("a positive is one query and one candidate; the two lists differ in length")
-        for what, indices, size in (
+        for kind, indices, size in (
             ("query", self.positive_query, num_queries),
             ("candidate", self.positive_candidate, num_candidates),
         ):
             if indices.size and not 0 <= indices.min() <= indices.max() < size:
-                raise TaskInvalid(f"a positive names a {what} outside 0..{size - 1}")
+                raise TaskInvalid(f"a positive names a {kind} outside 0..{size - 1}")
         pairs = self.positive_query * num_candidates + self.positive_candidate
         if len(np.unique(pairs)) != len(pairs):
             raise TaskInvalid("a positive is named twice: it would count twice in nDCG")

@@ -22,7 +22,7 @@ from edje.model.late_fusion import LateFusionEncoder, LateInteraction
 #: Enough pairs to keep two cores or one GPU busy: 256 x 96 tokens x 1,536 hidden values are 150 MB.
 BATCH_PAIRS = 256
 BATCH_CAPTIONS = 256
-#: Token similarities held at a time: 64 MB.
+#: Number of token similarities in memory at once: 64 MB.
 _MATRIX_VALUES = 16_000_000
 
 _ScorePairs = Callable[[Tensor, Tensor], Tensor]

@@ -139,7 +139,7 @@ def extract(
 
 
 def _missing(store: FeatureStore, image_keys: Keys) -> NDArray[np.int64]:
-    """Indices of the images that have neither features nor a permanent cause to have none."""
+    """Return the indices of images without features, except images that are permanently unreadable."""
     without_row = np.flatnonzero(store.positions(image_keys) < 0)
     settled = {key for key, each in store.unreadable.items() if not each.is_temporary}
     return np.array([index for index in without_row if int(image_keys[index]) not in settled], np.int64)
@@ -147,7 +147,7 @@ def _missing(store: FeatureStore, image_keys: Keys) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class _Decoded:
-    """One image: its pixels, the position of its content in the store, or why it has neither."""
+    """One image: its pixels, the position of its content in the store, or the problem that prevents both."""
 
     index: int
     content_key: int

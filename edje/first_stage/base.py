@@ -80,7 +80,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], bytes]:
     except (OSError, ValueError) as error:
         raise CheckpointIncomplete(f"{folder} cannot be read ({error}): copy the whole folder again") from error
     if not isinstance(fields, dict):
-        raise CheckpointMismatch(f"{folder / CONFIG_FILE} describes no first stage")
+        raise CheckpointMismatch(f"{folder / CONFIG_FILE} does not describe a first stage")
     if hashlib.sha256(data).hexdigest() != fields.get("weights_sha256"):
         raise CheckpointTampered(f"{folder / _WEIGHTS} is not the file that was saved: copy the whole folder again")
     return fields, data
@@ -92,7 +92,7 @@ def parse_config(folder: Path, kind: type[_Config], fields: object) -> _Config:
         parsed: _Config = TypeAdapter(kind).validate_json(json.dumps(fields))
     except ValidationError as error:
         raise CheckpointMismatch(
-            f"{folder / CONFIG_FILE} describes no first stage that this version can load: "
+            f"{folder / CONFIG_FILE} does not describe a first stage that this version can load: "
             f"{first_problem(error, root='config')}"
         ) from error
     return parsed

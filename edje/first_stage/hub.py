@@ -1,4 +1,4 @@
-"""First stages of the hub: the text encoder of SigLIP, SigLIP 2 or CLIP, beside the vision tower of the same model.
+"""First stages of the hub: the text encoder of SigLIP, SigLIP 2 or CLIP, for the vision tower of the same model.
 
 The image vector is the tower's pooled embedding (SigLIP) or a linear map of it (CLIP). The text vector comes from the
 model's text encoder and tokenizer. The checkpoint holds both, so that nothing is fetched from the hub again; for

@@ -146,11 +146,11 @@ def check_names(names: Sequence[str], rules: Sequence[TensorRule]) -> tuple[list
     needed = {name for rule in rules for name in rule.theirs}
     unexpected, unneeded = [], Counter[str]()
     for name in sorted(set(names) - needed):
-        what = next((what for pattern, what in _NOT_NEEDED if re.fullmatch(pattern, name)), None)
-        if what is None:
+        description = next((text for pattern, text in _NOT_NEEDED if re.fullmatch(pattern, name)), None)
+        if description is None:
             unexpected.append(name)
         else:
-            unneeded[what] += 1
+            unneeded[description] += 1
     missing = missing_names(names, rules)
     if _LANGUAGE_WORDS not in needed and _LANGUAGE_WORDS not in names:
         missing.append(_LANGUAGE_WORDS)
@@ -170,7 +170,7 @@ def config_of(layout: AuthorsLayout, shapes: Mapping[str, tuple[int, ...]], opti
     num_patches = sizes.axes(positions, 2)[0]
     side = math.isqrt(num_patches)
     if side * side != num_patches:
-        raise AuthorsError(f"{positions} has {num_patches} rows, which is no square number of patches")
+        raise AuthorsError(f"{positions} has {num_patches} rows, which is not a square number of patches")
     is_local = layout.adapter == "local"
     wide, narrow = ("0", "2") if is_local else ("mlp.fc1", "mlp.fc2")
     tower, joint = f"{layout.tower}encoder.layers.0.", f"{_BERT}encoder.layer.0."

@@ -89,8 +89,8 @@ def bert_tensors(source: Path, layers: Sequence[int] | None = None) -> dict[str,
     """The source's weights in float32 under the names of a `JointEncoder`.
 
     `layers` are the source's layers to read, as indices of a list: `(-2, -1)` for the last two, which become layers 0
-    and 1. None reads all. A row that is added for `<image>` is the mean of all word embeddings. A source without a
-    pooler gives none.
+    and 1. None reads all. A row that is added for `<image>` is the mean of all word embeddings. Without a pooler in
+    the source, the result has none.
     """
     config = read_bert_config(source / CONFIG_FILE)
     shape = _shape(config, read_tokenizer(source))
@@ -101,7 +101,7 @@ def bert_tensors(source: Path, layers: Sequence[int] | None = None) -> dict[str,
         rules += (rule.prefixed("", "pooler.") for rule in pooler_rules())
     missing = missing_names(theirs, rules)
     if missing:
-        raise BertError(f"{source} is no complete BERT of {shape.num_layers} layers, missing: {join_names(missing)}")
+        raise BertError(f"{source} is not a complete BERT of {shape.num_layers} layers, missing: {join_names(missing)}")
     expected = JointConfig(
         dim=shape.dim,
         num_layers=len(taken),
@@ -140,7 +140,7 @@ def read_bert_config(path: Path) -> BertConfig:
         raise BertError(f"{path} cannot be read ({error.strerror}): give a folder in Hugging Face's layout") from error
     except ValidationError as error:
         problem = first_problem(error, root="the file")
-        raise BertError(f"{path} describes no BERT that the joint encoder can use: {problem}") from error
+        raise BertError(f"{path} does not describe a BERT that the joint encoder can use: {problem}") from error
 
 
 def read_tokenizer(source: Path) -> Tokenizer:
@@ -159,7 +159,7 @@ def read_tokenizer(source: Path) -> Tokenizer:
         raise BertError(f"{path} cannot be read as a tokenizer: {error}") from error
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
-        raise BertError(f"{path} is no BERT tokenizer: the tokens {', '.join(missing)} are missing")
+        raise BertError(f"{path} is not a BERT tokenizer: the tokens {', '.join(missing)} are missing")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.add_special_tokens([IMAGE_TOKEN])
@@ -169,19 +169,19 @@ def read_tokenizer(source: Path) -> Tokenizer:
 def load_pickled(path: Path) -> object:
     """Load a file of `torch.save` that holds only tensors and plain values. Raises `ValueError`; runs no code."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of unusual files before it fails
-            # Files from before 2020 are no zip archives and cannot be mapped.
+            # Files from before 2020 are not zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no file of torch.save, or holds objects other than tensors, which could run code: "
+            f"{path} is not a file of torch.save, or holds objects other than tensors, which could run code: "
             "download or copy it again, or save the state dictionary alone"
         ) from error
     except Exception as error:  # its parser raises errors of many classes
-        raise ValueError(f"{path} is no complete file of torch.save: download or copy it again") from error
+        raise ValueError(f"{path} is not a complete file of torch.save: download or copy it again") from error
 
 
 def _shape(config: BertConfig, tokenizer: Tokenizer) -> BertShape:
@@ -207,7 +207,7 @@ def _read_tensors(source: Path) -> dict[str, Tensor]:
         path = source / PICKLE_FILE
         loaded = load_pickled(path)
     except SafetensorError as error:
-        raise BertError(f"{path} is no complete safetensors file ({error}): download or copy it again") from error
+        raise BertError(f"{path} is not a complete safetensors file ({error}): download or copy it again") from error
     except ValueError as error:
         raise BertError(str(error)) from error
     if not isinstance(loaded, dict) or not all(isinstance(each, Tensor) for each in loaded.values()):

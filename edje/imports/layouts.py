@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """One of our tensors is the concatenation of these of theirs; `adds_axis` adds a leading axis of size one."""
+    """Maps published tensors, concatenated, to one of our tensors; `adds_axis` adds a leading axis of size one."""
 
     ours: str
     theirs: tuple[str, ...]

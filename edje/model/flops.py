@@ -12,7 +12,7 @@ from edje.config import JointConfig
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """FLOPs by how often they are spent. `per_image` is spent offline and excludes tower and adapter."""
+    """FLOPs per pair, per query and per image. `per_image` is spent offline and excludes tower and adapter."""
 
     per_pair: int
     per_query: int

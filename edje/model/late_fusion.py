@@ -102,7 +102,7 @@ class LateFusionEncoder(TextEmbeddings):
         self.kind = config.kind
         self.visual_positions = empty_embedding(num_visual_tokens, config.dim)
         self.visual_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        # The name in the checkpoint of the positions that are added before the fusion layers.
+        # Added before the fusion layers; checkpoints hold the positions under this name.
         self.meeting_positions = empty_embedding(num_visual_tokens, config.dim) if config.num_layers else None
         block = TextUpdateBlock if config.kind == "minimal" else JointBlock
         self.text_layers = nn.ModuleList(JointBlock(config) for _ in range(config.text_layers))

@@ -52,7 +52,7 @@ _ALL: Final = (
 def _late_fusion(
     base: EdjeConfig, kind: Literal["late", "minimal", "maxsim"], *, text: int, visual: int, fusion: int, match_dim: int
 ) -> EdjeConfig:
-    """The same model with a late-fusion encoder of so many text, visual and fusion layers."""
+    """Return the model with a late-fusion encoder of these numbers of text, visual and fusion layers."""
     joint = replace(
         base.joint, kind=kind, text_layers=text, visual_layers=visual, num_layers=fusion, match_dim=match_dim
     )

@@ -1,4 +1,4 @@
-"""What all vision towers have in common: their errors, the frozen third-party tower, and what a model asks of a tower.
+"""The common parts of vision towers: their error, the base of frozen third-party towers, and helpers for any tower.
 
 A tower is an `nn.Module` that maps normalised pixels (B, 3, H, W) to patch tokens (B, S, D) and a pooled embedding
 (B, E). Knows no library; `edje.towers.build` knows all kinds.

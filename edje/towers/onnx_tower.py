@@ -30,7 +30,7 @@ class OnnxTower(FrozenTower):
 
 
 class OnnxRunner:
-    """An open ONNX graph. `image_size` is the size it requires, None where it takes any."""
+    """An open ONNX graph. `image_size` is the required size of images, None if the graph accepts any size."""
 
     def __init__(self, graph: bytes) -> None:
         onnxruntime = require_package("onnxruntime", "train")
@@ -77,7 +77,7 @@ def _pixel_input(inputs: list[Any]) -> tuple[str, int | None]:
     if len(shape) != 4 or shape[1] != 3 or isinstance(shape[0], int):
         raise TowerError(
             f"the ONNX graph takes {described}; expected one fp32 input of images, channels first, with an open "
-            "number of images, like ['N', 3, 224, 224]: export it so"
+            "number of images, like ['N', 3, 224, 224]: export it with this input"
         )
     sides = {side for side in shape[2:] if isinstance(side, int)}
     if len(sides) > 1:

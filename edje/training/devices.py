@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-#: Of one exchange of gradients or embeddings, within a step.
+#: Timeout for one exchange of gradients or embeddings within a step.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-#: Of the messages between steps; torchrun ends the others when a process has died.
+#: Timeout for messages between steps; when a process dies, torchrun ends the other processes.
 _CONTROL_TIMEOUT = timedelta(days=7)
 
 

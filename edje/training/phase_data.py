@@ -51,7 +51,7 @@ _STATISTICS_BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class PhaseInputs:
-    """What the batches of a phase are made of."""
+    """The captions and images from which a phase's batches are built."""
 
     captions: Captions
     images: ImageSource

@@ -1,7 +1,7 @@
 """The module that is differentiated: computes the losses of one batch.
 
-Contains the model, the first stage and the training heads. Which pairs are scored is decided before
-(`edje.training.batches.plan`); only masked words and dropped patches are drawn here.
+Contains the model, the first stage and the training heads. The batch plan (`edje.training.batches.plan`) has chosen the
+pairs; only masked words and dropped patches are drawn here.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class TrainingStep(nn.Module):
     def __init__(
         self, model: Edje, first_stage: DualEncoder | None, heads: TrainingHeads, special_ids: tuple[int, int, int]
     ) -> None:
-        """`special_ids` are those of [CLS], [SEP] and [MASK]."""
+        """`special_ids` are the ids of [CLS], [SEP] and [MASK]."""
         super().__init__()
         self.model = model
         self.first_stage = first_stage

@@ -135,7 +135,7 @@ def test_a_hostile_header_is_refused(folder, header):
 def test_a_header_that_announces_gigabytes_is_not_read(folder):
     (folder / files.WEIGHTS_FILE).write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
 
-    with pytest.raises(CheckpointIncomplete, match="is no safetensors file"):
+    with pytest.raises(CheckpointIncomplete, match="is not a safetensors file"):
         read_digest(folder)
 
 

@@ -51,7 +51,7 @@ def run(*arguments):
 
 
 def refusal(*arguments):
-    """The error message of the command, which is no traceback."""
+    """The error message of the command, which must not be a traceback."""
     result = run(*arguments)
     assert result.exit_code in (1, 2), result.output
     assert isinstance(result.exception, SystemExit)
@@ -431,7 +431,7 @@ def saved(value, **options):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no complete file of torch.save"),
+        (b"", "not a complete file of torch.save"),
         (b"a letter, not weights", "file of torch.save"),
         (b"PK", "file of torch.save"),
         (saved({"model": {"a": torch.zeros(999)}})[:-99], "file of torch.save"),
@@ -519,7 +519,7 @@ def test_a_broken_safetensors_file_is_refused_with_the_cause(content, tmp_path, 
 
     message = refusal(tmp_path / "some.safetensors", tmp_path / "ours", "--tokenizer", vocabulary, *HEADS)
 
-    assert "is no complete safetensors file" in message
+    assert "is not a complete safetensors file" in message
     assert "download or copy it again" in message
 
 

@@ -1,4 +1,4 @@
-"""A dataset of drawn scenes, in groups of images that the same words describe in different combinations.
+"""A dataset of drawn scenes, in groups of images whose captions combine the same words in different ways.
 
     from edje.data.scenes.dataset import scenes
     train = scenes("train", seed=0, num_groups=5_000)    # 20,000 images, 100,000 captions

@@ -21,7 +21,7 @@ SIZES: Final = ("large", "small")
 GRID: Final = 3
 
 Attribute = Literal["shape", "colour", "pattern", "size"]
-#: What two objects exchange to turn a scene into another one that the same words describe.
+#: The attribute, or the cell (`place`), that two objects exchange. The new scene is described by the same words.
 Swap = Literal["place", "shape", "colour", "pattern", "size"]
 SWAPS: Final[tuple[Swap, ...]] = ("place", "colour", "pattern", "shape", "size")
 
@@ -128,7 +128,7 @@ def swapped(scene: Scene, swap: Swap, first: int, second: int) -> Scene:
 
 
 def draw_confusers(draws: RandomDraws, base: Scene, num_confusers: int, swaps: tuple[Swap, ...]) -> list[Scene] | None:
-    """Different scenes that the words of `base` describe too, or None where `base` has too few of them.
+    """Return different scenes with the same words as `base`, or None if `base` does not have this many.
 
     The kinds of swap take turns, always beginning with the first kind: every group then has a confuser that contains
     the same objects in other cells, which a first stage without a sense of position cannot distinguish from `base`.
@@ -155,7 +155,7 @@ def draw_confusers(draws: RandomDraws, base: Scene, num_confusers: int, swaps: t
 
 
 def word_bag(scene: Scene) -> str:
-    """All words of the scene in one order, without what belongs together. No swap changes it."""
+    """Return all words of the scene in sorted order, without their objects. No swap changes the result."""
     return " ".join(
         word
         for name in ("shape", "colour", "pattern", "size")

@@ -1,4 +1,4 @@
-"""Grounding labels of a batch, for data that has them: what the loss `grounding` is computed against.
+"""Grounding labels of a batch, which are the targets of the loss `grounding`.
 
 Labels of matching pairs alone are nearly all positive. Each caption is therefore also read with the image of another
 sample, preferably one for which a relation in the caption does not hold.

@@ -113,9 +113,9 @@ def corpus_negatives(
 ) -> NegativeSampler:
     """A sampler from the first stage's hard negatives in the corpus: (C, M) images and (N, M) captions.
 
-    `retrieves` says for each caption (C,) whether the first stage retrieves its image for it, and whether it retrieves
-    it for its image (`edje.training.first_stage.search.retrieved_positives`). Without it there are no
-    negatives.
+    `retrieves` are two arrays (C,) from `edje.training.first_stage.search.retrieved_positives`: whether the first stage
+    retrieves a caption's image for the caption, and the caption for its image. In a direction in which the positive is
+    not retrieved, the sample has no negatives.
     """
     retrieves_image, retrieves_caption = retrieves
 

@@ -37,7 +37,7 @@ class BatchPlan:
 class CaptionOrder:
     """The order of captions: each once per epoch, on exactly one device.
 
-    A step consumes the same captions whatever the number of devices, as long as they add up to the same number.
+    A step uses the same captions on any number of devices, if the number of captions per step is the same.
 
     With `groups` (C,), captions of one group are adjacent, one caption of each image, so that a batch contains images
     together with their confusers.

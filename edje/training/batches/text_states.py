@@ -1,5 +1,4 @@
-"""Caches the output of frozen text layers for all captions: most of the work of an encoder with separate text layers,
-where these are not trained."""
+"""Caches the output of frozen text layers for all captions. Computing it would be most of the work of a step."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def embed_split(
 ) -> FirstStageEmbeddings | None:
     """The first stage's embeddings of the training split in a phase; None while the first stage is trained.
 
-    A CCA is fitted here once and its weights are put into `first_stage`; `earlier` are the embeddings of that time.
-    `groups` are those of the images. `cached` returns embeddings from the disk.
+    A CCA is fitted once, in the first phase, and its weights are loaded into `first_stage`; `earlier` are its
+    embeddings in later phases. `groups` are the groups of the images. `cached` returns embeddings from the disk.
     """
     if recipe.first_stage.kind == "cca":
         if earlier is not None:

@@ -23,8 +23,8 @@ from edje.training.batches.negatives import MISSING, Ints, Positives
 def search_pools(groups: Sequence[str | None], pool_images: int | None, seed: int) -> Ints:
     """Divide the images at random into pools of about `pool_images`: (N,) pool numbers. None: one pool.
 
-    Images of one group are in one pool. The first stage's hard negatives within a pool are the ones it finds in a
-    search of this many images.
+    Images of one group are in one pool. The hard negatives within a pool are as hard as in a search of `pool_images`
+    images.
     """
     names = [f"{number}" if group is None else f"group {group}" for number, group in enumerate(groups)]
     _, members = np.unique(names, return_inverse=True)
@@ -119,7 +119,7 @@ def hard_negative_images(
 def retrieved_positives(
     embeddings: FirstStageEmbeddings, captions: Captions, best_images: Ints, best_captions: Ints
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """For each caption (C,): whether the first stage retrieves its image, and whether it retrieves it for its image.
+    """Return whether the first stage retrieves each caption's image, and each caption for its image: (C,) and (C,).
 
     An item is retrieved if fewer than M negatives score higher; `best_images` (C, M) and `best_captions` (N, M) are
     from `hard_negatives`. A positive that is not retrieved is never reranked. As a training pair, it would have the

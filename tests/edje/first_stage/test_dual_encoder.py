@@ -169,8 +169,8 @@ def test_a_half_copied_folder_is_refused(saved, name):
     [
         ({"dim": 9}, "weights of another first stage"),
         ({"num_layers": 1}, "weights of another first stage"),
-        ({"colour": 1}, "describes no first stage that this version can load: colour"),
-        ({"dim": -1}, "describes no first stage that this version can load: dim"),
+        ({"colour": 1}, "does not describe a first stage that this version can load: colour"),
+        ({"dim": -1}, "does not describe a first stage that this version can load: dim"),
         ({"num_heads": 3}, "is no multiple of num_heads 3"),
     ],
 )

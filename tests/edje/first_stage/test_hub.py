@@ -149,7 +149,7 @@ def test_a_folder_without_its_tokenizer_is_refused(saved):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architecture": "blip"}, "describes no first stage that this version can load: architecture"),
+        ({"architecture": "blip"}, "does not describe a first stage that this version can load: architecture"),
         ({"text_config": {"hidden_size": 64, "num_attention_heads": 4}}, "weights of another first stage"),
     ],
 )

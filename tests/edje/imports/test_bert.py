@@ -257,10 +257,10 @@ def test_a_configuration_that_our_layers_do_not_follow_is_refused(changes, messa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", b"{", "config.json describes no BERT"),
+        ("config.json", b"{", "config.json does not describe a BERT"),
         ("vocab.txt", b"a\nb\n", "are missing"),
         ("tokenizer.json", b"{}", "cannot be read as a tokenizer"),
-        ("model.safetensors", b"cut off", "no complete safetensors file"),
+        ("model.safetensors", b"cut off", "not a complete safetensors file"),
     ],
 )
 def test_an_incomplete_file_is_named(name, content, message, folder):
