@@ -92,7 +92,7 @@ def read_candidate_lists(path: Path, *, problems: Problems | None = None) -> Ite
                 except ValueError as error:
                     if problems is None:
                         raise DataError(f"{path}, line {number}: {error}") from error
-                    problems.record("bad_row", f"line {number}")
+                    problems.record("bad_row", str(error), f"{path.name} line {number}")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -132,6 +132,8 @@ class DatasetBuilder:
                 "Correct the list or the files."
             )
         if not images:
+            if not self.problems:
+                raise DataError(f"{self.name} has no images: the list has no entry for it")
             raise DataError(
                 f"{self.name} has no usable image. {self.problems.report()} File names are relative to {self._root}."
             )

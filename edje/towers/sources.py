@@ -88,8 +88,8 @@ def _from_timm(name: str, image_size: int | None, is_pretrained: bool) -> Loaded
         model = library_model(name, size, is_pretrained=is_pretrained)
     except (OSError, RuntimeError) as error:
         raise TowerError(
-            f"timm cannot load {name!r}: {str(error)[:300]}: where there is no network, fetch the weights elsewhere "
-            "and copy the library's cache, or give an untrained tower"
+            f"timm cannot load {name!r}: {str(error)[:300].rstrip('.')}. Without a network, set the tower to a file "
+            "(onnx:PATH), or copy the cache of the Hugging Face hub from a machine that has the weights"
         ) from error
     with torch.inference_mode():
         tokens, pooled = patch_tokens(model, torch.zeros(1, 3, size, size))

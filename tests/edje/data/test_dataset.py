@@ -233,6 +233,13 @@ def test_a_dataset_without_a_usable_image_is_refused(layout):
         layout.read()
 
 
+def test_a_list_without_entries_is_refused(layout):
+    layout.write()
+
+    with pytest.raises(DataError, match="has no images: the list has no entry for it"):
+        layout.read()
+
+
 def test_a_missing_image_folder_is_refused(layout):
     layout.write(("a.png", "a cat", "train"))
     layout.root.rename(layout.folder / "elsewhere")
