@@ -1,8 +1,8 @@
-"""The service's engine as a scorer of `python -m edje.evaluate`, so that an evaluation judges what is served.
+"""The service's engine as a scorer of `python -m edje.evaluate`, so that an evaluation measures the served scores.
 
 Run: python -m edje.evaluate CHECKPOINT --data RECIPE --storage int8 --scorer benchmarks.engine_scorer:torch_engine
 
-Decodes stored blobs into the engine's slab and scores pairs through its contract, as the rerank worker does. Another
+Decodes stored blobs into the engine's slab and scores pairs by its contract, as the rerank worker does. Another
 runtime needs a function like `torch_engine`.
 """
 
@@ -21,14 +21,14 @@ from trt.contract import PairScorer
 from trt.load import Runtime, load_engine
 
 MAX_PAIRS = 256
-#: Blobs decoded at a time, as many as a staging buffer holds.
+#: Blobs decoded at a time: the size of a staging buffer.
 _STAGED = 1024
 
 Scorer = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
 
 
 def torch_engine(split: EncodedSplit) -> Scorer:
-    """The torch runtime on a CPU."""
+    """Return a scorer that uses the torch runtime on a CPU."""
     return engine_scorer(split, "torch", "cpu")
 
 

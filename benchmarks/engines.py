@@ -1,16 +1,16 @@
-"""Pairs per second of engines on this processor, beside the paths that people have today.
+"""Measures pairs per second of the engines on this processor, compared with other common implementations.
 
 Run: python benchmarks/engines.py [--repeats 5] [--pairs 64] [--threads N] [--plot docs/engines.svg]
 
-MiniLM-L12's shape with random weights, 64 visual tokens in int8 and 18 text tokens. Compared in one process, one after
-the other and round again, by medians:
+MiniLM-L12's shape with random weights, 64 visual tokens in int8 and 18 text tokens. All run in one process, in turn
+and several times; medians are compared:
 
-- the authors' way: transformers' BertForMaskedLM over the embedded sequence, vocabulary head and all, then the pooler
-- sentence-transformers' CrossEncoder over texts of as many tokens
-- our engine for each encoder, from text ids and slots to logits, dequantisation and all: one query for all the pairs
+- the authors' code: transformers' BertForMaskedLM over the embedded sequence with vocabulary head, then the pooler
+- sentence-transformers' CrossEncoder over texts of the same number of tokens
+- this project's engine for each encoder, from text ids and slots to logits with dequantisation; one query for all pairs
 
-Then how far a logit moves with its company, free and in fixed shapes; images per second of towers, alone and with the
-adapter; and the time from nothing to ready, by step. The last line of output is one JSON document.
+Then how much a logit depends on its batch, with free and fixed shapes; images per second of towers, alone and with the
+adapter; and the start-up time by step. The last line of output is one JSON document.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TEXT = [2, *range(1000, 998 + NUM_TEXT), 3]
 CASCADE_BUDGET = 5
 _RANDOM = np.random.default_rng(0)
 
-#: A process that comes to a warm engine and says when it passed what.
+#: A program that loads and warms an engine, and prints the time of each step.
 START_UP = """
 import json, sys, time
 marks = {"interpreter": time.time()}
@@ -73,7 +73,7 @@ print(json.dumps(marks))
 
 
 def shapes() -> dict[str, JointConfig]:
-    """The encoders that are compared: the paper's, and those in which text and image meet late or not at all."""
+    """Return the compared encoders: the paper's, and those with late or no fusion of text and image."""
     late = VARIANTS["paper-l16-late"].joint
     return {
         "full": VARIANTS["paper-l16"].joint,
@@ -98,7 +98,7 @@ def opened(checkpoint: Path, num_slots: int, **options: bool) -> Engine:
 
 
 def encoder(folder: Path, kind: str, joint: JointConfig, num_slots: int, **options: bool) -> Engine:
-    """An engine for an encoder, its slots full of random tokens; the tower is a small one, which is not timed here."""
+    """Return an engine for an encoder, with random tokens in its slots and a small tower, which is not timed."""
     tiny = VARIANTS["tiny"]
     if not folder.exists():
         config = replace(tiny, name=kind, adapter=replace(tiny.adapter, num_tokens=NUM_VISUAL), joint=joint)
@@ -114,19 +114,19 @@ def encoder(folder: Path, kind: str, joint: JointConfig, num_slots: int, **optio
 
 
 def new_texts(number: int) -> list[list[int]]:
-    """Texts that no engine has encoded before, which would keep their rows."""
+    """Return new texts, because engines cache the rows of encoded texts."""
     middle = _RANDOM.integers(1000, 30_000, (number, NUM_TEXT - 2))
     return [[2, *row.tolist(), 3] for row in middle]
 
 
 def one_query(engine: Engine, num_pairs: int) -> Callable[[], object]:
-    """A new query with all its candidates, from its text ids on."""
+    """Return a call that encodes a new query and scores all its candidates."""
     queries, slots = np.zeros(num_pairs, np.int32), np.arange(num_pairs, dtype=np.int32)
     return lambda: engine.score_pairs(engine.encode_queries(new_texts(1)), queries, slots)
 
 
 def cascade(engine: Engine, num_pairs: int) -> Callable[[], object]:
-    """The late interaction over all candidates of a new query, then the layers over the best `CASCADE_BUDGET`."""
+    """Return a call that scores all candidates by late interaction, and the best `CASCADE_BUDGET` by the layers."""
     queries, slots = np.zeros(num_pairs, np.int32), np.arange(num_pairs, dtype=np.int32)
 
     def call() -> object:
@@ -139,7 +139,7 @@ def cascade(engine: Engine, num_pairs: int) -> Callable[[], object]:
 
 
 def seconds(paths: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Every path in turn, `repeats` times, after one round that does not count."""
+    """Return the times of every path, run in turn `repeats` times after one round of warm-up."""
     took: dict[str, list[float]] = {name: [] for name in paths}
     for repeat in range(repeats + 1):
         for name, path in paths.items():
@@ -151,7 +151,7 @@ def seconds(paths: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 def pairs_per_s(folder: Path, num_pairs: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Rate, GFLOP a pair and GFLOP/s of every path."""
+    """Return rate, GFLOP per pair and GFLOP/s of every path."""
     visual = torch.randn(num_pairs, NUM_VISUAL, TOKEN_DIM)
     text = torch.tensor([TEXT]).expand(num_pairs, -1)
     authors, authors_bf16 = AuthorsWay().eval(), AuthorsWay().eval().bfloat16()
@@ -179,8 +179,8 @@ def pairs_per_s(folder: Path, num_pairs: int, repeats: int) -> dict[str, dict[st
     return found
 
 
-def moved_by_company(folder: Path) -> dict[str, dict[str, float]]:
-    """The largest change of a pair's logit between being alone and in batches of many sizes, at every place in them."""
+def moved_by_batch(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the largest change of a pair's logit between a batch of one and every index of larger batches."""
     found = {}
     for kind, joint in shapes().items():
         found[kind] = {}
@@ -199,7 +199,7 @@ def moved_by_company(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def towers() -> dict[str, EdjeConfig]:
-    """Towers that images are encoded with, each under the paper's adapter."""
+    """Return the towers to time, each with the paper's adapter."""
     b16 = VARIANTS["paper-b16"]
     mobile = TimmVisionConfig("mobilenetv2_100", dim=1280, tokens_per_image=49, pooled_dim=1280, num_heads=8)
     at_224 = replace(b16.preprocess, image_size=224)
@@ -210,7 +210,7 @@ def towers() -> dict[str, EdjeConfig]:
 
 
 def images_per_s(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
-    """An engine from bytes to tokens, and the tower alone."""
+    """Return images per second of the engine (bytes to tokens) and of the tower alone."""
     found = {}
     for name, config in towers().items():
         checkpoint = folder / config.name
@@ -230,7 +230,7 @@ def images_per_s(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def start_up(checkpoint: Path, repeats: int) -> dict[str, float]:
-    """Seconds by step, medians."""
+    """Return the median seconds of each start-up step."""
     steps: dict[str, list[float]] = {}
     for _ in range(repeats):
         last = time.time()
@@ -243,7 +243,7 @@ def start_up(checkpoint: Path, repeats: int) -> dict[str, float]:
 
 
 def plot(rates: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Bars, from the slowest path to the fastest."""
+    """Draw bars, from the slowest path to the fastest."""
     matplotlib.use("svg")
     from matplotlib import pyplot
 
@@ -261,18 +261,18 @@ def plot(rates: Mapping[str, Mapping[str, float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="of everything; the median counts")
-    parser.add_argument("--pairs", type=int, default=64, help="candidates of the query")
-    parser.add_argument("--threads", type=int, help="of torch; default: its choice")
-    parser.add_argument("--plot", type=Path, help="where to draw the rates")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of every measurement; the median counts")
+    parser.add_argument("--pairs", type=int, default=64, help="number of candidates of the query")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: torch's choice")
+    parser.add_argument("--plot", type=Path, help="file to draw the rates to")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    logging.disable(logging.WARNING)  # of libraries about weights that are random on purpose
+    logging.disable(logging.WARNING)  # libraries warn about weights, which are random on purpose
     with tempfile.TemporaryDirectory(prefix="edje-engines-") as name:
         folder = Path(name)
         rates = pairs_per_s(folder, arguments.pairs, arguments.repeats)
-        moved = moved_by_company(folder)
+        moved = moved_by_batch(folder)
         encoded = images_per_s(folder, arguments.repeats)
         started = start_up(folder / "full", min(3, arguments.repeats))
     table = Table("path", "pairs/s", "x authors fp32", "GFLOP a pair", "GFLOP/s")
@@ -287,7 +287,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "pairs": arguments.pairs,
         "rates": rates,
-        "moved_by_company": moved,
+        "moved_by_batch": moved,
         "images_per_s": encoded,
         "start_up_s": started,
     }

@@ -1,9 +1,9 @@
-"""Measures what HTTP adds to a request, and tries the gateway under load while parts of the service are killed.
+"""Measures the latency that HTTP adds, and loads the gateway while parts of the service are killed.
 
 Run: python benchmarks/gateway.py [--requests 300] [--rate 200 --seconds 300]
 
 The latency compares the Kafka client with the gateway, one request at a time, in turn. Under load every call must be
-answered within its timeout with the ranking of its own documents, although a rerank worker and a gateway replica are
+answered within its timeout with a ranking of its documents, although a rerank worker and a gateway replica are
 killed and Redis is restarted. The last line of output is one JSON document; exits with 1 if a call fails.
 """
 
@@ -61,7 +61,7 @@ class Replicas:
         self.workers[index] = self._start(index)
 
     async def rerank(self, session: aiohttp.ClientSession, number: int) -> tuple[str, float]:
-        """Ask once; returns what came of it and the seconds it took."""
+        """Make one call; returns its outcome and the seconds it took."""
         body = {"query": "a dog on a beach", "documents": candidates_of(number), "return_documents": True}
         started_at = time.perf_counter()
         for attempt in range(len(self.ports)):
@@ -76,7 +76,7 @@ class Replicas:
 
 
 def judged(number: int, status: int, body: dict) -> str:
-    """Whether an answer is a ranking of its own documents."""
+    """Return "ok" if the answer ranks the call's documents, else the fault."""
     if status != 200:
         return f"status {status}"
     if sorted(result["document"]["text"] for result in body["results"]) != candidates_of(number):

@@ -1,7 +1,7 @@
-"""What the benchmarks of the service share: servers, a store full of blobs, requests, and a worker to time.
+"""Shared parts of the service's benchmarks: servers, a store full of blobs, requests, and a worker to time.
 
-The worker runs as users run it, as a process of its own with its settings in the environment; its engine is the
-constant one, so that everything but the scoring is measured.
+The worker runs as users run it, as a separate process with its settings in the environment; its engine is the
+constant engine, so that everything except scoring is measured.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ READY_LIMIT_S = 60.0
 
 
 def make_checkpoint(folder: Path) -> str:
-    """A checkpoint with the paper's token shape and next to no weights; returns its digest."""
+    """Write a checkpoint with the paper's token shape and very few weights; returns its digest."""
     tiny = VARIANTS["tiny"]
     config = replace(
         tiny,
@@ -58,7 +58,7 @@ def make_checkpoint(folder: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Everything a case needs."""
+    """The servers and values that a case needs."""
 
     services: Services
     checkpoint: Path
@@ -71,7 +71,7 @@ class Bench:
 
 @contextmanager
 def bench(num_images: int) -> Iterator[Bench]:
-    """Servers with `num_images` int8 blobs in Redis."""
+    """Start servers with `num_images` int8 blobs in Redis."""
     with Services() as services, tempfile.TemporaryDirectory(prefix="edje-bench-") as folder:
         checkpoint = Path(folder) / "checkpoint"
         layout = BlobLayout(make_checkpoint(checkpoint), NUM_TOKENS, TOKEN_DIM, "int8")
@@ -81,7 +81,7 @@ def bench(num_images: int) -> Iterator[Bench]:
 
 
 def fill(bench: Bench) -> None:
-    """Write the blobs: sixteen different contents, because making a million random numbers per image takes longer."""
+    """Write the blobs with sixteen different contents, because random numbers for every image would take long."""
     random = np.random.default_rng(0)
     blobs = [
         encode_blob(bench.layout, random.normal(size=(NUM_TOKENS, TOKEN_DIM)).astype(np.float32), bytes(32))
@@ -94,14 +94,14 @@ def fill(bench: Bench) -> None:
 
 
 def request_json(request_id: str, images: list[str]) -> bytes:
-    """A request as a client would write it."""
+    """Return a request as a client would write it."""
     candidates = [{"image_id": image, "score": 0.31} for image in images]
     request = {"schema_version": 1, "request_id": request_id, "query": {"text": QUERY}, "candidates": candidates}
     return json.dumps(request).encode()
 
 
 class RerankTopics:
-    """Request and reply topics of one case, with a producer and a consumer of the bench's own."""
+    """Request and reply topics of one case, with a producer and a consumer."""
 
     def __init__(self, brokers: str) -> None:
         self.prefix = f"bench-{uuid.uuid4().hex[:8]}."
@@ -125,12 +125,12 @@ class RerankTopics:
         self.producer.flush()
 
     def num_replies(self) -> int:
-        """How many replies the broker holds, without reading them: the worker has the processor for itself."""
+        """Return the number of replies in the topic without reading them, which would slow the worker down."""
         partitions = [TopicPartition(self.topics.rerank_responses, number) for number in range(NUM_PARTITIONS)]
         return sum(self.consumer.end_offsets(partitions).values())
 
     def replies(self, number: int) -> list[tuple[float, dict]]:
-        """Read replies: when each was sent (seconds) and what it says."""
+        """Read replies; returns the time (seconds) and the event of each."""
         read: list[tuple[float, dict]] = []
         while len(read) < number:
             for records in self.consumer.poll(timeout_ms=500).values():
@@ -144,7 +144,7 @@ class RerankTopics:
 
 @contextmanager
 def rerank_worker(bench: Bench, prefix: str, **settings: object) -> Iterator[subprocess.Popen]:
-    """A rerank worker over the constant engine, ready."""
+    """Start a rerank worker with the constant engine and wait until it is ready."""
     port = free_port()
     environment = os.environ | {
         "KAFKA_BROKERS": bench.services.brokers,

@@ -1,7 +1,7 @@
 """An open-loop client: sends requests at a fixed rate and prints latency percentiles as JSON.
 
-A process of its own, so that the client's work is not counted as the harness's. Requests go out on time whether or
-not earlier ones are answered; a latency runs from the time at which a request was due.
+A separate process, so that the client's work is not counted as the harness's. Requests are sent on time whether or
+not earlier ones are answered; a latency is measured from the time at which the request was due.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
             value = request_json(f"{number}", images[window * CANDIDATES : (window + 1) * CANDIDATES])
             producer.send(topics.rerank_requests, value, b"%d" % number)
 
-    # The worker's first turns and the slab's first fill are not what is measured.
+    # The worker's start and the first fill of the slab are not measured.
     sender = threading.Thread(target=send)
     sender.start()
     latencies: dict[int, float] = {}

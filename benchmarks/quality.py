@@ -1,4 +1,4 @@
-"""Compares quality and cost of encoders, numbers of tokens, storage types and k, all trained alike.
+"""Compares quality and cost of encoders, token numbers, storage types and k, all trained in the same way.
 
 Run: python benchmarks/quality.py scenes|flickr8k [--seeds 3] [--jobs 2]
 
@@ -8,9 +8,9 @@ tables to docs/quality; the last line of output is one JSON document.
 
 Scenes: all encoders use the tower and the first stage of the shipped model, so runs of several machines can be
 compared. Each encoder starts from random weights, with the same data, losses, negatives and number of steps; `full` has
-no late interaction and is trained by matching against more negatives instead. Flickr8k: all encoders are trained as the
-recipe's, in one epoch; `full` by matching alone. The figure is R@1 of text-to-image search in int8 against GFLOP per
-pair. A cascade of budget 0 ranks by its late interaction alone.
+no late interaction and is trained by matching against more negatives instead. Flickr8k: all encoders are trained by the
+recipe in one epoch, `full` by matching only. The figure is R@1 of text-to-image search in int8 against GFLOP per
+pair. A cascade of budget 0 ranks by its late interaction only.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Runner:
             )
 
     def evaluate(self, checkpoint: Path, storage: str, scorer: str, depths: Sequence[int]) -> Report:
-        """The report of an evaluation, which is stored next to the checkpoint."""
+        """Return the report of an evaluation, which is stored next to the checkpoint."""
         name = f"{storage}-{scorer.replace(':', '')}-{'-'.join(map(str, depths))}.json"
         path = checkpoint.parent / name
         if not path.exists():
@@ -83,7 +83,7 @@ class Runner:
 
 
 def recall(report: Report, k: int) -> tuple[float, float]:
-    """R@1 of the first stage, and after reranking its best k."""
+    """Return R@1 of the first stage, and R@1 after reranking its best k."""
     for result in report.results:
         if result.comparison.k == k:
             row = result.comparison.row("R@1")
@@ -94,7 +94,7 @@ def recall(report: Report, k: int) -> tuple[float, float]:
 def runs_of(
     study: Study, num_seeds: int, start: Sequence[str], tokens: Sequence[int]
 ) -> Iterator[tuple[str, int, tuple[str, ...]]]:
-    """The trainings of a study: name, seed and changes to the recipe, seed by seed."""
+    """Yield the trainings of a study: name, seed and changes to the recipe, seed by seed."""
     for seed in range(num_seeds):
         for kind, changes in study.kinds.items():
             yield kind, seed, (*start, *changes)
@@ -109,7 +109,7 @@ def tokens_name(num_tokens: int) -> str:
 
 
 def encoder_results(runner: Runner, study: Study, seed: int) -> dict[str, dict[str, float]]:
-    """The results of every encoder with one seed: for each scorer R@1 before and after, and GFLOP per pair, at k."""
+    """Return every encoder's results with one seed: for each scorer R@1 before and after, and GFLOP per pair, at k."""
     found = {}
     for kind in study.kinds:
         depths = {"torch": study.depths}
@@ -128,13 +128,13 @@ def encoder_results(runner: Runner, study: Study, seed: int) -> dict[str, dict[s
 
 
 def depth_results(runner: Runner, study: Study, kind: str) -> dict[int, float]:
-    """R@1 of one encoder against the number of candidates."""
+    """Return R@1 of one encoder by the number of candidates."""
     report = runner.evaluate(runner.checkpoint(kind, 0), "int8", "torch", study.depths)
     return {k: recall(report, k)[1] for k in study.depths}
 
 
 def token_results(runner: Runner, study: Study, tokens: Sequence[int]) -> list[dict[str, object]]:
-    """R@1 at k of one encoder with each number of tokens, the recipe's included, in every storage type."""
+    """Return R@1 at k of one encoder with each number of tokens, the recipe's included, in every storage type."""
     checkpoints = {tokens_name(num_tokens): num_tokens for num_tokens in tokens}
     config = json.loads((runner.checkpoint(study.tokens_kind, 0) / "config.json").read_text())
     checkpoints[study.tokens_kind] = config["config"]["adapter"]["num_tokens"]

@@ -52,7 +52,7 @@ def _tables(found: Mapping[str, Any], first: float) -> Iterable[str]:
     yield f"# {found['study']}: quality and cost of each encoder"
     yield ""
     yield f"Written by `benchmarks/quality.py {found['study']}`: R@1 of text-to-image search, %, {queries}, {runs}."
-    yield f"Blobs are int8 unless a table says otherwise. The first stage alone: {_percent(first)}."
+    yield f"Blobs are int8 unless a table states another type. The first stage alone: {_percent(first)}."
     yield ""
     rows = [
         [

@@ -1,7 +1,7 @@
-"""The paths that people have today, at the shape that our engines are timed at: MiniLM-L12, random weights.
+"""Other implementations to compare with, in the shape of the timed engines: MiniLM-L12, random weights.
 
-Own words of what the authors' released code and sentence-transformers do with a pair; nothing of theirs but the
-libraries is run.
+Reimplements what the authors' released code and sentence-transformers do with a pair; of theirs, only the
+libraries run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def bert_config(**changes: object) -> BertConfig:
 
 
 class AuthorsWay(nn.Module):
-    """A masked-language model reads caption and visual tokens; its vocabulary head runs for nothing."""
+    """A masked-language model over caption and visual tokens; its unused vocabulary head runs too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class AuthorsWay(nn.Module):
 
 
 def text_cross_encoder(folder: Path, num_tokens: int) -> tuple[CrossEncoder, tuple[str, str]]:
-    """A CrossEncoder and a pair of texts that come to `num_tokens`, specials included."""
+    """Return a CrossEncoder and a pair of texts with `num_tokens` tokens, special tokens included."""
     vocabulary = [*SPECIALS, *(f"w{number}" for number in range(VOCAB_SIZE - len(SPECIALS)))]
     tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(vocabulary)})
     BertForSequenceClassification(bert_config(num_labels=1)).save_pretrained(folder)
@@ -65,5 +65,5 @@ def text_cross_encoder(folder: Path, num_tokens: int) -> tuple[CrossEncoder, tup
     pair = (" ".join(words[:15]), " ".join(words[15:]))
     found = len(tokenizer(*pair)["input_ids"])
     if found != num_tokens:
-        raise SystemExit(f"the CrossEncoder's pair comes to {found} tokens, not {num_tokens}")
+        raise SystemExit(f"the CrossEncoder's pair has {found} tokens, not {num_tokens}")
     return CrossEncoder(str(folder), device="cpu"), pair

@@ -1,17 +1,17 @@
-"""Pairs per second and latency through Kafka, Redis and back, beside a bare loop of MGET and decode.
+"""Measures pairs per second and latency through Kafka and Redis, compared with a bare loop of MGET and decode.
 
 Run: python benchmarks/service.py [--repeats 3] [--quick]
 
-Requests have 100 candidates and int8 blobs of 64 x 384; the engine is the constant one. Three figures, all from one
-run on one machine, each rate the median of several, alternating with the bare loop:
+Requests have 100 candidates and int8 blobs of 64 x 384; the engine is the constant one. All figures come from one
+run on one machine; each rate is the median of several, which alternate with the bare loop:
 
-  loop    MGET of 100 keys and decode into one array, in one thread, again and again: what Redis and Python allow
-  cold    the service with a slab that never holds the image that is asked for
+  loop    MGET of 100 keys and decode into one array, repeated in one thread: the limit of Redis and Python
+  cold    the service with a slab that never holds the requested image
   hot     the service with every image in the slab
-  latency an open loop of 100 requests/s: from before the client's send to after its receipt
+  latency an open loop of 100 requests/s: from before the client's send until it has received the reply
 
-A backlog is published first and then drained, so that a rate is the worker's own; it is taken from the times at which
-the worker sent its replies, without the first fifth. The last line of output is one JSON document.
+A backlog is published first and then drained, so that only the worker limits the rate, which is computed from the times
+of the worker's replies, without the first fifth. The last line of output is one JSON document.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from protocols.blob import decode_blobs
 from workers.store.client import RedisStore
 
 NUM_IMAGES = 20_000
-#: Fewer slots than any run of requests touches before it comes back to an image: always a miss.
+#: Fewer slots than the images between two requests for the same image, so that every lookup misses.
 COLD_SLOTS, HOT_IMAGES = 4_096, 10_000
 LATENCY_RATE = 100
 
 
 def bare_loop(bench: Bench, seconds: float) -> float:
-    """Pairs per second of MGET and decode alone."""
+    """Return pairs per second of MGET and decode alone."""
     layout, keys = bench.layout, bench.keys()
     tokens = np.zeros((CANDIDATES, layout.token_bytes), np.uint8)
     scales = np.zeros((CANDIDATES, layout.scale_bytes), np.uint8)
@@ -55,7 +55,7 @@ def bare_loop(bench: Bench, seconds: float) -> float:
 
 
 def drained(bench: Bench, *, num_requests: int, num_images: int, num_slots: int, **settings: object) -> float:
-    """Pairs per second of a worker that drains a backlog over the first `num_images` images, round and round."""
+    """Return pairs per second of a worker that drains a backlog of requests that cycle over `num_images` images."""
     topics = RerankTopics(bench.services.brokers)
     images = bench.images[:num_images]
     windows = len(images) // CANDIDATES
@@ -77,7 +77,7 @@ def drained(bench: Bench, *, num_requests: int, num_images: int, num_slots: int,
 
 
 def latency(bench: Bench, *, seconds: float, num_slots: int, num_images: int, **settings: object) -> dict[str, float]:
-    """Milliseconds from before a request is sent to after its reply is received, at a fixed rate."""
+    """Return the latency in milliseconds at a fixed rate, from before the send to after the receipt."""
     topics = RerankTopics(bench.services.brokers)
     slot_bytes = bench.layout.token_bytes + bench.layout.scale_bytes
     with rerank_worker(bench, topics.prefix, slab_bytes=num_slots * slot_bytes, **settings):
@@ -104,8 +104,8 @@ CASES = ("cold", "hot", "cold_latency", "hot_latency")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="of every rate; the median counts")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that it runs")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of every rate; the median counts")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, as a smoke test")
     parser.add_argument("--cases", default=",".join(CASES), help="some of %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the worker")
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ class Study:
     recipe: str
     k: int
     kinds: dict[str, tuple[str, ...]]  # changes to the recipe, by encoder
-    depths: tuple[int, ...]  # values of k, the one above included
+    depths: tuple[int, ...]  # values of k, including `k`
     tokens_kind: str  # the encoder that is trained with other numbers of tokens and evaluated in every storage type
     tokens: tuple[int, ...]
     cascade_of: str | None = None  # the encoder whose late interaction is the cheap stage of a cascade

@@ -4,8 +4,8 @@
     IMAGES=~/holiday CHECKPOINT=~/model KAFKA_BROKERS=kafka.example:9092 REDIS_URL=redis://redis.example:6379/0 \\
         python deploy/local/demo.py
 
-Draws the scenes that the shipped model was trained for, and ends well only if reranking puts right what the first stage
-got wrong. Starts what is needed, shows every step, stops what it started. Ends with 0, or with 1 and a sentence.
+Draws the scenes that the shipped model was trained for, and succeeds only if reranking corrects mistakes of the first
+stage. Starts the services, shows every step, and stops them again. Exits with 0, or with 1 and an error message.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from workers.publish.__main__ import connection
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "demo" / "report.html"
-#: What the rerank worker recorded, and one request of it as a page.
+#: The rerank worker's spans, and the waterfall page of one request.
 SPANS, TRACE = REPORT.with_name("spans.jsonl"), REPORT.with_name("trace.html")
-#: The demo's pictures need a few hundred slots of the slab; the default is made for production.
+#: The demo's pictures need a few hundred slots of the slab; the default size is for production.
 SLAB_BYTES = 64 << 20
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -71,7 +71,7 @@ def main() -> int:
 
 def run(choices: Choices) -> None:
     started_at = time.monotonic()
-    choices.config()  # before anything is started: there may be none
+    choices.config()  # fails before anything is started if the checkpoint has no configuration
     SPANS.parent.mkdir(exist_ok=True)
     SPANS.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="edje-demo-") as scratch:
@@ -80,7 +80,7 @@ def run(choices: Choices) -> None:
 
 
 def ask(choices: Choices, scratch: Path) -> tuple[Pictures, FirstStage, Answers]:
-    """Start everything, have the pictures indexed, ask what there is to ask, stop everything."""
+    """Start everything, index the pictures, ask all questions, stop everything."""
     topics = Topics(f"demo-{uuid.uuid4().hex[:6]}.")
     with ExitStack() as stack:
         services = stack.enter_context(Services())
@@ -110,7 +110,7 @@ def ask(choices: Choices, scratch: Path) -> tuple[Pictures, FirstStage, Answers]
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Show that something is under way, and how long it took."""
+    """Show a spinner while the block runs, then the time it took."""
     began = time.monotonic()
     with console.status(Text(what)):
         yield
@@ -118,7 +118,7 @@ def step(what: str) -> Iterator[None]:
 
 
 def settings_of(choices: Choices, pictures: Pictures) -> dict[str, dict[str, str]]:
-    """Of each worker, without its name in front."""
+    """Return the settings of each worker, without the worker's name as prefix."""
     common = {"CHECKPOINT": str(choices.checkpoint), "NUM_THREADS": "1"}
     return {
         "ingest": {
@@ -132,21 +132,21 @@ def settings_of(choices: Choices, pictures: Pictures) -> dict[str, dict[str, str
 
 
 def publish(pictures: Pictures, brokers: str, prefix: str) -> None:
-    """Announce the pictures from a process of its own, as any producer would, and wait until they are indexed."""
+    """Publish the pictures from a separate process, as any producer would, and wait until they are indexed."""
     command = [sys.executable, "-m", "workers.publish", "images", str(pictures.folder), "--wait", "--keep-extension"]
     command += ["--limit", str(len(pictures.files)), "--brokers", brokers, "--topic-prefix", prefix]
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
-        raise ServiceError("not every image was indexed; the lines above say which and why")
+        raise ServiceError("not every image was indexed; the lines above list the images and the reasons")
 
 
 def first_stage_of(choices: Choices, pictures: Pictures, kafka: Mapping[str, Any], topics: Topics) -> FirstStage:
-    """The checkpoint's own over the vectors that the ingest worker has published, or the words of the captions."""
+    """Return the checkpoint's first stage over the published vectors, or else a match of caption words."""
     if not choices.searches_vectors():
         return WordOverlap(pictures.described)
     from demo_dual_encoder import VectorIndex, pooled_here  # torch takes seconds to import
 
     pooled = published_embeddings(kafka, topics)
-    # Your Redis has them from an earlier run: an index of vectors would have them too.
+    # Redis has tokens of images from an earlier run, so no vectors were published for them now.
     stored_before = {file.image_id: file.path for file in pictures.files if file.image_id not in pooled}
     if stored_before:
         pooled |= pooled_here(choices.checkpoint, stored_before)
@@ -154,7 +154,7 @@ def first_stage_of(choices: Choices, pictures: Pictures, kafka: Mapping[str, Any
 
 
 def tell(choices: Choices, pictures: Pictures, first_stage: FirstStage, answers: Answers, started_at: float) -> None:
-    """Print and write what came of it. Raises `CheckFailed` for figures that the shipped model must not have."""
+    """Print the results and write the report. Raises `CheckFailed` if the shipped model's figures are too low."""
     caveat, figures, rankings = choices.caveat(), figures_of(answers.rankings), shown(answers.rankings)
     for ranking in rankings:
         console.print()
@@ -183,9 +183,9 @@ def tell(choices: Choices, pictures: Pictures, first_stage: FirstStage, answers:
     for ranking in rankings:
         if (sentence := about_the_texts(ranking)) is not None:
             console.print(sentence)
-    console.print("\nWhere the time of one of these requests went:")
+    console.print("\nThe timings of one of these requests:")
     show_trace(console, SPANS, [answers.request_id_of(ranking) for ranking in rankings], TRACE)
-    console.print(f"\nDone in {took_s:.0f} s. The same with the pictures: {REPORT}")
+    console.print(f"\nDone in {took_s:.0f} s. The report with the pictures: {REPORT}")
     if choices.has_own_redis:
         console.print(f"The pictures' tokens are still in your Redis, under vt:{answers.model_digest}:*")
     console.print(

@@ -1,4 +1,4 @@
-"""The choices of a run of the demo or the search, read once from the environment, and what follows from them.
+"""The choices for a run of the demo or the search, read once from the environment, and their consequences.
 
     IMAGES         a folder of pictures, instead of drawn scenes
     CAPTIONS       a CSV table with the columns image and caption, for the pictures of IMAGES
@@ -24,7 +24,7 @@ from server_process import ServiceError
 
 #: Trained on drawn scenes by the recipe `scenes`.
 SHIPPED = Path(__file__).resolve().parents[1] / "models" / "scenes"
-FIRST_STAGE = "first_stage"  # the folder in a checkpoint
+FIRST_STAGE = "first_stage"  # folder of the first stage in a checkpoint
 
 UNTRAINED = Caveat(
     "UNTRAINED weights: this shows that it works, not how well it ranks",
@@ -67,7 +67,7 @@ class Choices:
             has_own_redis=bool(environment.get("REDIS_URL")),
         )
         if choices.images is None and (choices.captions or choices.queries):
-            raise ServiceError("CAPTIONS and QUERIES are about your own pictures: set IMAGES to their folder")
+            raise ServiceError("CAPTIONS and QUERIES need your own pictures: set IMAGES to their folder")
         if choices.captions and choices.queries:
             raise ServiceError("set CAPTIONS or QUERIES, not both")
         return choices
@@ -81,7 +81,7 @@ class Choices:
         return read_config(self.checkpoint)
 
     def pictures(self, new_folder: Path) -> Pictures:
-        """Return the pictures of IMAGES and what is asked about them, or scenes drawn into the new folder.
+        """Return the pictures of IMAGES with their queries, or scenes drawn into the new folder.
 
         Raises `ServiceError`.
         """
@@ -92,7 +92,7 @@ class Choices:
         if self.queries is not None:
             return pictures_with_queries(self.images, queries_of(self.queries))
         raise ServiceError(
-            "IMAGES alone does not say what to search for: set CAPTIONS to a CSV table with the columns image and "
+            "IMAGES needs queries: set CAPTIONS to a CSV table with the columns image and "
             'caption (then the right picture of each caption is known), or QUERIES to texts such as "a dog;a beach" or '
             "a file of them"
         )
@@ -118,15 +118,15 @@ class Choices:
             )
 
     def searches_vectors(self) -> bool:
-        """Whether the checkpoint's first stage finds the candidates: if it has one that knows such pictures."""
+        """Whether a first stage of the checkpoint, trained for such pictures, finds the candidates."""
         return self.caveat() is not PHOTOGRAPHS and (self.checkpoint / FIRST_STAGE).is_dir()
 
     def is_checked(self) -> bool:
-        """Whether the figures must be those of the shipped model."""
+        """Whether the figures are checked against those of the shipped model."""
         return self.images is None and self.own_checkpoint is None
 
     def caveat(self) -> Caveat | None:
-        """Return why the ranking is meaningless, None if it is not. Raises `CheckpointError`."""
+        """Return the reason why the ranking is meaningless, else None. Raises `CheckpointError`."""
         if not self.config().trained:
             return UNTRAINED
         return PHOTOGRAPHS if self.images is not None and self.own_checkpoint is None else None

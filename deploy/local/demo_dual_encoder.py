@@ -1,7 +1,7 @@
-"""The checkpoint's own first stage as a vector search: texts and images as vectors, compared by their cosine.
+"""The checkpoint's first stage as a vector search: texts and images as vectors, compared by cosine.
 
-The images' vectors come from what the ingest worker published with `images.indexed`, as a search team would fill its
-index. Imports torch: only to be imported where it is used.
+The images' vectors come from the embeddings in `images.indexed`, as a search team would fill its
+index. Imports torch, so import it only where it is used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class VectorIndex:
 
     @classmethod
     def load(cls, checkpoint: Path, pooled: Mapping[str, Sequence[float]]) -> VectorIndex:
-        """The first stage of a checkpoint over these images. Raises `CheckpointError`."""
+        """Load a checkpoint's first stage over these images. Raises `CheckpointError`."""
         return cls(load_first_stage(checkpoint), Tokenizer.load(checkpoint), pooled)
 
     def images(self, text: str, top_n: int) -> Found:
@@ -55,7 +55,7 @@ class VectorIndex:
 
 @torch.inference_mode()
 def pooled_here(checkpoint: Path, paths: Mapping[str, Path]) -> dict[str, list[float]]:
-    """The tower's embeddings, computed in this process. Raises `CheckpointError`."""
+    """Return the tower's embeddings, computed in this process. Raises `CheckpointError`."""
     loaded = load_checkpoint(checkpoint)
     preprocess = loaded.config.preprocess
     found = {}

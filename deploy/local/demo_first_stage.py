@@ -1,7 +1,7 @@
-"""Who finds the demo's candidates: whatever ranks images for a text and texts for an image, quickly.
+"""The first stage of the demo: ranks images for a text, and texts for an image, quickly.
 
-`WordOverlap` needs no model and never looks at a picture: it counts the words that a query shares with a caption, the
-rarer the more. It is there so that there is an order to rerank where the checkpoint brings no first stage of its own.
+`WordOverlap` needs neither a model nor pixels: it counts the words that a query shares with a caption, and weights rare
+words more. It gives an order to rerank if the checkpoint has no first stage.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Found = list[tuple[str, float]]
 
 
 class FirstStage(Protocol):
-    """Best first; equals in the order of their names."""
+    """Finds candidates, best first; ties are in the order of names."""
 
-    #: For people, after "found by".
+    #: Description for people, shown after "found by".
     means: str
 
     def images(self, text: str, top_n: int) -> Found:
-        """The best images for a text."""
+        """Return the best images for a text."""
         ...
 
     def texts(self, image_id: str, texts: Mapping[str, str], top_n: int) -> Found:
-        """The best of these texts, by name, for an image."""
+        """Return the best of these texts for an image, by name."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What the ingest worker said of the pictures: reads `images.indexed` as the keeper of a vector index would."""
+"""Reads the pictures' embeddings from `images.indexed`, as the owner of a vector index would."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ POLL_S = 0.5
 
 
 def published_embeddings(connection: Mapping[str, Any], topics: Topics) -> dict[str, list[float]]:
-    """The pooled embedding of every image indexed so far, by its id; `connection` is what every client needs.
+    """Return the pooled embedding of every indexed image by id; `connection` holds the options of Kafka clients.
 
-    An image that was stored before is not encoded again, and so has none.
+    An image that was stored before is not encoded again, so it has no embedding here.
     """
     embeddings: dict[str, list[float]] = {}
     reader = KafkaReader(connection, [topics.images_indexed], start="beginning")

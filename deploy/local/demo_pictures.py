@@ -1,6 +1,6 @@
-"""The demo's pictures and the questions about them, and the same for a folder of the user's own pictures.
+"""The demo's pictures and the questions about them, for drawn scenes and for a folder of the user's pictures.
 
-A caption table says which picture is right for a caption; for texts without one nothing is known to be right.
+A caption table gives the right picture of each caption; for other texts the right picture is unknown.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from edje.data.dataset import DataError
 from server_process import ServiceError
 from workers.publish.image_files import ImageFile, image_files, printable
 
-#: Captions of a table that are asked; as many as of drawn scenes.
+#: Most captions of a table that are used as queries; as many as for drawn scenes.
 NUM_QUERIES = 40
 NUM_CANDIDATES = 20
-#: Texts that are ranked for one image.
+#: Most texts ranked for one image.
 NUM_TEXTS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """Image files, and what to ask about them."""
+    """Image files and the queries about them."""
 
     folder: Path
     files: Sequence[ImageFile]
-    captions: Mapping[str, str]  # shown to people, by image id; of every image
-    described: Mapping[str, str]  # what a first stage that reads no pictures reads, by image id
-    queries: Mapping[str, str | None]  # texts, each with the id of the right image if it is known
-    texts: Mapping[str, str]  # ranked for `image_query`, by the id of the image they were written for
+    captions: Mapping[str, str]  # captions shown to people, by image id; for every image
+    described: Mapping[str, str]  # texts for a first stage that reads no pictures, by image id
+    queries: Mapping[str, str | None]  # query texts, each with the id of the right image if known
+    texts: Mapping[str, str]  # texts ranked for `image_query`, by the id of the image that each describes
     num_candidates: int
-    origin: str  # a phrase for people
-    image_query: str | None = None  # the image that texts are ranked for; None: no such question
-    right_text: str | None = None  # the name of the text that is true of it, if it is known
+    origin: str  # description of the pictures for people
+    image_query: str | None = None  # the image for which texts are ranked; None: no such question
+    right_text: str | None = None  # the id of the text that describes `image_query`, if known
 
     def questions(self, first_stage: FirstStage) -> list[Question]:
-        """Return the questions with the candidates that the first stage finds; the one about an image is the last."""
+        """Return the questions with the first stage's candidates; the question about an image is last."""
         paths = {file.image_id: file.path for file in self.files}
 
         def options(found: Found) -> list[Option]:
@@ -142,6 +142,6 @@ def caption_of(image_id: str) -> str:
 
 
 def _description(image_id: str, captions_of: Mapping[str, Sequence[str]]) -> str:
-    """Return other words about an image than its first caption, which is asked: that would give the answer away."""
+    """Return a text about an image other than its first caption, which is the query."""
     captions = captions_of.get(image_id, ())
     return captions[1] if len(captions) > 1 else caption_of(image_id)

@@ -1,6 +1,6 @@
-"""What the demo asks, what came back, and what that says: pure, without services.
+"""The demo's questions, their rankings and the figures computed from them. Pure, without services.
 
-A question knows its candidates as the first stage ranked them, and which one is right, where anybody knows.
+A question holds its candidates in the first stage's order and, if known, the right candidate.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from pathlib import Path
 
 from protocols.events import Candidate, Query, RerankRequest, Result
 
-#: Of the shipped model on the demo's 40 questions. On 1,000 unseen scenes it has 0.94; of 40 that is 38, give or take
-#: two, so that a sound model stays above, and one that no longer reads what stands left of what (0.72) below.
+#: Least R@1 of the shipped model on the demo's 40 questions. On 1,000 unseen scenes it has 0.94; of 40 that is 38,
+#: give or take two. So a working model passes, and a model that ignores the order of objects (0.72) fails.
 MIN_RERANKED_R1 = 0.85
-#: What reranking must add: eight of 40 questions, more than chance gives.
+#: Least gain of R@1 by reranking: eight of 40 questions, more than chance gives.
 MIN_GAIN = 0.2
-#: So many questions are shown, and so many must there be to show.
+#: Number of lifted questions that are shown, and that must exist.
 NUM_SHOWN = 4
 
 
 class CheckFailed(Exception):
-    """The demo ran to its end and the ranking is not what it has to be; the message says in what."""
+    """The demo ended, but the ranking fails a check; the message names the check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +31,21 @@ class Option:
     name: str
     caption: str
     score: float
-    path: Path | None = None  # of a picture; a text has none
+    path: Path | None = None  # file of a picture; None for a text
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """A text to rank images for, or an image to rank texts for; `options` are best first."""
 
-    text: str  # of an image: what it shows
+    text: str  # the query text, or the caption of the query image
     options: Sequence[Option]
-    right: str | None = None  # the name of the right candidate, among the options or not; None: nobody knows
+    right: str | None = None  # the name of the right candidate, even if it is not an option; None: unknown
     image_id: str | None = None
-    picture: Path | None = None  # of the image
+    picture: Path | None = None  # file of the query image
 
     def request(self, request_id: str) -> RerankRequest:
-        """The event that asks it."""
+        """Return the request event of this question."""
         if self.image_id is None:
             images = [Candidate(image_id=option.name, score=option.score) for option in self.options]
             return RerankRequest(request_id=request_id, query=Query(text=self.text), candidates=images)
@@ -53,7 +53,7 @@ class Question:
         return RerankRequest(request_id=request_id, query=Query(image_id=self.image_id), candidates=texts)
 
     def ranking(self, results: Sequence[Result], timings_ms: Mapping[str, float]) -> Ranking:
-        """The answer, best first."""
+        """Return the ranking of the results."""
         ranked = [
             Ranked(self.options[result.index], rank, result.index + 1, result.relevance_score)
             for rank, result in enumerate(results, start=1)
@@ -63,7 +63,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """One candidate of a reply, with its place before."""
+    """One candidate of a reply, with its rank in the first stage."""
 
     option: Option
     rank: int
@@ -73,7 +73,7 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """A question and its answer, best first."""
+    """A question and its results, best first."""
 
     question: Question
     results: Sequence[Ranked]
@@ -81,22 +81,22 @@ class Ranking:
 
     @property
     def right(self) -> Ranked | None:
-        """The right candidate; None where nobody knows it, or the first stage did not find it."""
+        """Return the right candidate; None if it is unknown or the first stage did not find it."""
         return next((result for result in self.results if self.is_right(result)), None)
 
     def is_right(self, result: Ranked) -> bool:
         return result.option.name == self.question.right
 
     def is_lifted(self) -> bool:
-        """Whether the right candidate was not first and is now."""
+        """Whether reranking moved the right candidate to the first rank."""
         return self.right is not None and self.right.rank == 1 < self.right.rank_before
 
     def best_before(self, num_shown: int) -> list[Ranked]:
-        """The first stage's best; the right candidate takes the last place if it stands further down."""
+        """Return the first stage's best; a lower-ranked right candidate replaces the last."""
         return self._with_right(sorted(self.results, key=lambda result: result.rank_before)[:num_shown])
 
     def best_after(self, num_shown: int) -> list[Ranked]:
-        """The reply's best; the right candidate takes the last place if it stands further down."""
+        """Return the reply's best; a lower-ranked right candidate replaces the last."""
         return self._with_right(list(self.results[:num_shown]))
 
     def _with_right(self, best: list[Ranked]) -> list[Ranked]:
@@ -105,7 +105,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How often the right image was first: over all questions asked, found by the first stage or not."""
+    """How often the right image was first, over all questions, whether or not the first stage found it."""
 
     num_questions: int
     first_stage_r1: float
@@ -113,10 +113,10 @@ class Figures:
     num_lifted: int
 
     def problem(self) -> str | None:
-        """In what the shipped model's figures are not what they have to be; None if they are."""
+        """Return the check that the shipped model's figures fail, None if they pass."""
         if self.reranked_r1 < MIN_RERANKED_R1:
             return f"reranked R@1 is {self.reranked_r1:.3f}, and must be at least {MIN_RERANKED_R1}"
-        # Shares of whole questions: 0.9 - 0.7 is a hair less than 0.2.
+        # Rounded, because in floating point 0.9 - 0.7 is less than 0.2.
         if round(self.reranked_r1 - self.first_stage_r1, 6) < MIN_GAIN:
             return (
                 f"reranking took R@1 from {self.first_stage_r1:.3f} to {self.reranked_r1:.3f}, "
@@ -128,7 +128,7 @@ class Figures:
 
 
 def figures_of(rankings: Sequence[Ranking]) -> Figures | None:
-    """The figures over the questions whose right image is known; None where there is none."""
+    """Return the figures over the questions whose right image is known; None without such questions."""
     judged = [ranking for ranking in images_ranked(rankings) if ranking.question.right is not None]
     if not judged:
         return None
@@ -142,7 +142,7 @@ def figures_of(rankings: Sequence[Ranking]) -> Figures | None:
 
 
 def shown(rankings: Sequence[Ranking]) -> list[Ranking]:
-    """What people get to see: of images for a text the first that were lifted, or others where too few were."""
+    """Return the rankings to show: first questions whose right image was lifted, then others if these are too few."""
     images = images_ranked(rankings)
     lifted = [ranking for ranking in images if ranking.is_lifted()]
     others = [ranking for ranking in images if not ranking.is_lifted()]
@@ -150,5 +150,5 @@ def shown(rankings: Sequence[Ranking]) -> list[Ranking]:
 
 
 def images_ranked(rankings: Sequence[Ranking]) -> list[Ranking]:
-    """The answers to texts."""
+    """Return the rankings of images for texts."""
     return [ranking for ranking in rankings if ranking.question.image_id is None]

@@ -1,6 +1,6 @@
-"""Writes the demo's report: one HTML file that needs nothing else, with the pictures before and after.
+"""Writes the demo's report: one self-contained HTML file with the pictures before and after reranking.
 
-File names and captions come from outside; the template escapes whatever it is given.
+File names and captions are untrusted; the template escapes every value.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from PIL import Image, ImageOps
 from demo_rankings import Figures, Ranking
 
 TEMPLATE = "demo_report.html"
-#: Twice the size at which they are shown, for dense screens.
+#: Size of thumbnails in pixels: twice the size on the page, for dense screens.
 THUMBNAIL_SIZE = (256, 192)
 JPEG_QUALITY = 70
-#: Of the candidates of a question.
+#: Most candidates of a question that are shown.
 NUM_PICTURES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Caveat:
-    """What keeps the ranking from meaning anything."""
+    """The reason why a ranking is meaningless."""
 
     headline: str
     explanation: str
@@ -58,7 +58,7 @@ def write_report(
 
 
 def thumbnail(path: Path) -> str:
-    """A small copy of a picture, as a data URI."""
+    """Return a small copy of a picture as a data URI."""
     with Image.open(path) as image:
         image.draft("RGB", THUMBNAIL_SIZE)
         small = ImageOps.exif_transpose(image).convert("RGB")

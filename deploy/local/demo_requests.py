@@ -1,4 +1,4 @@
-"""Asks the demo's questions through Kafka: every request first, then the replies as they come."""
+"""Asks the demo's questions through Kafka: publishes all requests, then reads the replies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPLY_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The answer to each question with the id of its request, and what gave them."""
+    """The ranking of each question with its request id, and the model and engine that computed them."""
 
     rankings: Sequence[Ranking]
     request_ids: Sequence[str]
@@ -23,12 +23,12 @@ class Answers:
     engine_digest: str
 
     def request_id_of(self, ranking: Ranking) -> str:
-        """The request that this very answer came to."""
+        """Return the id of the request that this ranking answers."""
         return next(name for name, each in zip(self.request_ids, self.rankings, strict=True) if each is ranking)
 
 
 def ask_all(client: Client, questions: Sequence[Question]) -> Answers:
-    """Raises `ServiceError` for an answer without a ranking, or what the client raises."""
+    """Return the rankings. Raises `ServiceError` for a reply without a ranking, or the client's errors."""
     requests = [question.request(f"demo-{uuid.uuid4().hex[:12]}") for question in questions]
     for published in [client.publish_request(request) for request in requests]:
         published.result(REPLY_TIMEOUT_S)

@@ -1,6 +1,6 @@
-"""The demo's own pictures: drawn scenes that no training meets, in groups of the same words.
+"""The demo's drawn scenes, which no training contains, in groups made of the same words.
 
-Every fifth picture is asked for, by a caption that is true of it and of no other picture in its group.
+Every fifth picture has a query: a caption that is true of it and of no other picture in its group.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from workers.publish.image_files import image_files
 
 #: Fifty groups of a scene and its three confusers.
 NUM_PICTURES = 200
-#: The model's figures are of the scenes of seed 0: the demo draws others.
+#: The model's figures use the scenes of seed 0; the demo draws others.
 SEED = 1
-#: Not a multiple of four, so that scenes and confusers are asked for alike: 40 queries.
+#: Not a multiple of four, so that the 40 queries are for scenes and confusers alike.
 QUERY_EVERY = 5
 NUM_CANDIDATES = 20
-#: Twice what the shipped model sees, for people who look at the report.
+#: Picture size: twice the shipped model's input size, for people who look at the report.
 SIZE = 128
 EXTENSION = ".png"
 
 
 def drawn_scenes(folder: Path, num_pictures: int = NUM_PICTURES, size: int = SIZE) -> Pictures:
-    """Draw the scenes into a new folder. The same pictures and questions each time."""
+    """Draw the scenes into a new folder; pictures and questions are the same each time."""
     write_scenes(folder, "test", num_pictures, SEED, size)
     images = holdout(num_pictures, SEED).images
     ids = [f"{image.image_id}{EXTENSION}" for image in images]
@@ -43,7 +43,7 @@ def drawn_scenes(folder: Path, num_pictures: int = NUM_PICTURES, size: int = SIZ
         },
         num_candidates=NUM_CANDIDATES,
         origin=(
-            f"{num_pictures} scenes drawn here, in groups of four that are made of the same words; training meets no "
+            f"{num_pictures} scenes drawn here, in groups of four that are made of the same words; training has no "
             "such scene, nor another arrangement of its words"
         ),
         right_text=ids[0],

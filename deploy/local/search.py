@@ -1,10 +1,10 @@
-"""`make search`: every server, every worker and the gateway, with pictures indexed and a page to search them.
+"""`make search`: starts all servers, workers and the gateway, indexes pictures and serves a page to search them.
 
     python deploy/local/search.py
     IMAGES=~/holiday CHECKPOINT=~/model QUERIES="a dog;a beach" python deploy/local/search.py
 
 Without IMAGES it draws 500 scenes that the shipped model was trained for. Prints the address of the page and runs until
-Ctrl-C, which stops and removes everything that it started. Ends with 1 and a sentence if something fails.
+Ctrl-C, which stops and removes everything that it started. Exits with 1 and an error message if a step fails.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from workers.errors import WorkerError
 from workers.publish.__main__ import connection
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Where the page is, if nothing else is there.
+#: Port of the page, if it is free.
 USUAL_PORT = 8000
 NUM_SCENES = 500
 #: Queries that the page offers.
 NUM_EXAMPLES = 6
 SLAB_BYTES = 256 << 20
-#: How long the index may take for what the ingest worker has published.
+#: How long the index may take after the ingest worker has published the images.
 INDEX_LIMIT_S = 600.0
 POLL_S = 0.5
 
@@ -60,7 +60,7 @@ def main() -> int:
         console.print(f"\nThe search failed: {error}")
         return 1
     except KeyboardInterrupt:
-        console.print("\nStopped; everything that was started is gone.")
+        console.print("\nStopped; everything that was started is removed.")
         return 0
     return 0
 
@@ -98,7 +98,7 @@ def run(choices: Choices) -> None:
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Show that something is under way, and how long it took."""
+    """Show a spinner while the block runs, then the time it took."""
     began = time.monotonic()
     with console.status(Text(what)):
         yield
@@ -106,7 +106,7 @@ def step(what: str) -> Iterator[None]:
 
 
 def settings_of(choices: Choices, pictures: Pictures, port: int, scratch: Path) -> dict[str, dict[str, str]]:
-    """The settings of each worker, without its name in front."""
+    """Return the settings of each worker, without the worker's name as prefix."""
     checkpoint = {"CHECKPOINT": str(choices.checkpoint)}
     engine = {**checkpoint, "NUM_THREADS": "1"}
     spans = {name: str(scratch / f"{name}-spans.jsonl") for name in ("rerank", "gateway")}
@@ -144,7 +144,7 @@ def page_port() -> int:
 
 
 def publish(pictures: Pictures, brokers: str, prefix: str) -> None:
-    """Publish the pictures with the command that a user has, and wait until they are encoded."""
+    """Publish the pictures with the user's command, and wait until they are encoded."""
     command = [sys.executable, "-m", "workers.publish", "images", str(pictures.folder), "--wait", "--keep-extension"]
     command += ["--brokers", brokers, "--topic-prefix", prefix]
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
@@ -152,7 +152,7 @@ def publish(pictures: Pictures, brokers: str, prefix: str) -> None:
 
 
 def wait_for_index(num_images: int, port: int) -> None:
-    """Wait until the gateway reports as many images, or no more for a while: some may have failed."""
+    """Wait until the gateway reports this many images, or the number stops growing: some may have failed."""
     give_up_at = time.monotonic() + INDEX_LIMIT_S
     present, quiet_since = -1, time.monotonic()
     while True:
@@ -165,13 +165,13 @@ def wait_for_index(num_images: int, port: int) -> None:
             return
         if now > give_up_at:
             raise ServiceError(
-                f"the index has {present} of {num_images} images: {info.get('problem', 'why is unknown')}"
+                f"the index has {present} of {num_images} images: {info.get('problem', 'the reason is unknown')}"
             )
         time.sleep(POLL_S)
 
 
 def tell(choices: Choices, pictures: Pictures, port: int, prefix: str, common: Mapping[str, str]) -> None:
-    """Print the address and what else can be done."""
+    """Print the address of the page and commands to try."""
     address = f"http://127.0.0.1:{port}"
     caveat = choices.caveat()
     console.print(f"\nSearch {pictures.origin}:\n\n    {address}\n")

@@ -16,10 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-#: Below the range of ports for outgoing connections on Linux and macOS. Otherwise a client that retries the port of a
-#: stopped server is sometimes given that port itself, and the server cannot start again.
+#: Below the ports of outgoing connections on Linux and macOS. Otherwise a client that retries the port of a
+#: stopped server may be given that port as its own, and the server could not start again.
 FREE_PORTS = range(20_000, 32_000)
-#: Waits for the end of its input, which closes however the parent ends, and then kills the server.
+#: Waits until its input closes, which happens when the parent ends for any reason, then kills the server.
 WATCHDOG = 'read -r _; kill -KILL "$1"'
 
 
@@ -106,7 +106,7 @@ class Server(ABC):
         return self._process
 
     def _forget(self) -> None:
-        # The watchdog ends first: after the server is reaped, its process id can belong to another process.
+        # The watchdog ends first, because the id of a reaped server may belong to another process.
         for process in (self._watchdog, self._process):
             if process is not None:
                 if process is self._watchdog:
@@ -132,7 +132,7 @@ class Server(ABC):
 def package_folder(package: str, brings: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise ServiceError(f"{brings} comes in the package {package}, which is not installed: pip install {package}")
+        raise ServiceError(f"{brings} is in the package {package}, which is not installed: pip install {package}")
     return Path(spec.origin).parent
 
 

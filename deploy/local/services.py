@@ -1,6 +1,6 @@
-"""A real Kafka, a real Redis and a real PostgreSQL from Python packages alone.
+"""Runs a real Kafka, Redis and PostgreSQL from Python packages alone.
 
-The demo, the tests and `make up` start them through this module. It knows nothing of the project it serves.
+The demo, the tests and `make up` use this module. Knows nothing of the project's topics and settings.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RedisServer(Server):
                 answer = connection.recv(65_536)
         except OSError:
             return False
-        # A server with a password of its own says so instead; any answer will do then.
+        # A server that requires a password answers with an error, which also shows that it runs.
         return b"NOAUTH" in answer or f"process_id:{self.pid}\r\n".encode() in answer
 
 
@@ -79,12 +79,12 @@ class KafkaServer(Server):
         if not properties.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             properties.write_text("".join(f"{name}={value}\n" for name, value in self._properties().items()))
-            # As an argument of its own, an id that begins with a dash would be read as an option.
+            # As a separate argument, an id that begins with a dash would be read as an option.
             command = [*self._java("kafka.tools.StorageTool"), "format", f"--cluster-id={self._cluster_id}"]
             done = subprocess.run([*command, "-c", str(properties)], capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 properties.unlink()
-                raise ServiceError(f"kafka cannot lay out {self.folder}: {done.stdout}{done.stderr}")
+                raise ServiceError(f"kafka cannot initialise {self.folder}: {done.stdout}{done.stderr}")
         super().start()
 
     def _properties(self) -> dict[str, str]:
@@ -99,7 +99,7 @@ class KafkaServer(Server):
             "log.retention.ms": "-1",
             "auto.create.topics.enable": "true",
             "num.partitions": "4",
-            # One node: every internal topic has one copy, and few partitions, because each is a folder to open.
+            # One node: internal topics have one copy, and few partitions, because each is a folder to open.
             "offsets.topic.replication.factor": "1",
             "offsets.topic.num.partitions": "4",
             "transaction.state.log.replication.factor": "1",
@@ -108,10 +108,10 @@ class KafkaServer(Server):
             "share.coordinator.state.topic.replication.factor": "1",
             "share.coordinator.state.topic.min.isr": "1",
             "group.initial.rebalance.delay.ms": "0",
-            # After a kill the node may register again only when its earlier life has timed out.
+            # After a kill the node may register again only when its earlier session has timed out.
             "broker.session.timeout.ms": "3000",
             "broker.heartbeat.interval.ms": "500",
-            # The cleaner's buffer is 128 MB unless told otherwise: half of the heap.
+            # The cleaner's default buffer is 128 MB: half of the heap.
             "log.cleaner.dedupe.buffer.size": "4194304",
             "num.network.threads": "2",
             "num.io.threads": "4",
@@ -135,9 +135,9 @@ class KafkaServer(Server):
 
 
 class Services:
-    """Kafka, Redis and PostgreSQL for the length of a `with` block, each started when its address is first read.
+    """Kafka, Redis and PostgreSQL within a `with` block, each started when its address is first read.
 
-    A server that `KAFKA_BROKERS`, `REDIS_URL` or `DATABASE_URL` names is used instead and left running. Not for several
+    A server in `KAFKA_BROKERS`, `REDIS_URL` or `DATABASE_URL` is used instead and left running. Not for several
     threads at once.
     """
 
@@ -186,7 +186,7 @@ class Services:
 
 
 def create_topics(brokers: str, partitions: Mapping[str, int]) -> None:
-    """Create the topics that are not there yet and wait until each has its leaders."""
+    """Create the missing topics and wait until all have leaders."""
     from kafka import KafkaAdminClient
 
     admin = KafkaAdminClient(bootstrap_servers=brokers.split(","))
@@ -200,7 +200,7 @@ def create_topics(brokers: str, partitions: Mapping[str, int]) -> None:
 
 
 def serving_cluster(brokers: str) -> str | None:
-    """The id of the cluster that answers there and has a broker in service, None if none does."""
+    """Return the id of a cluster that answers and has a broker in service, else None."""
     from kafka import KafkaAdminClient
     from kafka.errors import KafkaError
 
@@ -214,22 +214,22 @@ def serving_cluster(brokers: str) -> str | None:
         return None
     finally:
         admin.close()
-    # A node that was killed answers before its earlier life has timed out, and leads nothing until then.
+    # A killed node answers after its restart, but leads nothing until its earlier session has timed out.
     return str(cluster["cluster_id"]) if cluster["brokers"] else None
 
 
 def kafka_class_path() -> str:
-    """The jars of Apache Kafka; the first call on a machine downloads them (43 MB), later ones need no network."""
+    """Return the class path of Apache Kafka; the first call on a machine downloads the jars (43 MB)."""
     package_folder("jgo", "Apache Kafka")
     import jgo
 
     cache = Path.home() / ".cache" / "jgo"
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "download.lock").open("w") as lock:
-        # Two first runs at once would write the same files.
+        # Locked, because two first runs at once would write the same files.
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             jars = jgo.build(KAFKA_JARS).all_jars
-        except Exception as error:  # whatever it is, the remedy is the same: a network, and another try
+        except Exception as error:  # all errors have the same remedy: a network and another attempt
             raise ServiceError(f"the jars of Apache Kafka ({KAFKA_JARS}) cannot be downloaded: {error}") from error
     return os.pathsep.join(str(jar) for jar in jars)

@@ -23,8 +23,10 @@ errors = Console(stderr=True, highlight=False)
 
 
 def main(
-    topic_prefix: Annotated[str, typer.Option(help="Put in front of every topic's name.")] = "",
-    partitions: Annotated[int, typer.Option(min=1, help="Partitions of each topic; as many workers can share it.")] = 4,
+    topic_prefix: Annotated[str, typer.Option(help="Prefix of every topic name.")] = "",
+    partitions: Annotated[
+        int, typer.Option(min=1, help="Partitions of each topic, which is also the most workers that can share it.")
+    ] = 4,
 ) -> None:
     """Run Kafka, Redis and PostgreSQL until Ctrl-C."""
     stop = Event()
@@ -41,7 +43,7 @@ def main(
             create_topics(services.brokers, dict.fromkeys(topic_names(Topics(topic_prefix)), partitions))
             if topic_prefix:
                 exports |= {f"{worker}_TOPIC_PREFIX": topic_prefix for worker in WORKERS}
-            # On standard output and nothing else there, so that a script can read them.
+            # Nothing else is on standard output, so that a script can read the settings.
             for name, value in exports.items():
                 print(f"export {name}={value}", flush=True)
             errors.print("Export these where the workers run. Ctrl-C ends the servers and removes their data.")

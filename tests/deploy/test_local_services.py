@@ -161,7 +161,7 @@ def test_addresses_from_the_environment_are_used_and_nothing_is_started(monkeypa
 
 
 def test_a_package_that_is_missing_is_named():
-    with pytest.raises(ServiceError, match="a Java runtime comes in the package no_such_jdk, which is not installed"):
+    with pytest.raises(ServiceError, match="a Java runtime is in the package no_such_jdk, which is not installed"):
         package_folder("no_such_jdk", "a Java runtime")
 
 

@@ -18,7 +18,10 @@ _TABLE = re.compile(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", re.DOTALL)
 def tables() -> dict[str, str]:
     """Return each table by its name in the document."""
     request_stages = [(f"`{name}`", meaning) for name, meaning in REQUEST_STAGES.items()]
-    published = (f"`{PUBLISH}`", "From the outcome until the broker has all of it. A metric only; the span is `send`.")
+    published = (
+        f"`{PUBLISH}`",
+        "From the outcome until the broker has all its messages. A metric only; the span is `send`.",
+    )
     return {
         "spans": _table(
             ("span", "kind", "parent", "meaning"),

@@ -48,50 +48,55 @@ class Metric:
 #: Where the time of a request goes, in this order: spans, `timings_ms` and `edje_stage_seconds` share these words.
 INBOX, QUEUE, FETCH, BATCH_WAIT, SCORE = "inbox", "queue", "fetch", "batch_wait", "score"
 REQUEST_STAGES = {
-    INBOX: "From the end of the poll that brought it to the moment the worker takes it: the worker is full.",
-    QUEUE: "From taking it to the start of its first piece: others have their turn, or no slot is free.",
-    FETCH: "From there until the last of its pieces has its tokens in the slab.",
-    BATCH_WAIT: "From there until the last of its micro-batches starts on the engine.",
-    SCORE: "From there to its reply.",
+    INBOX: "From the end of the poll that returned it until the worker takes it; long when the worker is full.",
+    QUEUE: "Until its first piece starts; long when other requests have their turn, or no slot is free.",
+    FETCH: "Until the last of its pieces has its tokens in the slab.",
+    BATCH_WAIT: "Until the last of its micro-batches starts on the engine.",
+    SCORE: "Until its reply.",
 }
-#: Measured beside the others: the reply is written before it happens.
+#: Measured separately, because the reply is written before this stage.
 PUBLISH = "publish"
 TOTAL = "total"
-#: Of an image on its way into the store; the spans bear these names as well.
+#: Stages of an image on its way into the store; spans have the same names.
 IMAGE_STAGES = {
-    "fetch": "Reading the bytes behind its address.",
-    "look_up": "Asking the store whether it has this very content, many images at once.",
-    "decode": "From the file to pixels.",
-    "encode": "Its batch on the engine.",
+    "fetch": "Reading the bytes at its address.",
+    "look_up": "Looking up whether the store has the same content, many images at once.",
+    "decode": "Decoding the file to pixels.",
+    "encode": "Encoding its batch on the engine.",
     "store": "Writing the blobs of its batch.",
 }
 #: Stages of a request in the gateway.
 EMBED, SEARCH_INDEX, RERANK = "embed", "search_index", "rerank"
 GATEWAY_STAGES = {
-    EMBED: "From the query's text to its vector.",
-    SEARCH_INDEX: "The search of the index for candidates.",
-    RERANK: "From the request's sending to its reply.",
+    EMBED: "Embedding the query's text.",
+    SEARCH_INDEX: "Searching the index for candidates.",
+    RERANK: "From sending the rerank request to its reply.",
 }
-#: The stage of an indexed image: its batch's write to the index, with the wait for the write before.
+#: The stage of an indexed image: the write of its batch, including the wait for the previous write.
 INDEX_STAGE = "write"
 
 # --- spans ------------------------------------------------------------------------------------------------------------
 
 PROCESS = SpanName(
-    "process {topic}", "CONSUMER", "the producer's span", "One event, from the poll that brought it to its outcome."
+    "process {topic}", "CONSUMER", "the producer's span", "One event, from the poll that returned it to its outcome."
 )
 POLL = SpanName(
-    "poll {topic}", "CLIENT", "none, linked", "The poll that brought the event; links to each sampled producer."
+    "poll {topic}", "CLIENT", "none, linked", "The poll that returned the event; links to each sampled producer's span."
 )
 SEND = SpanName(
-    "send {topic}", "PRODUCER", "process", "From handing a message over to its acknowledgement; the message carries it."
+    "send {topic}",
+    "PRODUCER",
+    "process",
+    "From sending a message to its acknowledgement; the message carries this span's ids.",
 )
 COMMIT = SpanName(
     "commit {topic}", "CLIENT", "none, linked", "An offset commit or a transaction; links to each event it settles."
 )
-STAGE = SpanName("{stage}", "INTERNAL", "process", "One stage of the event (next table); of no length: left out.")
-READ = SpanName("MGET", "CLIENT", "process", "One read of blobs, its retries included; links to others that wait.")
-WRITE = SpanName("PIPELINE SET", "CLIENT", "encode batch", "The write of a batch of blobs, its retries included.")
+STAGE = SpanName(
+    "{stage}", "INTERNAL", "process", "One stage of the event (next table); stages of zero length are left out."
+)
+READ = SpanName("MGET", "CLIENT", "process", "One read of blobs, retries included; links to other waiting requests.")
+WRITE = SpanName("PIPELINE SET", "CLIENT", "encode batch", "The write of a batch of blobs, retries included.")
 HTTP_REQUEST = SpanName(
     "{method} {route}",
     "SERVER",
@@ -107,13 +112,16 @@ MICRO_BATCH = SpanName(
 ENCODE_BATCH = SpanName(
     "encode batch", "INTERNAL", "none, linked", "Images of several events on the engine; links to each sampled event."
 )
-ENCODE_QUERIES = SpanName("encode queries", "INTERNAL", "micro-batch", "The texts of a batch, each once.")
-SCORE_PAIRS = SpanName("score pairs", "INTERNAL", "micro-batch", "The pairs of a batch.")
+ENCODE_QUERIES = SpanName("encode queries", "INTERNAL", "micro-batch", "Encoding the distinct texts of a batch.")
+SCORE_PAIRS = SpanName("score pairs", "INTERNAL", "micro-batch", "Scoring the pairs of a batch.")
 HOST_TO_DEVICE = SpanName(
-    "host to device", "INTERNAL", "score pairs", "Copying in, if the runtime measures it; placed at the start."
+    "host to device",
+    "INTERNAL",
+    "score pairs",
+    "The copy to the device, if the runtime measures it; shown at the start.",
 )
 DEVICE_TO_HOST = SpanName(
-    "device to host", "INTERNAL", "score pairs", "Copying out, if the runtime measures it; placed at the end."
+    "device to host", "INTERNAL", "score pairs", "The copy to the host, if the runtime measures it; shown at the end."
 )
 
 # --- attributes -------------------------------------------------------------------------------------------------------
@@ -129,11 +137,11 @@ CONVERSATION = Attribute("messaging.message.conversation_id", "`request_id`, or 
 MESSAGES = Attribute("messaging.batch.message_count", "Messages of a poll, or events that a commit settles.")
 DB_SYSTEM = Attribute("db.system.name", "`redis`.")
 DB_OPERATION = Attribute("db.operation.name", "`MGET` or `PIPELINE SET`.")
-DB_BATCH = Attribute("db.operation.batch.size", "Keys asked for or written.")
+DB_BATCH = Attribute("db.operation.batch.size", "Number of keys read or written.")
 ERROR_TYPE = Attribute("error.type", "The code of an error reply or dead letter, `expired`, or the class of an error.")
 STATUS = Attribute("edje.status", "Outcome of the event: the status of the reply, `dead_letter`, `ok` or `skipped`.")
 CANDIDATES = Attribute("edje.candidates", "Candidates of the request.")
-PAIRS = Attribute("edje.pairs", "Pairs of the request or the micro-batch; equal candidates are one.")
+PAIRS = Attribute("edje.pairs", "Pairs of the request or the micro-batch; equal candidates count once.")
 MISSING = Attribute("edje.missing", "Pairs of the request without usable tokens.")
 TOKENS = Attribute("edje.tokens", "Text and visual tokens of the micro-batch.")
 REQUEST_IDS = Attribute("edje.request_ids", "The requests that shared the micro-batch, sampled or not; the first 100.")
@@ -149,7 +157,7 @@ READ_BYTES = Attribute("edje.read_bytes", "Bytes of the blobs that were read.")
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
-#: From a tenth of a millisecond, the wait for a batch on a fast GPU, to the patience of a retried fetch.
+#: From a tenth of a millisecond (a batch's wait on a fast GPU) to the longest retry time of a fetch.
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _PAIRS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 _TOKENS = (256, 1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
@@ -216,8 +224,8 @@ BATCH_TOKENS = Metric("edje_batch_tokens", "histogram", "Text and visual tokens 
 BATCH_FILL = Metric(
     "edje_batch_fill_ratio", "histogram", "Tokens of a micro-batch over the most it may have.", (), _FILL
 )
-SLAB_HITS = Metric("edje_slab_hits_total", "counter", "Images wanted that had a slot.")
-SLAB_MISSES = Metric("edje_slab_misses_total", "counter", "Images wanted that had to be fetched.")
+SLAB_HITS = Metric("edje_slab_hits_total", "counter", "Images of started pieces that had a slot.")
+SLAB_MISSES = Metric("edje_slab_misses_total", "counter", "Images of started pieces that had to be fetched.")
 SLAB_EVICTIONS = Metric("edje_slab_evictions_total", "counter", "Images that lost their slot to another.")
 SLAB_INVALIDATIONS = Metric(
     "edje_slab_invalidations_total", "counter", "Images dropped from the token slab because they have changed."

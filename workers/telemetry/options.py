@@ -1,4 +1,4 @@
-"""Reads the standard OTEL_* variables as the specification demands: an invalid value is logged and ignored.
+"""Reads the standard OTEL_* variables as the specification requires: an invalid value is logged and ignored.
 
 Pure: takes the values and returns the options with a sentence for each ignored value.
 """
@@ -20,7 +20,7 @@ _DEFAULT_SAMPLER: SamplerName = "parentbased_always_on"
 
 @dataclass(frozen=True, slots=True)
 class OtelValues:
-    """The values of the variables, as they are written; None or "" if unset."""
+    """The unparsed values of the variables; None or "" if unset."""
 
     sdk_disabled: str | None = None
     traces_exporter: str | None = None
@@ -36,7 +36,7 @@ class OtelValues:
 
 @dataclass(frozen=True, slots=True)
 class TelemetryOptions:
-    """What is recorded, and where it goes."""
+    """The settings of sampling and of the exports of spans and metrics."""
 
     sends_spans: bool  # to the collector that OTEL_EXPORTER_OTLP_* name
     sends_metrics: bool
@@ -65,7 +65,7 @@ class OptionsReader:
         span_file: Path | None,
         span_file_bytes: int,
     ) -> TelemetryOptions:
-        """Return the options; a traces or metrics endpoint is one that any variable names."""
+        """Return the options; an endpoint is set if any of its variables is."""
         is_disabled = self._flag("OTEL_SDK_DISABLED", values.sdk_disabled)
         sends_spans = has_traces_endpoint and self._exports("OTEL_TRACES_EXPORTER", values.traces_exporter)
         sends_metrics = has_metrics_endpoint and self._exports("OTEL_METRICS_EXPORTER", values.metrics_exporter)
@@ -102,7 +102,7 @@ class OptionsReader:
         return text == "true"
 
     def _exports(self, name: str, value: str | None) -> bool:
-        """Whether OTLP is among the exporters; Prometheus is served in any case, and others do not exist here."""
+        """Whether OTLP is among the exporters; Prometheus is always served, and no others are supported."""
         wanted = {word.strip().lower() for word in (value or "otlp").split(",") if word.strip()}
         unknown = wanted - {"otlp", "none", "prometheus"}
         if unknown:

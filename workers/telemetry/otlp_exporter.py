@@ -1,7 +1,7 @@
 """Sends spans to an OTLP endpoint over HTTP: the SDK's exporter (address, headers, TLS, compression, retries) with a
 faster encoder.
 
-The exporter does not accept another encoder, so its private client is used; a test sends spans to a real endpoint
+The SDK's exporter accepts no other encoder, so its private client is used; a test sends spans to a real endpoint
 through it.
 """
 
@@ -17,7 +17,7 @@ from workers.telemetry.otlp_protobuf import encode_request
 
 
 class OtlpExporter:
-    """Exports to the endpoint that OTEL_EXPORTER_OTLP_* name."""
+    """Exports to the endpoint in OTEL_EXPORTER_OTLP_*."""
 
     def __init__(self, resource: Resource) -> None:
         self._resource = resource

@@ -1,4 +1,4 @@
-"""One span as a line of OTLP in JSON, the format of the OpenTelemetry Collector's file exporter. Pure."""
+"""Encodes a span as a line of OTLP in JSON, the format of the OpenTelemetry Collector's file exporter. Pure."""
 
 from __future__ import annotations
 

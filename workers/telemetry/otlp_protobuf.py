@@ -1,6 +1,6 @@
-"""Many spans of one worker as an OTLP request in protobuf, in a fraction of the time of the SDK's encoder.
+"""Encodes spans of one worker as an OTLP request in protobuf, in a fraction of the SDK encoder's time.
 
-Exporting shares the interpreter with the loop, so its time is lost to scoring. All spans have one resource and scope,
+The export shares the interpreter lock with the loop, so its time delays scoring. All spans have one resource and scope,
 and most attributes recur: each of these is encoded once (docs/LOG.md has the figures). Pure.
 """
 
@@ -17,7 +17,7 @@ from opentelemetry.sdk.resources import Resource
 
 from workers.telemetry.finished_span import SCOPE, FinishedSpan
 
-#: The protocol's numbers.
+#: Numbers of span kinds and statuses in the protocol.
 KINDS = {
     "INTERNAL": Span.SPAN_KIND_INTERNAL,
     "CLIENT": Span.SPAN_KIND_CLIENT,
@@ -28,7 +28,7 @@ KINDS = {
 _ERROR = Status(code=Status.STATUS_CODE_ERROR)
 _LOCAL = SpanFlags.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
 _REMOTE = _LOCAL | SpanFlags.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
-#: Names, topics, statuses, digests and small numbers recur; ids pass through.
+#: Attributes to cache: names, topics, statuses, digests and small numbers recur; ids do not.
 _MAX_KNOWN_ATTRIBUTES = 4096
 
 
@@ -72,7 +72,7 @@ def _fill(add: Callable[[], Span], span: FinishedSpan) -> None:
         filled.status.CopyFrom(_ERROR)
 
 
-@lru_cache(_MAX_KNOWN_ATTRIBUTES, typed=True)  # 1, 1.0 and True are one key, and three values
+@lru_cache(_MAX_KNOWN_ATTRIBUTES, typed=True)  # typed: 1, 1.0 and True are equal keys but different values
 def _attribute(name: str, value: Any) -> KeyValue:
     return KeyValue(key=name, value=_value(value))
 

@@ -1,6 +1,6 @@
-"""Decides which traces are recorded: the SDK's six samplers, without its objects.
+"""Decides which traces are recorded, by the rules of the SDK's six samplers.
 
-The decision is made for every message, so it has to be cheap; the SDK's takes as long as reading the headers
+Every message needs the decision, so it must be cheap; the SDK's takes as long as reading the headers
 (docs/LOG.md). Pure.
 """
 

@@ -1,6 +1,6 @@
-"""Assembles a worker's telemetry from its options: what is sampled, and the destinations of spans and metrics.
+"""Builds a worker's telemetry from its options: the sampling, and the destinations of spans and metrics.
 
-The variables that only an exporter needs (address, headers, TLS, timeout, compression) are read by the SDK itself.
+The SDK reads the variables that only an exporter needs (address, headers, TLS, timeout, compression).
 Without a destination nothing is sampled, no thread runs and no exporter is imported.
 """
 
@@ -24,7 +24,7 @@ from workers.telemetry.span_file import SpanFile
 from workers.telemetry.span_queue import QueueLimits, SpanQueue
 from workers.telemetry.tracer import Tracer
 
-#: Timeout for the last spans and metrics of a worker whose collector may be away.
+#: Timeout for exporting the last spans and metrics of a worker.
 CLOSE_S = 2.0
 
 
@@ -47,7 +47,7 @@ class SpanCounters(Protocol):
 def start_tracing(
     name: str, options: TelemetryOptions, counters: SpanCounters, clock: Callable[[], float], stack: ExitStack
 ) -> Tracer:
-    """Return the worker's tracer; leaving the stack empties its queues. Raises `Misconfigured`."""
+    """Return the worker's tracer; closing the stack exports queued spans. Raises `Misconfigured`."""
     exporters = _span_exporters(options, resource_of(name))
     if not exporters:
         return Tracer.off(counters.bad_traceparents.inc)

@@ -1,7 +1,7 @@
 """Writes spans to a local file, one per line, to read traces without infrastructure (`python -m workers.traces`).
 
-A full file is renamed to `<name>.1`, replacing the previous one, so at most twice its size is used. Called from the
-exporting thread. Each process needs its own file.
+A full file is renamed to `<name>.1`, replacing the previous one, so the files take at most twice the limit.
+Called from the exporting thread. Each process needs its own file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Queues finished spans without waiting and exports them from a thread; spans that find the queue full are dropped.
+"""Queues finished spans without waiting and exports them from a thread; spans are dropped while the queue is full.
 
 Batches follow the OpenTelemetry specification (OTEL_BSP_*). The SDK's queue accepts only its own spans and does not
 count dropped ones. Knows no destination by name.
@@ -28,7 +28,7 @@ class QueueLimits:
 
 
 class SpanQueue:
-    """The queue of one destination; `put` and `close` are for one thread."""
+    """The queue of one destination; one thread calls `put` and `close`."""
 
     def __init__(self, exporter: SpanExporter, limits: QueueLimits, count_dropped: Callable[[int], None]) -> None:
         """`count_dropped` is called from both threads."""
@@ -59,7 +59,7 @@ class SpanQueue:
         self._wake.set()
         self._thread.join(timeout_s)
         self._has_given_up = self._thread.is_alive()
-        self._exporter.shutdown()  # ends the wait between two attempts
+        self._exporter.shutdown()  # ends a wait between two attempts
         if self._has_given_up:
             num_lost = self._num_put - self._num_left
             self._count_dropped(num_lost)

@@ -1,6 +1,6 @@
 """Reads and writes the W3C trace context of a message.
 
-Headers only; spans are made in `workers.telemetry.tracer`. Written by hand because every message passes through: the
+Headers only; `workers.telemetry.tracer` makes spans. Written by hand because every message needs it: the
 propagator of the OpenTelemetry API takes two to three times as long (a test compares the two).
 """
 
@@ -14,10 +14,10 @@ from workers.ports import Headers
 
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 
-#: version-trace-span-flags; versions after 00 may carry more behind the flags.
+#: version-trace-span-flags; later versions than 00 may have more after the flags.
 _PARENT = re.compile(rb"[ \t]*([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-[\x20-\x7e]*|[ \t]*)")
 _STATE = re.compile(rb"[\x20-\x7e]*")
-#: The length that the W3C text asks every participant to carry on, and the bounds of what we read.
+#: The tracestate length that W3C requires to be propagated, and the limits of reading.
 MAX_STATE_BYTES = 512
 MAX_PARENT_BYTES = 512
 _NO_TRACE, _NO_SPAN = b"0" * 32, b"0" * 16
@@ -40,7 +40,7 @@ class TraceContext(NamedTuple):
 def read_context(headers: Headers) -> TraceContext | None:
     """Return the context of a message, None without a valid one.
 
-    Of several headers of the name the last counts, as everywhere in Kafka.
+    Of several headers with the name, the last counts, as usual in Kafka.
     """
     value, states = b"", []
     for name, given in headers:

@@ -1,4 +1,4 @@
-"""Decides which messages are traced, and makes spans from the times that a worker measures anyway.
+"""Decides which messages are traced, and makes spans from times that a worker measures anyway.
 
 Spans are built when they have ended, with explicit times; there is no "current" span, because the loop works on many
 messages at once. A message that is not sampled costs only the reading of its headers. Used from the loop's thread only.
@@ -61,7 +61,7 @@ class Tracer:
         wall_ns: Callable[[], int],
         count_bad_context: Callable[[], None],
     ) -> None:
-        """`clock` is the loop's, in whose seconds all times are given; `wall_ns` is nanoseconds since 1970."""
+        """All times are seconds of `clock`, the loop's clock; `wall_ns` returns nanoseconds since 1970."""
         self._sampling = sampling
         self._emit = emit
         self._clock = clock
@@ -71,7 +71,7 @@ class Tracer:
 
     @classmethod
     def off(cls, count_bad_context: Callable[[], None] = lambda: None) -> Tracer:
-        """A tracer that records nothing."""
+        """Return a tracer that records nothing."""
         return cls(
             sampling=None,
             emit=lambda span: None,
@@ -81,7 +81,7 @@ class Tracer:
         )
 
     def synchronise(self) -> None:
-        """Read both clocks again: the wall clock may have been set."""
+        """Read both clocks again, because the wall clock may have been set."""
         self._epoch_ns = self._wall_ns() - round(self._clock() * 1e9)
 
     def begin(self, headers: Headers) -> MessageTrace:
@@ -117,17 +117,17 @@ class Tracer:
         failed: bool = False,
     ) -> None:
         """Emit a span; `of` completes its name, `failed` marks it as an error."""
-        # The links are copied: their owner may change its list while another thread exports the span.
+        # The links are copied, because the caller may change its list while another thread exports the span.
         started_ns = self._epoch_ns + round(interval.started_at * 1e9)
         ended_ns = self._epoch_ns + round(interval.ended_at * 1e9)
         self._emit(FinishedSpan(what, of, ids, started_ns, ended_ns, attributes, tuple(links), state, failed))
 
 
 def child_of(parent: SpanIds) -> SpanIds:
-    """Ids of a new span under this one."""
+    """Return the ids of a new child span."""
     return SpanIds(parent.trace_id, new_id(64), parent.span_id)
 
 
 def root() -> SpanIds:
-    """Ids of a span that begins a trace: work for many messages belongs to the trace of no single one."""
+    """Return the ids of a span that begins a trace, for work that belongs to no single message."""
     return SpanIds(new_id(128), new_id(64), None)

@@ -1,7 +1,7 @@
 """Reads spans from files of OTLP in JSON lines, as workers and the OpenTelemetry Collector's file exporter write them.
 
-A file may be cut off in the middle of a line or hold anything at all: a line that is no span is counted and left out.
-Knows nothing of what the spans are about.
+A file may be cut off or contain other data: lines that are no spans are counted and left out.
+Knows nothing of the spans' meaning.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-#: Longest line: a batch of a collector has a few hundred spans.
+#: Longest line: a collector's batch has a few hundred spans.
 MAX_LINE_BYTES = 16 << 20
 MAX_TEXT_CHARS = 300
 _ID, _TRACE_ID = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{32}")
@@ -25,7 +25,7 @@ Value = str | int | float | bool | list[Any]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span, checked."""
+    """One validated span."""
 
     trace_id: str
     span_id: str
@@ -36,7 +36,7 @@ class Span:
     end_ns: int
     is_error: bool
     attributes: Mapping[str, Value]
-    links: frozenset[tuple[str, str]]  # trace and span
+    links: frozenset[tuple[str, str]]  # trace id and span id
 
     @property
     def key(self) -> tuple[str, str]:
@@ -45,7 +45,7 @@ class Span:
 
 @dataclass(slots=True)
 class SpanFile:
-    """The content of some files."""
+    """The spans in some files."""
 
     spans: list[Span] = field(default_factory=list)
     num_bad_lines: int = 0
@@ -65,7 +65,7 @@ def read_spans(paths: Iterable[Path]) -> SpanFile:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines that are not empty; a line that is too long is split into parts, which are not JSON."""
+    """Yield the non-empty lines; a too long line is split into parts, which are not valid JSON."""
     while line := file.readline(MAX_LINE_BYTES):
         if line.strip():
             yield line

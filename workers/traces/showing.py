@@ -1,6 +1,6 @@
-"""Shows a waterfall: as a table in the terminal, and as one HTML page that needs nothing else.
+"""Shows a waterfall as a table in the terminal and as one self-contained HTML page.
 
-Names and attributes come from a file: the page escapes whatever it is given.
+Names and attributes are untrusted: the page escapes every value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from workers.traces.waterfall import Row, Waterfall
 
 BAR_CHARS = 30
 NUMBER_CHARS = 8
-#: Most requests listed that shared a batch.
+#: Most requests that are listed as sharing a batch.
 MAX_NAMED = 12
 
 
@@ -27,7 +27,7 @@ def headline(waterfall: Waterfall) -> str:
 
 
 def shared_sentence(waterfall: Waterfall) -> str:
-    """Return the sentence about the requests that shared its batches."""
+    """Return the sentence about the requests that shared the request's batches."""
     others = waterfall.shared_with
     if not others:
         return "It had its batches to itself."

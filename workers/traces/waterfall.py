@@ -1,4 +1,4 @@
-"""Puts the spans of one request in order: its trace, and what it shared with others that is linked to it.
+"""Arranges the spans of one request: its trace, and linked spans that it shared with other requests.
 
 Pure. Knows neither files nor how a waterfall is shown.
 """
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from workers.telemetry import names
 from workers.traces.reading import Span, Value
 
-Key = tuple[str, str]  # trace and span
+Key = tuple[str, str]  # trace id and span id
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One bar; times are milliseconds from the beginning of the request's processing."""
+    """One bar; times are milliseconds from the start of the request's processing."""
 
     span: Span
     depth: int
@@ -34,7 +34,7 @@ class Waterfall:
     trace_id: str
     rows: Sequence[Row]
     shared_with: Sequence[str]  # the other requests of its micro-batches
-    num_traces: int  # of this id; the latest is shown
+    num_traces: int  # traces of this id; the latest is shown
 
     @property
     def first_ms(self) -> float:
@@ -67,7 +67,7 @@ def waterfall_of(spans: Sequence[Span], event_id: str) -> Waterfall | None:
     roots = [
         span
         for span in spans
-        if names.CONVERSATION.name not in span.attributes  # else it belongs to another message
+        if names.CONVERSATION.name not in span.attributes  # others belong to another message
         and span.key not in ours
         and (span.key in linked or any(link in ours or link == producer for link in span.links))
     ]
@@ -82,19 +82,19 @@ def waterfall_of(spans: Sequence[Span], event_id: str) -> Waterfall | None:
 
 
 def _subtree(top: Span, children: Mapping[Key, list[Span]]) -> list[Span]:
-    """Return a span and its descendants; a trace may contain other requests too."""
+    """Return a span and its descendants, without other requests of the trace."""
     found = {top.key: top}
     waiting = [top]
     while waiting:
         for child in children.get(waiting.pop().key, ()):
-            if child.key not in found:  # parents in a manipulated file may form a circle
+            if child.key not in found:  # in a manipulated file, parents may form a circle
                 found[child.key] = child
                 waiting.append(child)
     return list(found.values())
 
 
 def _ancestors(processed: Span, spans: Iterable[Span]) -> list[Span]:
-    """Return the ancestors of the processing."""
+    """Return the ancestors of the processing span."""
     trace = {span.span_id: span for span in spans if span.trace_id == processed.trace_id}
     found: dict[str, Span] = {}
     above = trace.get(processed.parent_id or "")
@@ -115,7 +115,7 @@ def _shared_with(spans: Iterable[Span], event_id: str) -> list[str]:
 
 
 def _rows(spans: Sequence[Span], *, processed: Span, roots: set[Key], shared: Iterable[Span]) -> list[Row]:
-    """Yield bars depth first, in order of time; shared `roots` come below the processing that they link to."""
+    """Return the bars depth first, in order of time; shared `roots` follow the processing span that links to them."""
     known = {span.key: span for span in spans}
     keys_shared = {span.key for span in shared}
     children: dict[Key | None, list[Span]] = defaultdict(list)
