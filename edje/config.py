@@ -54,17 +54,6 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstStageScoreConfig:
-    """Input of the first-stage score to the head, standardised by the training pairs' `mean` and `std`."""
-
-    __pydantic_config__ = _CLOSED
-
-    mean: float
-    std: Annotated[float, Field(gt=0)]
-    hidden_dim: Count = 64
-
-
-@dataclass(frozen=True, slots=True)
 class JointConfig:
     """The joint encoder: reads a caption and an image's visual tokens, in BERT layout.
 
@@ -92,7 +81,7 @@ class JointConfig:
     text_layers: Annotated[int, Field(ge=0)] = 0
     visual_layers: Annotated[int, Field(ge=0)] = 0
     match_dim: Annotated[int, Field(ge=0)] = 0  # width of the late interaction; 0 without late interaction
-    first_stage: FirstStageScoreConfig | None = None  # None: the head does not read the first stage's score
+    first_stage: None = None  # unused; the key is part of the digest of existing checkpoints
 
     @property
     def is_late_fusion(self) -> bool:

@@ -53,7 +53,6 @@ class EngineInfo:
     max_images: int  # in one `encode_images`
     max_pairs: int  # in one `score_pairs`
     num_slots: int  # of the token slab; 0 for an engine that only encodes images
-    reads_first_stage: bool  # whether `score_pairs` reads first-stage scores
     resample: Literal["bilinear", "bicubic"] = "bilinear"  # how images are resized to `image_size`
 
 
@@ -119,13 +118,8 @@ class PairScorer(Protocol):
         queries: QueryStates,
         pair_query: NDArray[np.int32],
         pair_slot: NDArray[np.int32],
-        first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Return one logit per pair. Pair i is query number `pair_query[i]` with the image in slot `pair_slot[i]`.
-
-        `first_stage[i]` is the pair's standardised first-stage score (`edje.first_stage_scores`), NaN if the pair has
-        no score; None if no pair has one.
-        An engine whose `info.reads_first_stage` is False ignores it.
 
         Raises `LimitExceeded` for more than `max_pairs` or a slot the slab does not have.
         """
@@ -213,14 +207,10 @@ def check_pairs(
     pair_query: NDArray[Any],
     pair_slot: NDArray[Any],
     num_queries: int,
-    first_stage: NDArray[Any] | None = None,
 ) -> None:
     """Raise `LimitExceeded` for pairs outside the slab or the queries; every runtime calls it."""
     if len(pair_query) != len(pair_slot):
         raise LimitExceeded(f"{len(pair_query)} query numbers for {len(pair_slot)} slots")
-    if first_stage is not None and (first_stage.dtype != np.float32 or first_stage.shape != pair_query.shape):
-        found = f"{first_stage.dtype} {first_stage.shape}"
-        raise LimitExceeded(f"first-stage scores are {found}, expected float32 {pair_query.shape}")
     if len(pair_query) > info.max_pairs:
         raise LimitExceeded(f"{len(pair_query)} pairs in one call; this engine takes {info.max_pairs}")
     if len(pair_query) == 0:

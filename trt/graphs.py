@@ -2,7 +2,7 @@
 
     image   pixels                                                         -> tokens, pooled
     query   text_ids, text_lengths                                         -> states
-    pair    states, text_lengths, pair_query, tokens [scales, first_stage] -> logits
+    pair    states, text_lengths, pair_query, tokens [scales] -> logits
 
 A dimension is a number, or one of the names below if it differs from call to call. The bytes of quantised tokens are
 uint8 inputs, the only 8-bit integer that TensorRT accepts as a plain network input. TensorRT can only cast uint8 to
@@ -96,18 +96,13 @@ def query_graph(config: EdjeConfig, precision: Precision) -> GraphSpec:
 
 
 def pair_graph(config: EdjeConfig, storage: str, precision: Precision) -> GraphSpec:
-    """States of queries and stored tokens of pairs to logits; `pair_query` is each pair's row in `states`.
-
-    `first_stage` is an input only if the model reads it; it is NaN for a pair without a first-stage score.
-    """
+    """States of queries and stored tokens of pairs to logits; `pair_query` is each pair's row in `states`."""
     inputs = [
         _states(config, precision),
         TensorSpec("text_lengths", "int32", (QUERIES,)),
         TensorSpec("pair_query", "int32", (PAIRS,)),
         *stored_tokens(config, storage),
     ]
-    if config.joint.first_stage is not None:
-        inputs.append(TensorSpec("first_stage", "float32", (PAIRS,)))
     return GraphSpec("pair", tuple(inputs), (TensorSpec("logits", "float32", (PAIRS,)),))
 
 

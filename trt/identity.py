@@ -23,7 +23,6 @@ def engine_info(config: EdjeConfig, layout: SlotLayout, **given: Any) -> EngineI
         "storage": layout.storage,
         "image_size": config.preprocess.image_size,
         "max_text_tokens": config.preprocess.max_text_tokens,
-        "reads_first_stage": config.joint.first_stage is not None,
         "resample": config.preprocess.resample,
     }
     return EngineInfo(**(read | given))

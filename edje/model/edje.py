@@ -61,15 +61,9 @@ class Edje(nn.Module):
         """
         return self.joint.encode_queries(text_ids, text_lengths)
 
-    def score(
-        self,
-        text: Tensor,
-        visual: Tensor,
-        text_lengths: Tensor | None = None,
-        first_stage: Tensor | None = None,
-    ) -> Tensor:
+    def score(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> Tensor:
         """See `JointEncoder.score`."""
-        return self.joint.score(text, visual, text_lengths, first_stage)
+        return self.joint.score(text, visual, text_lengths)
 
 
 def build_edje(config: EdjeConfig, device: str = "cpu", graph: bytes | None = None) -> Edje:

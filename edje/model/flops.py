@@ -48,9 +48,5 @@ def _block_flops(config: JointConfig, num_updated: int, num_read: int) -> int:
 
 
 def _head_flops(config: JointConfig) -> int:
-    """Pooler and output layer where there are fusion layers, and the input of the first-stage score."""
-    has_cls = config.num_layers > 0
-    total = 2 * config.dim * (config.dim + 1) if has_cls else 0
-    if config.first_stage is not None:
-        total += 2 * config.first_stage.hidden_dim * (1 + (config.dim if has_cls else 1))
-    return total
+    """FLOPs of pooler and output layer; 0 without fusion layers."""
+    return 2 * config.dim * (config.dim + 1) if config.num_layers > 0 else 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edje.config import JointConfig
 from edje.layers import KeysValues, Mlp, SelfAttention, empty_embedding
-from edje.model.head import FirstStageScoreInput, MatchingHead
+from edje.model.head import MatchingHead
 
 TEXT, IMAGE = 0, 1  # token types; the last [SEP] has type IMAGE
 
@@ -67,11 +67,6 @@ class JointEncoder(TextEmbeddings):
         self.layers = nn.ModuleList(JointBlock(config) for _ in range(config.num_layers))
         self.head = MatchingHead(config)
 
-    @property
-    def score_input(self) -> FirstStageScoreInput | None:
-        """The input of the first-stage score; None for a model that does not read it."""
-        return self.head.first_stage
-
     def encode_visual(self, visual: Tensor) -> Tensor:  # (B, m, d) -> (B, m, d)
         """The visual tokens to store: the adapter's tokens unchanged."""
         return visual
@@ -85,7 +80,6 @@ class JointEncoder(TextEmbeddings):
         text: Tensor,
         visual: Tensor,
         text_lengths: Tensor | None = None,
-        first_stage: Tensor | None = None,
     ) -> Tensor:
         """Logits of pairs, (B,).
 
@@ -93,13 +87,12 @@ class JointEncoder(TextEmbeddings):
             text: encoded captions, (B, T, d).
             visual: stored visual tokens, (B, m, d).
             text_lengths: lengths of the captions without padding, (B,); None if none is padded.
-            first_stage: first-stage scores, (B,), NaN where a pair has none; read only by a head that was built for it.
         """
         hidden, mask = self._joined(text, visual, text_lengths)
         *layers, last = (cast(JointBlock, layer) for layer in self.layers)
         for layer in layers:
             hidden = layer(hidden, mask)
-        return self.head(last.cls_only(hidden, mask)[:, 0], first_stage)  # type: ignore[no-any-return]
+        return self.head(last.cls_only(hidden, mask)[:, 0])  # type: ignore[no-any-return]
 
     def text_states(self, text: Tensor, visual: Tensor | None, text_lengths: Tensor | None = None) -> Tensor:
         """The caption's tokens after the last layer, (B, T, d); without `visual` the image is left out."""

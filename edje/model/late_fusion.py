@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from edje.config import JointConfig
 from edje.layers import KeysValues, empty_embedding
-from edje.model.head import FirstStageScoreInput, MatchingHead
+from edje.model.head import MatchingHead
 from edje.model.joint import IMAGE, JointBlock, TextEmbeddings, attention_mask, compute_dtype
 
 #: Initial factor on the similarity: a mean cosine higher by 0.5 multiplies the odds by 150, as in CLIP.
@@ -110,13 +110,6 @@ class LateFusionEncoder(TextEmbeddings):
         self.layers = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.match = LateInteraction(config) if config.match_dim else None
         self.head = MatchingHead(config) if config.num_layers else None
-        no_head = config.num_layers == 0 and config.first_stage is not None
-        self.first_stage = FirstStageScoreInput(config.first_stage, 1) if no_head and config.first_stage else None
-
-    @property
-    def score_input(self) -> FirstStageScoreInput | None:
-        """The input of the first-stage score; None for a model that does not read it."""
-        return self.first_stage if self.head is None else self.head.first_stage
 
     def encode_visual(self, visual: Tensor) -> Tensor:  # (B, m, d) -> (B, m, d)
         """The visual tokens to store: the adapter's tokens after the visual layers."""
@@ -143,7 +136,6 @@ class LateFusionEncoder(TextEmbeddings):
         text: Tensor,
         visual: Tensor | None,
         text_lengths: Tensor | None = None,
-        first_stage: Tensor | None = None,
         *,
         match: Tensor | None = None,
         keys_values: Tensor | None = None,
@@ -156,26 +148,13 @@ class LateFusionEncoder(TextEmbeddings):
         logit: Tensor | float = 0.0
         if self.head is not None:
             *_, last = self._fused(text, visual, text_lengths, cls_only=True, keys_values=keys_values)
-            logit = self.head(last[:, 0], first_stage)
+            logit = self.head(last[:, 0])
         if self.match is not None:
             if match is None:
                 assert visual is not None, "a late interaction reads the visual tokens"
                 match = self.match.score_pairs(text, visual, text_lengths)
             logit = logit + match
-        return self._add_first_stage(cast(Tensor, logit), first_stage)
-
-    def score_match(self, match: Tensor, first_stage: Tensor | None = None) -> Tensor:
-        """The logits (B,) of an encoder without fusion layers, from the pairs' late interaction (B,)."""
-        assert self.head is None, "an encoder with fusion layers reads tokens: call score"
-        return self._add_first_stage(match, first_stage)
-
-    def _add_first_stage(self, logit: Tensor, first_stage: Tensor | None) -> Tensor:
-        """Add the first stage's part where no head reads it."""
-        if self.first_stage is None:
-            return logit
-        score = first_stage if first_stage is not None else logit.new_full(logit.shape, float("nan"))
-        hidden, to_logit = self.first_stage(score)
-        return logit + hidden[:, 0] + to_logit  # type: ignore[no-any-return]
+        return cast(Tensor, logit)
 
     def similarity(self, text: Tensor, visual: Tensor, text_lengths: Tensor | None = None) -> Tensor:
         """The late interaction alone, (Q, T, d), (N, m, d) -> (Q, N). Raises `ValueError` if there is none."""

@@ -26,7 +26,6 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
         "model.joint.match.",
         "model.joint.head.",
         "model.joint.meeting_positions.",
-        "model.joint.first_stage.",
         "heads.",
     ),
     "first_stage": ("first_stage.",),

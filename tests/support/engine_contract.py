@@ -44,12 +44,10 @@ def numbers(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
-def all_scores(
-    engine: Any, texts: Sequence[Sequence[int]], num_images: int, first_stage: np.ndarray | None = None
-) -> np.ndarray:
+def all_scores(engine: Any, texts: Sequence[Sequence[int]], num_images: int) -> np.ndarray:
     """The logits of every text with the images in slots 0 to `num_images` - 1: (texts, images)."""
     query, slot = np.divmod(np.arange(len(texts) * num_images, dtype=np.int32), num_images)
-    scores = engine.score_pairs(engine.encode_queries(texts), query, slot, first_stage)
+    scores = engine.score_pairs(engine.encode_queries(texts), query, slot)
     return scores.reshape(len(texts), num_images)
 
 
@@ -158,15 +156,6 @@ class EngineContract:
 
         with pytest.raises(LimitExceeded):
             engine.score_pairs(queries, query, slot)
-
-    @pytest.mark.parametrize(
-        "first_stage",
-        [np.zeros(2, np.float64), np.zeros(3, np.float32), np.zeros((2, 1), np.float32)],
-        ids=["double", "too many", "not flat"],
-    )
-    def test_first_stage_scores_of_another_shape_or_type_are_refused(self, engine, first_stage):
-        with pytest.raises(LimitExceeded, match="first-stage"):
-            engine.score_pairs(engine.encode_queries([DOG]), numbers(0, 0), numbers(0, 1), first_stage)
 
     @pytest.mark.parametrize(
         "text", [[], [2] * 64, [2, 1_024, 3], [2, -1, 3]], ids=["empty", "long", "unknown", "negative"]

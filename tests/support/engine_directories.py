@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from edje.config import EdjeConfig, FirstStageScoreConfig
+from edje.config import EdjeConfig
 from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint
@@ -41,10 +41,9 @@ def _options(storage: str, precision: str) -> BuildOptions:
     )
 
 
-def _small(variant: str, *, num_layers: int, reads_first_stage: bool = False, decoder: bool = False) -> EdjeConfig:
+def _small(variant: str, *, num_layers: int, decoder: bool = False) -> EdjeConfig:
     config = VARIANTS[variant]
-    first_stage = FirstStageScoreConfig(mean=0.3, std=0.1) if reads_first_stage else None
-    joint = replace(config.joint, num_layers=num_layers, first_stage=first_stage)
+    joint = replace(config.joint, num_layers=num_layers)
     # The paper's adapter and the decoder once each: tracing takes time by the operator, and they have the most.
     adapter = config.adapter if variant == "tiny" else replace(config.adapter, kind="local")
     if decoder:
@@ -55,9 +54,9 @@ def _small(variant: str, *, num_layers: int, reads_first_stage: bool = False, de
 #: By kind of encoder.
 KINDS = {
     "full": (_small("tiny", num_layers=2), _options("int8", "fp32")),
-    "late": (_small("tiny-late", num_layers=2, reads_first_stage=True), _options("int4", "bf16")),
+    "late": (_small("tiny-late", num_layers=2), _options("int4", "bf16")),
     "minimal": (_small("tiny-minimal", num_layers=1, decoder=True), _options("fp16", "fp16")),
-    "maxsim": (_small("tiny-maxsim", num_layers=0, reads_first_stage=True), _options("bf16", "fp32")),
+    "maxsim": (_small("tiny-maxsim", num_layers=0), _options("bf16", "fp32")),
 }
 
 

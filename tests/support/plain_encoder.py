@@ -22,22 +22,21 @@ class PlainEncoder:
         self.weights = {name: tensor.double().numpy() for name, tensor in joint.state_dict().items()}
         self.config = config
 
-    def logit(self, text_ids: NDArray[np.int64], visual: Matrix, first_stage: float | None = None) -> float:
+    def logit(self, text_ids: NDArray[np.int64], visual: Matrix) -> float:
         """The logit of one caption and one image, given as the adapter's tokens."""
         if self.config.kind == "full":
-            return self.head(self.full(text_ids, visual), first_stage)
+            return self.head(self.full(text_ids, visual))
         text = self.layers("text_layers", self.text(text_ids))
         visual = self.layers("visual_layers", self.visual(visual))
         logit = self.match(text, visual) if self.config.match_dim else 0.0
         if self.config.kind == "maxsim":
-            to_cls, to_logit = self.first_stage("first_stage", first_stage) if self.config.first_stage else ([0.0], 0.0)
-            return logit + to_cls[0] + to_logit
+            return logit
         visual = visual + self.weights["meeting_positions.weight"]
         if self.config.kind == "late":
             cls = self.layers("layers", np.concatenate([text, visual]))[0]
         else:
             cls = self.layers("layers", text, extra=visual)[0]
-        return logit + self.head(cls, first_stage)
+        return logit + self.head(cls)
 
     def full(self, text_ids: NDArray[np.int64], visual: Matrix) -> Matrix:
         words = self.weights["words.weight"]
@@ -82,19 +81,8 @@ class PlainEncoder:
         best = [max(float(one @ other) for other in visuals) for one in texts]
         return float(math.exp(self.weights["match.log_scale"]) * np.mean(best) + self.weights["match.bias"])
 
-    def head(self, cls: Matrix, first_stage: float | None) -> float:
-        to_logit = 0.0
-        if self.config.first_stage is not None:
-            to_cls, to_logit = self.first_stage("head.first_stage", first_stage)
-            cls = cls + to_cls
-        return float(self.linear(np.tanh(self.linear(cls, "head.pooler")), "head.out")[0]) + to_logit
-
-    def first_stage(self, name: str, score: float | None) -> tuple[Matrix, float]:
-        if score is None:
-            return self.weights[f"{name}.absent"], 0.0
-        standard = (score - self.config.first_stage.mean) / self.config.first_stage.std
-        to_cls = self.linear(gelu(self.linear(np.array([standard]), f"{name}.fc1")), f"{name}.fc2")
-        return to_cls, float(self.weights[f"{name}.gain"][0]) * standard
+    def head(self, cls: Matrix) -> float:
+        return float(self.linear(np.tanh(self.linear(cls, "head.pooler")), "head.out")[0])
 
     def linear(self, x: Matrix, name: str) -> Matrix:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]

@@ -10,11 +10,11 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from edje.calibration import Calibration, Direction, sigmoid
+from edje.calibration import Calibration, sigmoid
 from edje.text import EncodedText
 from protocols.blob import BlobLayout, blob_key, encode_blob
 from protocols.encoding import CONTENT_TYPE_HEADER, MSGPACK, content_type_of, decode
@@ -81,18 +81,13 @@ def blob_of(number: int, layout: BlobLayout = LAYOUT) -> bytes:
 
 
 class Engine:
-    """Scores by `logit_of`, and adds the first stage's score where it reads that; notes what each call was given."""
+    """Scores by `logit_of` and records the number of pairs of each call."""
 
-    def __init__(
-        self, num_slots: int, max_pairs: int, *, reads_first_stage: bool = False, explains: bool = False
-    ) -> None:
+    def __init__(self, num_slots: int, max_pairs: int, *, explains: bool = False) -> None:
         self._explains = explains
         self.slab = HostSlab(SlotLayout("fp16", LAYOUT.num_tokens, LAYOUT.token_dim), num_slots)
-        self.info = EngineInfo(
-            "constant", "m1", "e1", 2, 4, "fp16", 8, MAX_TEXT_TOKENS, 1, max_pairs, num_slots, reads_first_stage
-        )
+        self.info = EngineInfo("constant", "m1", "e1", 2, 4, "fp16", 8, MAX_TEXT_TOKENS, 1, max_pairs, num_slots)
         self.calls: list[int] = []
-        self.first_stage: list[np.ndarray | None] = []
         self.error: Exception | None = None
 
     def can_explain(self) -> bool:
@@ -120,17 +115,14 @@ class Engine:
         queries: QueryStates,
         pair_query: np.ndarray,
         pair_slot: np.ndarray,
-        first_stage: np.ndarray | None = None,
     ) -> np.ndarray:
         texts: Any = queries
-        check_pairs(self.info, pair_query, pair_slot, len(texts), first_stage)
+        check_pairs(self.info, pair_query, pair_slot, len(texts))
         self.calls.append(len(pair_query))
-        self.first_stage.append(first_stage)
         if self.error is not None:
             raise self.error
         images = self.slab.tokens.view(np.float16)[pair_slot, 0].astype(float)
-        logits = np.array([logit_of(texts[q], v) for q, v in zip(pair_query, images, strict=True)], np.float32)
-        return logits if first_stage is None else logits + np.where(np.isnan(first_stage), 0, first_stage)
+        return np.array([logit_of(texts[q], v) for q, v in zip(pair_query, images, strict=True)], np.float32)
 
 
 def words_of(text: str) -> list[tuple[str, list[int]]]:
@@ -218,7 +210,6 @@ class Rig:
         deadline_tolerance_s: float = 0.0,
         allowed_reply_topics: tuple[str, ...] = ("mine.*",),
         engine: Any = None,
-        reads_first_stage: bool = False,
         layout: BlobLayout = LAYOUT,
         encode_batch: EncodeBatch = encode_texts,
         words: Words = words_of,
@@ -230,7 +221,7 @@ class Rig:
         self.now = START
         self.store = MemoryStore()
         self.metrics = Metrics()
-        self.engine = engine or Engine(num_slots, max_batch_pairs, reads_first_stage=reads_first_stage)
+        self.engine = engine or Engine(num_slots, max_batch_pairs)
         self.executor = HandExecutor()
         self.text_executor = text_executor or InlineExecutor()
         self.fetches = HandFetches(self.store, lambda: self.now)
@@ -257,7 +248,9 @@ class Rig:
                 deadline_tolerance_s=deadline_tolerance_s,
                 reply_topic=TOPICS.rerank_responses,
                 allowed_reply_topics=allowed_reply_topics,
-                reads_first_stage=get_args(Direction) if self.engine.info.reads_first_stage else (),
+                reads_first_stage=()
+                if calibration is None
+                else [direction for direction, each in calibration.by_direction() if each.first_stage_gain > 0],
             ),
             bounds=RerankBounds(
                 max_inflight_pairs=max_inflight_pairs,

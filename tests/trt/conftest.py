@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edje.config import FirstStageScoreConfig
 from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from engine_contract import LATE_FUSION
 
-FIRST_STAGE = FirstStageScoreConfig(mean=0.3, std=0.1)
-
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small checkpoint of every encoder; the names that end in `-scored` read first-stage scores."""
+    """A folder with a small checkpoint of every encoder."""
     root = tmp_path_factory.mktemp("engines")
     for name in ("tiny", *LATE_FUSION):
-        config = VARIANTS[name]
-        write_untrained(config, root / name, seed=1)
-        joint = replace(config.joint, first_stage=FIRST_STAGE)
-        write_untrained(replace(config, joint=joint), root / f"{name}-scored", seed=1)
+        write_untrained(VARIANTS[name], root / name, seed=1)
     return root
 
 

@@ -2,16 +2,12 @@
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 
 from engine_contract import (
-    DOG,
     LATE_FUSION,
     EngineContract,
-    all_scores,
-    fill_slots,
 )
 from engine_directories import FIRST_LIMIT_S, sample
 from small_engines import constant_engine, graphed_engine, onnx_engine, tensorrt_engine, torch_engine
@@ -53,10 +49,4 @@ def opened(kind, checkpoint, storage):
 
 
 class TestEveryEngine(EngineContract):
-    def test_an_engine_that_does_not_read_the_first_stage_ignores_its_scores(self, engine, pixels):
-        fill_slots(engine, range(3), engine.encode_images(pixels[:3])[0])
-
-        scores = all_scores(engine, [DOG], 3, np.array([0.1, np.nan, 3e38], np.float32))
-
-        assert not engine.info.reads_first_stage
-        np.testing.assert_array_equal(scores, all_scores(engine, [DOG], 3))
+    """The suite of every engine."""

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from edje.config import FirstStageScoreConfig
 from edje.model.variants import VARIANTS
 from trt.contract import EngineUnavailable
 from trt.graphs import DIMENSIONS, GRAPH_NAMES, graphs_of
@@ -41,14 +40,6 @@ def test_pixels_and_logits_are_the_same_whatever_the_precision():
 
         assert (graphs["image"].inputs[0].dtype, graphs["image"].inputs[0].sized(SIZES)) == ("uint8", (2, 3, 384, 384))
         assert [each.dtype for each in (*graphs["image"].outputs, *graphs["pair"].outputs)] == ["float32"] * 3
-
-
-def test_a_first_stage_score_is_an_input_only_where_it_is_read():
-    reading = replace(PAPER, joint=replace(PAPER.joint, first_stage=FirstStageScoreConfig(mean=0.0, std=1.0)))
-
-    with_score, without = (graphs_of(config, "int8", "bf16")["pair"].inputs for config in (reading, PAPER))
-
-    assert [each.name for each in with_score] == [*(each.name for each in without), "first_stage"]
 
 
 def test_every_open_dimension_is_named_once():

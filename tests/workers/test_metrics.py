@@ -67,7 +67,6 @@ def test_the_engine_in_use_can_be_seen():
         max_images=8,
         max_pairs=128,
         num_slots=10,
-        reads_first_stage=False,
     )
 
     metrics.set_engine(info)

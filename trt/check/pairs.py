@@ -25,8 +25,6 @@ from trt.contract import Engine, EngineUnavailable
 from trt.parity import ParityFailed
 
 _SEED = 20_260
-#: Every pair whose index is a multiple of this has no first-stage score.
-_MISSING = 7
 _UNKNOWN = "[UNK]"
 _LIMITS = ImageLimits(max_bytes=64_000_000, max_pixels=100_000_000)
 _MIN_PHOTOGRAPHS = 2
@@ -39,7 +37,6 @@ class ParityPairs:
     summary: str  # kind of the pairs, for the report
     pixels: NDArray[np.uint8]  # (N, 3, S, S)
     texts: tuple[tuple[int, ...], ...]  # Q
-    first_stage: NDArray[np.float32]  # (Q, N), read by models that read it
 
 
 def parity_pairs(
@@ -54,19 +51,14 @@ def parity_pairs(
     if photographs is not None:
         num_images = len(photographs)
     random = np.random.default_rng(_SEED)
-    first = config.joint.first_stage
-    mean, std = (0.0, 1.0) if first is None else (first.mean, first.std)
-    first_stage = random.normal(mean, std, (num_texts, num_images)).astype(np.float32)
-    first_stage.reshape(-1)[::_MISSING] = np.nan
     if photographs is not None and folder is not None:
         captions = _captions(config, tokenizer, folder, num_texts) or _random(config, random, num_texts, num_images)[1]
-        first_stage = np.resize(first_stage, (len(captions), num_images))
-        return ParityPairs(f"{num_images} photographs of {folder}", photographs, captions, first_stage)
+        return ParityPairs(f"{num_images} photographs of {folder}", photographs, captions)
     scenes = None if tokenizer is None else _scenes(config, tokenizer, num_texts, num_images)
     if scenes is None:
         pixels, texts = _random(config, random, num_texts, num_images)
-        return ParityPairs("random pictures and texts", pixels, texts, first_stage)
-    return ParityPairs("drawn scenes, captions and captions in a row", *scenes, first_stage)
+        return ParityPairs("random pictures and texts", pixels, texts)
+    return ParityPairs("drawn scenes, captions and captions in a row", *scenes)
 
 
 def logits_of(
@@ -83,11 +75,10 @@ def logits_of(
         _store(engine, start, tokens)
     queries = engine.encode_queries(pairs.texts)
     pair_query, pair_slot = np.divmod(np.arange(num_texts * num_images, dtype=np.int32), np.int32(num_images))
-    given = pairs.first_stage.reshape(-1)
     logits = np.empty(num_texts * num_images, np.float32)
     for start in range(0, len(logits), engine.info.max_pairs):
         part = slice(start, start + engine.info.max_pairs)
-        logits[part] = engine.score_pairs(queries, pair_query[part], pair_slot[part], given[part])
+        logits[part] = engine.score_pairs(queries, pair_query[part], pair_slot[part])
         advance(len(logits[part]))
     return logits.reshape(num_texts, num_images)
 

@@ -80,12 +80,11 @@ class PairPart(nn.Module):
         pair_query: Tensor,
         tokens: Tensor,
         scales: Tensor | None = None,
-        first_stage: Tensor | None = None,
     ) -> Tensor:
         """(q, t, d), (q,), (p,), then (p, ...) as in `trt.graphs.stored_tokens` -> (p,)"""
         text, lengths = states.index_select(0, pair_query), text_lengths.index_select(0, pair_query)
         visual = stored_to_tokens(self.layout, tokens, scales)
-        return self.model.score(text, visual, lengths, first_stage).float()
+        return self.model.score(text, visual, lengths).float()
 
 
 def stored_to_tokens(layout: SlotLayout, tokens: Tensor, scales: Tensor | None) -> Tensor:

@@ -52,7 +52,6 @@ class ConstantEngine:
             max_images=max_images,
             max_pairs=max_pairs,
             num_slots=num_slots,
-            reads_first_stage=False,
         )
         self._vocab_size = config.joint.vocab_size
         self._pooled_dim = config.vision.pooled_dim
@@ -80,11 +79,10 @@ class ConstantEngine:
         queries: QueryStates,
         pair_query: NDArray[np.int32],
         pair_slot: NDArray[np.int32],
-        first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Return hashes of each caption and the first eight bytes of its slot."""
         texts = cast("NDArray[np.uint64]", queries)
-        check_pairs(self.info, pair_query, pair_slot, len(texts), first_stage)
+        check_pairs(self.info, pair_query, pair_slot, len(texts))
         self._pass_time(len(pair_query))
         images = self.slab.tokens[:, :8][pair_slot].view(np.uint64)[:, 0]
         mixed = (images * _MIX_SLOT ^ texts[pair_query]) * _MIX_BOTH

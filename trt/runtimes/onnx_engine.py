@@ -111,12 +111,9 @@ class OnnxEngine:
         queries: QueryStates,
         pair_query: NDArray[np.int32],
         pair_slot: NDArray[np.int32],
-        first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         encoded = cast(PaddedQueries, queries)
-        check_pairs(self.info, pair_query, pair_slot, len(encoded.lengths), first_stage)
-        if first_stage is None:
-            first_stage = np.full(len(pair_query), np.nan, np.float32)
+        check_pairs(self.info, pair_query, pair_slot, len(encoded.lengths))
         logits = np.empty(len(pair_query), np.float32)
         buckets = np.searchsorted(self._bucket_ends, encoded.lengths[pair_query])
         for bucket in np.unique(buckets):
@@ -127,7 +124,6 @@ class OnnxEngine:
                 "states": encoded.states[rows, : lengths.max()],
                 "text_lengths": lengths,
                 "pair_query": numbers.astype(np.int32),
-                "first_stage": first_stage[group],
                 **self._stored(pair_slot[group]),
             }
             (logits[group],) = self._run("pair", inputs)

@@ -155,12 +155,9 @@ class TensorRtEngine:
         queries: QueryStates,
         pair_query: NDArray[np.int32],
         pair_slot: NDArray[np.int32],
-        first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         encoded = cast(DeviceQueries, queries)
-        check_pairs(self.info, pair_query, pair_slot, encoded.num_texts, first_stage)
-        if first_stage is None:
-            first_stage = np.full(len(pair_query), np.nan, np.float32)
+        check_pairs(self.info, pair_query, pair_slot, encoded.num_texts)
         logits = np.empty(len(pair_query), np.float32)
         layouts = [block.layout for block in encoded.blocks]
         pieces = list(pair_pieces(layouts, encoded.num_texts, pair_query, self._stages.pairs.largest))
@@ -172,7 +169,7 @@ class TensorRtEngine:
                 if piece.block != loaded:
                     self._load(encoded.blocks[piece.block])
                     loaded = piece.block
-                self._score(piece, encoded.blocks[piece.block], pair_slot, first_stage, num_scored)
+                self._score(piece, encoded.blocks[piece.block], pair_slot, num_scored)
                 num_scored += len(piece.pairs)
             self._stream.synchronize()
         if pieces:
@@ -196,7 +193,6 @@ class TensorRtEngine:
         piece: PairPiece,
         block: DeviceBlock,
         pair_slot: NDArray[np.int32],
-        first_stage: NDArray[np.float32],
         num_scored: int,
     ) -> None:
         """Enqueue the scoring of a piece; its logits go to the pinned memory from index `num_scored` on."""
@@ -206,8 +202,6 @@ class TensorRtEngine:
             (self._slots, pair_slot[piece.pairs]),
             (stage.address("pair_query"), piece.rows),
         ]
-        if self.info.reads_first_stage:
-            inputs.append((stage.address("first_stage"), first_stage[piece.pairs]))
         with self._copies.to_device():
             for address, numbers in inputs:
                 # Padded with slot 0, query 0 and score 0; the logits of the padding are not read.

@@ -57,7 +57,7 @@ class DirectScoring:
         """Score one group with the shortest and one with the longest text; nothing is compiled for particular sizes."""
         slots = np.zeros(self._group_pairs, np.int32)
         for num_tokens in (2, max_text_tokens):
-            self.score_pairs(self.encode_queries([[sep_id] * num_tokens]), slots, slots, None)
+            self.score_pairs(self.encode_queries([[sep_id] * num_tokens]), slots, slots)
 
     def encode_queries(self, text_ids: Sequence[Sequence[int]]) -> DirectQueries:
         lengths = np.array([len(ids) for ids in text_ids], np.int64)
@@ -101,18 +101,16 @@ class DirectScoring:
         queries: DirectQueries,
         pair_query: NDArray[np.int32],
         pair_slot: NDArray[np.int32],
-        first_stage: NDArray[np.float32] | None,
     ) -> NDArray[np.float32]:
         self._model.derive_match_rows(pair_slot)
         logits = np.empty(len(pair_query), np.float32)
         lengths = queries.lengths[pair_query]
         for group in self._groups(lengths):
             texts, slots, text_lengths = self._inputs(queries, pair_query[group], pair_slot[group])
-            scores = None if first_stage is None else self._transfers.upload(first_stage[group])
             hot_rows = None
             if self._model.num_hot_images:
                 hot_rows = self._transfers.upload(self._model.derive_keys_values(pair_slot[group]))
-            scored = self._model.score(texts, slots, text_lengths, scores, hot_rows)
+            scored = self._model.score(texts, slots, text_lengths, hot_rows)
             logits[group] = self._transfers.download(scored)
         return logits
 

@@ -116,16 +116,13 @@ class TorchEngine:
         queries: QueryStates,
         pair_query: NDArray[np.int32],
         pair_slot: NDArray[np.int32],
-        first_stage: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         encoded = cast(Any, queries)
-        check_pairs(self.info, pair_query, pair_slot, _num_texts(encoded), first_stage)
-        if not self.info.reads_first_stage:
-            first_stage = None
+        check_pairs(self.info, pair_query, pair_slot, _num_texts(encoded))
         with self._on_device():
             self._transfers.start_call()
             self.slab.wait_for_published()
-            return self._scoring.score_pairs(encoded, pair_query, pair_slot, first_stage)
+            return self._scoring.score_pairs(encoded, pair_query, pair_slot)
 
     def match_pairs(
         self, queries: QueryStates, pair_query: NDArray[np.int32], pair_slot: NDArray[np.int32]

@@ -67,7 +67,6 @@ class GraphedScoring:
         self._model = model
         self._record = device.record
         self._transfers = transfers
-        self._reads_first_stage = model.config.joint.first_stage is not None
         largest = min(max_pairs, model.num_hot_images or max_pairs)
         self._text_tokens = Buckets(lengths_up_to(max_text_tokens))
         self._texts = Buckets((FIXED_TEXTS,)) if fixed else halving_buckets(1, min(max_pairs, MAX_TEXTS))
@@ -85,7 +84,7 @@ class GraphedScoring:
         # Inputs and outputs of the pair graphs. Every pair may have a different text.
         self._read_texts, self._read_lengths = model.empty_texts(1, most * longest), numbers(most) + 1
         self._rows, self._slots, self._hot_rows = numbers(most), numbers(most), numbers(most)
-        self._scores, self._logits = (torch.zeros(most, device=model.device) for _ in range(2))
+        self._logits = torch.zeros(most, device=model.device)
         self._all_logits = torch.zeros(max_pairs, device=model.device)
 
     def graph_counts(self) -> GraphCounts:
@@ -123,7 +122,6 @@ class GraphedScoring:
         queries: GraphedQueries,
         pair_query: NDArray[np.int32],
         pair_slot: NDArray[np.int32],
-        first_stage: NDArray[np.float32] | None,
     ) -> NDArray[np.float32]:
         self._model.derive_match_rows(pair_slot)
         layouts = [block.layout for block in queries.blocks]
@@ -132,9 +130,8 @@ class GraphedScoring:
         if not pieces:
             return logits
         order = np.concatenate([piece.pairs for piece in pieces])
-        scores = np.full(len(order), np.nan, np.float32) if first_stage is None else first_stage[order]
-        packed = [np.concatenate([piece.rows for piece in pieces]), pair_slot[order], scores.view(np.int32)]
-        uploaded = self._transfers.upload(np.stack(packed))
+        rows = np.concatenate([piece.rows for piece in pieces])
+        uploaded = self._transfers.upload(np.stack([rows, pair_slot[order]]))
         num_scored, loaded = 0, -1
         for piece in pieces:
             block, num_pairs = queries.blocks[piece.block], len(piece.pairs)
@@ -145,7 +142,6 @@ class GraphedScoring:
             # The padding keeps its previous values, which are valid; its logits are not read.
             self._rows[:num_pairs].copy_(uploaded[0, part])
             self._slots[:num_pairs].copy_(uploaded[1, part])
-            self._scores[:num_pairs].copy_(uploaded[2, part].view(torch.float32))
             if self._model.num_hot_images:
                 hot_rows = self._model.derive_keys_values(pair_slot[piece.pairs])
                 self._hot_rows[:num_pairs].copy_(self._transfers.upload(hot_rows))
@@ -184,7 +180,6 @@ class GraphedScoring:
                 picked,
                 self._slots[:num_pairs],
                 self._read_lengths.index_select(0, rows),
-                self._scores[:num_pairs] if self._reads_first_stage else None,
                 self._hot_rows[:num_pairs] if self._model.num_hot_images else None,
             )
             self._logits[:num_pairs].copy_(logits)

@@ -158,7 +158,6 @@ class ServedModel:
         texts: TextRows,
         slots: Tensor,
         text_lengths: Tensor | None = None,
-        first_stage: Tensor | None = None,
         hot_rows: Tensor | None = None,
     ) -> Tensor:
         """Return the logits (B,) of texts (B, T, ...), one per pair, with slots (B,).
@@ -168,17 +167,17 @@ class ServedModel:
         """
         if self._late is None:
             assert texts.states is not None
-            return self.edje.score(texts.states, self._tokens(slots), text_lengths, first_stage)
+            return self.edje.score(texts.states, self._tokens(slots), text_lengths)
         match = None if self._match is None else self.match(texts, slots, text_lengths)
         if self._late.head is None:
             assert match is not None  # an encoder without layers has a late interaction
-            return self._late.score_match(match, first_stage)
+            return match
         keys_values = None
         if hot_rows is not None and self._keys_values is not None:
             keys_values = self._keys_values.index_select(0, hot_rows)
         visual = None if keys_values is not None else self._tokens(slots)
         assert texts.states is not None
-        return self._late.score(texts.states, visual, text_lengths, first_stage, match=match, keys_values=keys_values)
+        return self._late.score(texts.states, visual, text_lengths, match=match, keys_values=keys_values)
 
     def match(self, texts: TextRows, slots: Tensor, text_lengths: Tensor | None = None) -> Tensor:
         """Return the late-interaction scores of pairs, (B,)."""

@@ -7,9 +7,8 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import get_args
 
-from edje.calibration import Calibration, Direction
+from edje.calibration import Calibration
 from edje.checkpoint import read_config
 from edje.text import Tokenizer
 from protocols.blob import BlobLayout, blob_key
@@ -171,10 +170,7 @@ def limits_of(
     settings: RerankSettings, shared: Shared[RerankSettings], info: EngineInfo, calibration: Calibration | None
 ) -> AdmissionLimits:
     """Return the limits of one request."""
-
-    def reads(direction: Direction) -> bool:
-        return info.reads_first_stage or (calibration is not None and calibration.of(direction).first_stage_gain > 0)
-
+    directions = () if calibration is None else calibration.by_direction()
     return AdmissionLimits(
         model_digest=info.model_digest,
         max_request_bytes=settings.max_request_bytes,
@@ -183,7 +179,7 @@ def limits_of(
         deadline_tolerance_s=settings.deadline_tolerance_ms / 1000,
         reply_topic=shared.topics.rerank_responses,
         allowed_reply_topics=settings.reply_topic_patterns,
-        reads_first_stage=[direction for direction in get_args(Direction) if reads(direction)],
+        reads_first_stage=[direction for direction, constants in directions if constants.first_stage_gain > 0],
     )
 
 

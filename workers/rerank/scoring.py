@@ -107,7 +107,7 @@ class BatchScorer:
         texts, pair_query, pair_slot = batch_arrays(pieces)
         queries = self._engine.encode_queries(texts)
         encoded_at = self._clock()
-        logits = self._engine.score_pairs(queries, pair_query, pair_slot, first_stage_scores(pieces))
+        logits = self._engine.score_pairs(queries, pair_query, pair_slot)
         copies = None if self._last_copies is None else self._last_copies()
         encoding, scoring = Interval(started_at, encoded_at), Interval(encoded_at, self._clock())
         return ScoredBatch(pieces, logits, encoding, scoring, copies)
@@ -135,18 +135,6 @@ def batch_arrays(
             queries.append(np.arange(len(texts), len(texts) + num_pairs, dtype=np.int32))
             texts += [request.text_ids[pair] for pair in piece.pairs.tolist()]
     return texts, np.concatenate(queries), np.concatenate([piece.pair_slots() for piece in pieces])
-
-
-def first_stage_scores(pieces: Sequence[Piece]) -> NDArray[np.float32] | None:
-    """Return the standardised first-stage score of each pair of a batch, NaN without one; None if no pair has one."""
-    if all(piece.request.first_stage is None for piece in pieces):
-        return None
-    return np.concatenate([_first_stage_of(piece) for piece in pieces])
-
-
-def _first_stage_of(piece: Piece) -> NDArray[np.float32]:
-    scores = piece.request.first_stage
-    return np.full(piece.num_pairs, np.nan, np.float32) if scores is None else scores[piece.pairs]
 
 
 class Backlog:

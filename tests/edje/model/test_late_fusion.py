@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from edje.config import FirstStageScoreConfig, JointConfig
+from edje.config import JointConfig
 from edje.model.edje import build_edje
 from edje.model.flops import cost_of, joint_flops
 from edje.model.joint import JointEncoder
@@ -31,11 +31,6 @@ APART = {
     "minimal with match": replace(MINIMAL, match_dim=8),
     "maxsim": MAXSIM,
 }
-FIRST_STAGE = FirstStageScoreConfig(mean=0.3, std=0.1, hidden_dim=5)
-WITH_FIRST_STAGE = {
-    f"{name} and first stage": replace(config, first_stage=FIRST_STAGE)
-    for name, config in ({"full": FULL} | APART).items()
-}
 
 
 def build(config: JointConfig):
@@ -50,9 +45,8 @@ def build(config: JointConfig):
     return joint.eval().requires_grad_(False)
 
 
-JOINTS = {name: build(config) for name, config in ({"full": FULL} | APART | WITH_FIRST_STAGE).items()}
+JOINTS = {name: build(config) for name, config in ({"full": FULL} | APART).items()}
 apart = pytest.mark.parametrize("joint", [JOINTS[name] for name in APART], ids=list(APART))
-reads_first_stage = pytest.mark.parametrize("name", WITH_FIRST_STAGE)
 
 
 def random_text(seed: int, length: int) -> torch.Tensor:
@@ -63,18 +57,17 @@ def random_tokens(seed: int, num_images: int) -> torch.Tensor:
     return torch.randn(num_images, NUM_VISUAL, FULL.dim, generator=torch.Generator().manual_seed(seed))
 
 
-def score(joint, text, tokens, first_stage=None):
+def score(joint, text, tokens):
     """Logits of one caption with each image, from the stored visual tokens."""
     visual = joint.encode_visual(tokens)
     states = joint.encode_queries(text[None]).expand(len(tokens), -1, -1)
-    return joint.score(states, visual, None, None if first_stage is None else torch.tensor(first_stage))
+    return joint.score(states, visual)
 
 
-def plain_score(name, text, tokens, first_stage=None):
-    config = ({"full": FULL} | APART | WITH_FIRST_STAGE)[name]
-    given = [None] * len(tokens) if first_stage is None else first_stage
+def plain_score(name, text, tokens):
+    config = ({"full": FULL} | APART)[name]
     plain = PlainEncoder(JOINTS[name], config)
-    logits = [plain.logit(text.numpy(), image.double().numpy(), one) for image, one in zip(tokens, given, strict=True)]
+    logits = [plain.logit(text.numpy(), image.double().numpy()) for image in tokens]
     return torch.tensor(logits, dtype=torch.float32)
 
 
@@ -84,34 +77,6 @@ def test_a_logit_equals_the_plain_reference(name, length):
     text, tokens = random_text(length, length), random_tokens(length, 2)
 
     torch.testing.assert_close(score(JOINTS[name], text, tokens), plain_score(name, text, tokens), atol=1e-4, rtol=0)
-
-
-@reads_first_stage
-def test_a_logit_with_a_first_stage_score_equals_the_plain_reference(name):
-    text, tokens = random_text(0, 6), random_tokens(0, 3)
-
-    logits = score(JOINTS[name], text, tokens, [0.1, 0.55, float("nan")])
-
-    expected = plain_score(name, text, tokens, [0.1, 0.55, None])
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-
-
-@reads_first_stage
-def test_no_scores_equal_missing_scores_for_every_pair(name):
-    text, tokens = random_text(0, 6), random_tokens(0, 3)
-
-    missing = score(JOINTS[name], text, tokens, [float("nan")] * 3)
-
-    torch.testing.assert_close(score(JOINTS[name], text, tokens), missing, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["full", *APART])
-def test_an_encoder_without_first_stage_input_ignores_the_scores(name):
-    text, tokens = random_text(0, 6), random_tokens(0, 3)
-
-    with_scores = score(JOINTS[name], text, tokens, [0.1, 0.5, 0.9])
-
-    torch.testing.assert_close(with_scores, score(JOINTS[name], text, tokens), atol=0, rtol=0)
 
 
 @apart
@@ -140,7 +105,7 @@ def test_computing_only_cls_in_the_last_layer_gives_the_same_logit(name):
     everything = joint.text_states(states, visual, lengths)
 
     assert everything.shape == states.shape
-    expected = joint.head(everything[:, 0], None)
+    expected = joint.head(everything[:, 0])
     torch.testing.assert_close(joint.score(states, visual, lengths), expected, atol=1e-5, rtol=0)
 
 
@@ -249,13 +214,13 @@ def counted(call) -> int:
 @pytest.mark.parametrize("num_text", [2, 11])
 @pytest.mark.parametrize("name", JOINTS)
 def test_the_counted_flops_equal_the_computed_ones(name, num_text):
-    config, joint = ({"full": FULL} | APART | WITH_FIRST_STAGE)[name], JOINTS[name]
+    config, joint = ({"full": FULL} | APART)[name], JOINTS[name]
     text, tokens = random_text(0, num_text)[None], random_tokens(0, 1)
     states, visual = joint.encode_queries(text), joint.encode_visual(tokens)
 
     stated = cost_of(config, num_text, NUM_VISUAL)
 
-    assert counted(lambda: joint.score(states, visual, None, torch.zeros(1))) == stated.per_pair
+    assert counted(lambda: joint.score(states, visual)) == stated.per_pair
     assert counted(lambda: joint.encode_queries(text)) == stated.per_query
     assert counted(lambda: joint.encode_visual(tokens)) == stated.per_image
 

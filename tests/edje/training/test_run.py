@@ -149,7 +149,6 @@ def test_a_run_leaves_a_checkpoint_with_its_first_stage(finished):
 
     assert loaded.config.trained
     assert first_stage.dim == 8
-    assert loaded.config.joint.first_stage is None
     assert loaded.config.calibration is not None
     assert all(each.isfinite().all() for each in loaded.model.state_dict().values())
 

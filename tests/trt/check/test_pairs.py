@@ -44,13 +44,6 @@ def test_they_are_the_same_every_time(tokenizer):
 
     assert one.texts == other.texts
     np.testing.assert_array_equal(one.pixels, other.pixels)
-    np.testing.assert_array_equal(one.first_stage, other.first_stage)
-
-
-def test_some_pairs_have_no_first_stage_score():
-    missing = np.isnan(parity_pairs(TINY, None, num_texts=5, num_images=5).first_stage)
-
-    assert 0 < missing.sum() < 25
 
 
 def test_a_tokenizer_without_their_words_gets_random_ones():
@@ -99,7 +92,6 @@ def test_photographs_of_a_folder_are_used_with_their_captions(tmp_path):
 
     assert held.pixels.shape == (3, 3, 64, 64)
     assert held.texts == ((2, 5, 3), (2, 9, 3))
-    assert held.first_stage.shape == (2, 3)
     assert held.summary == f"3 photographs of {tmp_path}"
     assert (len(random.pixels), len(random.texts)) == (4, 5)
 

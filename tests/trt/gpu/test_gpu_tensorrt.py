@@ -70,7 +70,7 @@ class TestTensorRt(EngineContract):
     """Every test of the contract."""
 
 
-@pytest.mark.parametrize("variant", ["tiny", "tiny-late", "tiny-minimal", "tiny-maxsim", "tiny-scored"])
+@pytest.mark.parametrize("variant", ["tiny", "tiny-late", "tiny-minimal", "tiny-maxsim"])
 def test_logits_are_close_to_those_of_the_torch_engine(build, checkpoints, pixels, variant):
     folder = checkpoints / variant
     reference = load(folder, None, "int8", runtime="torch")
@@ -84,7 +84,7 @@ def test_logits_are_close_to_those_of_the_torch_engine(build, checkpoints, pixel
     assert np.abs(found - expected).max() < PARITY_TOLERANCE * expected.std()
 
 
-def test_every_size_is_captured_and_the_copies_are_told(build, checkpoint, pixels):
+def test_every_size_is_captured_and_copies_are_reported(build, checkpoint, pixels):
     engine = load(checkpoint, build("tiny", "int8", "bf16"), "int8")
     engine.warm_up()
     fill_slots(engine, range(3), engine.encode_images(pixels[:3])[0])

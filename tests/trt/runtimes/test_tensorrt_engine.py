@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from edje.config import FirstStageScoreConfig
 from edje.init import write_untrained
 from edje.model.variants import VARIANTS
 from edje.model.weights import load_checkpoint
@@ -37,8 +36,6 @@ TEXTS = [[2, *range(30, 30 + length), 3] for length in (3, 40, 1, 10, 61, 4, 3, 
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded")
     write_untrained(VARIANTS["tiny"], folder / "tiny", seed=1)
-    joint = replace(VARIANTS["tiny-late"].joint, first_stage=FirstStageScoreConfig(mean=0.3, std=0.1))
-    write_untrained(replace(VARIANTS["tiny-late"], joint=joint), folder / "scored", seed=1)
     return folder
 
 
@@ -73,10 +70,10 @@ def numbers(*values):
     return np.array(values, np.int32)
 
 
-def scored(engine, first_stage=None):
+def scored(engine):
     """48 pairs of every text and many slots, in no order."""
     query, slot = np.random.default_rng(1).integers(0, (len(TEXTS), 24), (48, 2), dtype=np.int32).T
-    return engine.score_pairs(engine.encode_queries(TEXTS), query, slot, first_stage)
+    return engine.score_pairs(engine.encode_queries(TEXTS), query, slot)
 
 
 def torch_engine(checkpoint, storage):
@@ -92,18 +89,6 @@ def test_logits_are_those_of_the_torch_engine(checkpoint, tmp_path, storage):
 
     assert len(TEXTS) > MAX_QUERIES
     np.testing.assert_allclose(scored(engine), scored(torch_engine(checkpoint, storage)), atol=1e-5)
-
-
-def test_first_stage_scores_reach_the_pairs_that_they_are_of(checkpoints, tmp_path):
-    checkpoint = checkpoints / "scored"
-    engine = filled(open_recorded(checkpoint, tmp_path, "int4", device="cuda", **SIZES))
-    given = np.random.default_rng(2).normal(0.3, 0.1, 48).astype(np.float32)
-    given[::5] = np.nan
-
-    assert engine.info.reads_first_stage
-    reference = torch_engine(checkpoint, "int4")
-    np.testing.assert_allclose(scored(engine, given), scored(reference, given), atol=1e-5)
-    np.testing.assert_allclose(scored(engine), scored(reference), atol=1e-5)
 
 
 def test_images_in_several_runs_are_those_of_the_torch_engine(checkpoint, tmp_path):

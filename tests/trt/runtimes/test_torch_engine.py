@@ -6,7 +6,6 @@ import torch
 
 from edje.model.weights import load_checkpoint
 from engine_contract import (
-    BATCH_TOLERANCE,
     CAT,
     DOG,
     LATE_FUSION,
@@ -24,57 +23,6 @@ from trt.slab.layout import STORAGES
 STORAGE_TOLERANCE = {"fp16": 0.005, "bf16": 0.04, "int8": 0.06, "int4": 1.3}
 #: How far bf16 layers may move a logit from float32 layers, in the same unit: 0.14 without AVX512.
 BF16_TOLERANCE = 0.2
-
-
-scored = pytest.mark.parametrize("variant", ["tiny-scored", *(f"{name}-scored" for name in LATE_FUSION)])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-
-
-def scored_engine(checkpoints, variant, pixels, dtype=torch.float32):
-    engine = torch_engine(checkpoints / variant, "int8", dtype)
-    fill_slots(engine, range(12), engine.encode_images(pixels)[0])
-    return engine
-
-
-@scored
-@dtypes
-def test_each_pair_is_scored_with_its_own_first_stage_score(checkpoints, variant, dtype, pixels):
-    engine = scored_engine(checkpoints, variant, pixels, dtype)
-    texts = [DOG, CAT, [2, *range(30, 60), 3]]
-    given = np.random.default_rng(0).normal(0.3, 0.1, 36).astype(np.float32)
-    given[::5] = np.nan
-
-    together = all_scores(engine, texts, 12, given)
-
-    assert engine.info.reads_first_stage
-    for text, scores, own in zip(texts, together, given.reshape(3, 12), strict=True):
-        queries = engine.encode_queries([text])
-        alone = [engine.score_pairs(queries, numbers(0), numbers(slot), own[[slot]])[0] for slot in range(12)]
-        np.testing.assert_allclose(scores, alone, atol=BATCH_TOLERANCE[str(dtype).removeprefix("torch.")])
-
-
-@scored
-@dtypes
-def test_another_first_stage_score_gives_another_logit(checkpoints, variant, dtype, pixels):
-    engine = scored_engine(checkpoints, variant, pixels, dtype)
-    low, high = np.full(12, 0.2, np.float32), np.full(12, 0.2, np.float32)
-    high[4] = 0.45
-
-    changed = all_scores(engine, [DOG], 12, low)[0] != all_scores(engine, [DOG], 12, high)[0]
-
-    assert np.flatnonzero(changed).tolist() == [4]
-
-
-@scored
-def test_no_first_stage_scores_are_the_same_as_a_missing_one_for_each_pair(checkpoints, variant, pixels):
-    engine = scored_engine(checkpoints, variant, pixels)
-
-    without = all_scores(engine, [DOG, CAT], 12)
-
-    assert np.isfinite(without).all()
-    missing = np.full(24, np.nan, np.float32)
-    np.testing.assert_array_equal(without, all_scores(engine, [DOG, CAT], 12, missing))
-    assert (without != all_scores(engine, [DOG, CAT], 12, np.full(24, 0.3, np.float32))).all()
 
 
 @pytest.mark.parametrize("variant", ["tiny", *LATE_FUSION])

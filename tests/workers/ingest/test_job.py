@@ -59,7 +59,7 @@ class Engine:
     """Tokens all equal to the picture's shade; not finite for shade 255."""
 
     def __init__(self) -> None:
-        self.info = EngineInfo("constant", "m1", "e1", 2, 4, "fp16", 8, 64, 4, 0, 0, reads_first_stage=False)
+        self.info = EngineInfo("constant", "m1", "e1", 2, 4, "fp16", 8, 64, 4, 0, 0)
         self.batches: list[int] = []
         self.gate = threading.Event()
         self.gate.set()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edje.calibration import Calibration, DirectionCalibration
+from edje.calibration import Calibration, DirectionCalibration, sigmoid
 from edje.first_stage_scores import standardise
 from protocols.encoding import CANCEL_HEADER
 from rerank_harness import (
@@ -149,6 +149,13 @@ def with_scores(sent: dict[str, Any], scores: Mapping[int, float]) -> dict[str, 
     return {**sent, "candidates": candidates}
 
 
+CALIBRATION = Calibration(
+    text_to_image=DirectionCalibration(temperature=2.0, offset=-1.0, first_stage_gain=0.0),
+    image_to_text=DirectionCalibration(temperature=0.5, offset=1.0, first_stage_gain=0.0),
+)
+_WITH_GAIN = DirectionCalibration(temperature=1.0, offset=0.0, first_stage_gain=1.0)
+WITH_FIRST_STAGE = Calibration(text_to_image=_WITH_GAIN, image_to_text=_WITH_GAIN)
+
 SCORES = {number: (number * 7) % 41 / 8 for number in range(40)}
 
 
@@ -164,24 +171,27 @@ def logits_by_candidate(rig: Rig, sent: dict[str, Any]) -> dict[int, float]:
     ],
     ids=["images", "texts of different lengths"],
 )
-def test_each_candidates_standardised_score_reaches_an_engine_that_reads_it(sent):
+def test_the_standardised_first_stage_score_joins_each_candidates_logit(sent):
     plain = logits_by_candidate(rig_with_images(piece_pairs=3), sent)
     candidates = sent["candidates"]
     scores = {number: SCORES[number % 40] for number in range(len(candidates))}
 
-    rig = rig_with_images(piece_pairs=3, reads_first_stage=True)
+    rig = rig_with_images(piece_pairs=3, calibration=WITH_FIRST_STAGE)
     rig.send(with_scores(sent, scores))
     rig.run()
 
     standard = standardise([scores[number] for number in range(len(candidates))]).values
     for result in rig.reply().results:
-        assert result.logit == pytest.approx(plain[result.index] + standard[result.index], abs=1e-5)
+        assert result.logit == plain[result.index]
+        assert result.relevance_score == pytest.approx(
+            sigmoid(np.float64(result.logit + standard[result.index])), abs=1e-5
+        )
     assert len(rig.reply().results) == len(plain)
     assert rig.reply().warnings == []
 
 
-def test_a_first_stage_score_can_change_the_order_for_an_engine_that_reads_it_and_for_no_other():
-    images = {f"c{number}": 0 for number in range(4)}  # all the same to the engine
+def test_a_first_stage_score_changes_the_order_only_with_a_gain():
+    images = {f"c{number}": 0 for number in range(4)}  # equal logits
     sent = request(list(images))
     rising = with_scores(sent, {0: 0.1, 1: 0.3, 2: 0.2, 3: 0.9})
 
@@ -193,27 +203,24 @@ def test_a_first_stage_score_can_change_the_order_for_an_engine_that_reads_it_an
         return [result.index for result in rig.reply().results]
 
     assert order(rising) == [0, 1, 2, 3]
-    assert order(sent, reads_first_stage=True) == [0, 1, 2, 3]
-    assert order(rising, reads_first_stage=True) == [3, 1, 2, 0]
-
-
-def test_an_engine_that_does_not_read_the_first_stage_is_given_nothing_of_it():
-    rig = rig_with_images()
-    rig.send(with_scores(request(list(IMAGES)), SCORES))
-    rig.run()
-
-    assert rig.engine.first_stage == [None] * len(rig.engine.calls)
+    assert order(sent, calibration=WITH_FIRST_STAGE) == [0, 1, 2, 3]
+    assert order(rising, calibration=WITH_FIRST_STAGE) == [3, 1, 2, 0]
 
 
 def test_requests_with_scores_and_without_share_a_batch():
-    rig = rig_with_images(reads_first_stage=True)
+    rig = rig_with_images(calibration=WITH_FIRST_STAGE)
     rig.send(request(["i1", "i2"], request_id="without"))
     rig.send(with_scores(request(["i1", "i2"], request_id="with"), {0: 0.25, 1: 0.5}))
     rig.run()
 
-    (given,) = rig.engine.first_stage
+    assert rig.engine.calls == [4]
     second = -np.log(2)
-    np.testing.assert_allclose(given, [0, second, second, 0], atol=1e-6)
+    for request_id, scores in (("without", [0, second]), ("with", [second, 0])):
+        (reply,) = [each for each in rig.replies() if each.request_id == request_id]
+        for result in reply.results:
+            assert result.relevance_score == pytest.approx(
+                sigmoid(np.float64(result.logit + scores[result.index])), abs=1e-5
+            )
 
 
 @pytest.mark.parametrize(
@@ -225,11 +232,11 @@ def test_requests_with_scores_and_without_share_a_batch():
         ({0: 1.0, 1: 2.0, 2: 3.0}, "first_stage_scores_ascending"),
     ],
 )
-def test_scores_that_give_no_order_are_warned_about_where_the_model_reads_them(scores, code):
+def test_scores_that_give_no_order_cause_a_warning_only_with_a_gain(scores, code):
     sent = with_scores(request(["i1", "i2", "i3"]), scores)
 
-    for reads, codes in ((True, [code]), (False, [])):
-        rig = rig_with_images(reads_first_stage=reads)
+    for calibration, codes in ((WITH_FIRST_STAGE, [code]), (CALIBRATION, [])):
+        rig = rig_with_images(calibration=calibration)
         rig.send(sent)
         rig.run()
 
@@ -240,18 +247,12 @@ def test_scores_that_give_no_order_are_warned_about_where_the_model_reads_them(s
 
 @pytest.mark.parametrize("scale", [1e300, -1e9, 1e-300])
 def test_scores_of_any_scale_are_ranked_by_their_order(scale):
-    rig = rig_with_images(reads_first_stage=True)
+    rig = rig_with_images(calibration=WITH_FIRST_STAGE)
     rig.send(with_scores(request(["i1", "i1x", "i2"]), {0: 1 * scale, 1: 3 * scale, 2: 2 * scale}))
     rig.run()
 
     assert np.isfinite([result.logit for result in rig.reply().results]).all()
     assert rig.is_idle()
-
-
-CALIBRATION = Calibration(
-    text_to_image=DirectionCalibration(temperature=2.0, offset=-1.0, first_stage_gain=0.0),
-    image_to_text=DirectionCalibration(temperature=0.5, offset=1.0, first_stage_gain=0.0),
-)
 
 
 @pytest.mark.parametrize(
@@ -790,9 +791,8 @@ OTHERS = (
 class RealEngine:
     """An untrained model behind the job, with forty images in the store."""
 
-    def __init__(self, folder: Path, variant: str, *, reads_first_stage: bool) -> None:
+    def __init__(self, folder: Path, variant: str) -> None:
         torch = pytest.importorskip("torch")
-        from edje.config import FirstStageScoreConfig
         from edje.init import write_untrained
         from edje.model.variants import VARIANTS
         from edje.model.weights import load_checkpoint
@@ -803,8 +803,7 @@ class RealEngine:
         from trt.slab.layout import SlotLayout
         from trt.slab.torch_slab import SharedSlab
 
-        first_stage = FirstStageScoreConfig(mean=0.3, std=0.1) if reads_first_stage else None
-        config = replace(VARIANTS[variant], joint=replace(VARIANTS[variant].joint, first_stage=first_stage))
+        config = VARIANTS[variant]
         digest = write_untrained(config, folder, seed=1)
         loaded = load_checkpoint(folder)
         self.layout = BlobLayout(digest, config.adapter.num_tokens, config.joint.dim, "int8")
@@ -845,26 +844,12 @@ class RealEngine:
 
 @pytest.mark.parametrize("variant", ENCODERS)
 def test_the_logits_of_a_request_do_not_depend_on_the_others_in_its_batches(tmp_path, variant):
-    real = RealEngine(tmp_path / "checkpoint", variant, reads_first_stage=True)
-    sent = with_scores(ONE, SCORES)
+    real = RealEngine(tmp_path / "checkpoint", variant)
 
-    alone, amid = real.logits(sent), real.logits(sent, *OTHERS)
+    alone, amid = real.logits(ONE), real.logits(ONE, *OTHERS)
 
     assert np.ptp(alone) > 100 * BATCH_TOLERANCE
     np.testing.assert_allclose(amid, alone, rtol=0, atol=BATCH_TOLERANCE)
-
-
-@pytest.mark.parametrize("variant", ENCODERS)
-def test_a_model_that_reads_the_first_stage_ranks_by_it_and_another_does_not(tmp_path, variant):
-    reading = RealEngine(tmp_path / "reading", variant, reads_first_stage=True)
-    plain = RealEngine(tmp_path / "plain", variant, reads_first_stage=False)
-    in_order = {number: -number for number in range(11)}
-    swapped = with_scores(ONE, {**in_order, 4: -7, 7: -4})
-
-    changed = np.abs(reading.logits(swapped) - reading.logits(with_scores(ONE, in_order))) > 100 * BATCH_TOLERANCE
-
-    assert np.flatnonzero(changed).tolist() == [4, 7]
-    np.testing.assert_array_equal(plain.logits(swapped), plain.logits(ONE))
 
 
 def test_replies_go_to_the_response_topic_by_default():
@@ -909,7 +894,7 @@ def test_a_withdrawal_of_an_unknown_or_answered_request_changes_nothing():
 
 @pytest.mark.parametrize("variant", ENCODERS)
 def test_a_model_with_a_late_interaction_explains_its_best_results(tmp_path, variant):
-    real = RealEngine(tmp_path / "checkpoint", variant, reads_first_stage=False)
+    real = RealEngine(tmp_path / "checkpoint", variant)
     rig = Rig(
         engine=real.engine,
         layout=real.layout,

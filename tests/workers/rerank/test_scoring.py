@@ -22,7 +22,6 @@ from workers.rerank.scoring import (
     BatchScorer,
     ScoredBatch,
     batch_arrays,
-    first_stage_scores,
 )
 from workers.telemetry.tracer import Tracer
 
@@ -81,20 +80,6 @@ def test_only_the_texts_of_the_pairs_in_the_batch_are_given_to_the_engine():
     assert texts == [encode_text("four"), encode_text("two"), encode_text("three")]
     assert queries.tolist() == [0, 1, 2]
     assert slots.tolist() == [5, 5, 5]
-
-
-def test_each_pair_of_a_batch_has_its_own_first_stage_score():
-    first = request_of(request("abcd"), first_stage=[0.0, 0.25, 0.5, 0.75])
-    second = request_of(image_request("a", ["x", "y"]), first_stage=[-1.0, 0.125])
-    without = request_of(request("a"))
-
-    scores = first_stage_scores(
-        [ready(first, [0, 3], [5, 6]), ready(second, [1, 0], [7]), ready(first, [1], [9]), ready(without, [0], [1])]
-    )
-
-    assert scores.dtype == np.float32
-    np.testing.assert_array_equal(scores, np.float32([0, 0.75, 0.125, -1, 0.25, np.nan]))
-    assert first_stage_scores([ready(without, [0], [1])]) is None
 
 
 def test_logits_come_back_in_the_order_of_the_pieces():
