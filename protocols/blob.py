@@ -1,20 +1,20 @@
 """The token blob: one image's visual tokens as one value of the store, and the key of that value.
 
-A msgpack map of nine fields in a fixed order. For one layout everything up to `checksum` but the position is the same
-bytes, and the fields behind it lie at fixed offsets. So a good blob is read by two comparisons, one checksum and two
-copies; msgpack is only used to name what is wrong with a bad one.
+A msgpack map of nine fields in a fixed order. In all blobs of one layout the bytes up to `checksum`, except the
+position, are equal, and the fields after it are at fixed offsets. A valid blob is therefore read by two comparisons,
+one checksum and two copies; msgpack is used only to describe the fault of an invalid one.
 
     version    2
     position   of the image's event (source_position.py); not part of the checksum
     model      digest of the model that made the tokens
     shape      [num_tokens, token_dim]
     storage    "fp16", "bf16", "int8" or "int4" (quantize.py defines the bytes)
-    checksum   xxh3_64, big endian, over every byte behind it
+    checksum   xxh3_64, big endian, over all bytes after it
     sha256     of the image file
     scales     laid out as in quantize.py, empty for fp16 and bf16
     tokens     laid out as in quantize.py
 
-Knows nothing of the store and of the slab.
+Knows neither the store nor the slab.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ __all__ = [
 
 BLOB_VERSION = VALUE_VERSION
 _NUM_FIELDS = 9
-#: Every field ahead of the scales lies within these first bytes; no more is parsed to name an error.
+#: All fields before the scales are within this number of bytes; an invalid blob is not parsed further.
 _HEAD_BYTES = 512
 _CHECKSUM_BYTES = 8
 _SHA256_BYTES = 32
@@ -119,8 +119,8 @@ class BlobLayout:
 class _Frame(NamedTuple):
     """The constant bytes of one layout and where its variable bytes start."""
 
-    start: bytes  # up to and with the header of the position
-    prefix: bytes  # from behind the position up to and with the header of the checksum
+    start: bytes  # from the first byte to the header of the position, inclusive
+    prefix: bytes  # from the end of the position to the header of the checksum, inclusive
     checksum_at: int
     before_scales: bytes
     before_tokens: bytes
@@ -194,10 +194,10 @@ def decode_blobs(
     scales_out: NDArray[np.uint8],
     rows: Sequence[int],
 ) -> list[BlobError | None]:
-    """Write blob i into row `rows[i]` of both arrays; return the error of each blob, None for a good one.
+    """Write blob i into row `rows[i]` of both arrays; return the error of each blob, None for a valid one.
 
-    The arrays are C-contiguous, `(n, layout.token_bytes)` and `(n, layout.scale_bytes)`. A row whose blob is bad is
-    left as it was. Raises `ValueError` or `IndexError` only for arrays or rows that do not fit the layout.
+    The arrays are C-contiguous, `(n, layout.token_bytes)` and `(n, layout.scale_bytes)`. The row of an invalid blob is
+    not changed. Raises `ValueError` or `IndexError` only for arrays or rows that do not fit the layout.
     """
     token_bytes, scale_bytes = layout.token_bytes, layout.scale_bytes
     token_rows, scale_rows = _flat(tokens_out, token_bytes), _flat(scales_out, scale_bytes)
@@ -226,8 +226,8 @@ def decode_blobs(
 
 
 def content_sha256_of(layout: BlobLayout, blob: bytes) -> bytes:
-    """Return the SHA-256 of the image file that a good blob was made from; raises the `BlobError` of any other."""
-    # Decoded into unused rows: a check shared as a function would cost `decode_blobs` a call for each blob.
+    """Return the SHA-256 of the image file from which a blob was made. Raises `BlobError` for an invalid blob."""
+    # Decoded into temporary rows: a shared check would cost `decode_blobs` a function call for each blob.
     tokens, scales = np.empty((1, layout.token_bytes), np.uint8), np.empty((1, layout.scale_bytes), np.uint8)
     [error] = decode_blobs(layout, [blob], tokens, scales, [0])
     if error is not None:
@@ -250,7 +250,7 @@ def _flat(rows: NDArray[np.uint8], row_bytes: int) -> memoryview:
 
 
 def _name_the_difference(layout: BlobLayout, blob: bytes) -> BlobError:
-    """Return why a blob that does not start like this layout, or has another length, cannot be used."""
+    """Return the error of a blob whose first bytes or length differ from this layout's."""
     if is_removal_marker(blob):
         return BlobMissing("the image was removed")
     try:

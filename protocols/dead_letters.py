@@ -71,7 +71,7 @@ class DeadLetter:
     def shortened(self, max_bytes: int) -> DeadLetter:
         """Return this letter, cut to a broker's message limit.
 
-        Cut are the end of the value, if necessary the original headers, and at last the key.
+        First the end of the value is cut off; if that is not enough, the original headers are removed, then the key.
         """
         letter = replace(self, truncated=True)
         for smaller in (letter, replace(letter, headers=()), replace(letter, headers=(), key=None)):

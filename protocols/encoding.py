@@ -25,7 +25,7 @@ CANCEL_HEADER = "edje-cancel"
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 
-#: The largest event that is decoded: inline data in base64, and as much again as a candidate list could need.
+#: The largest event that is decoded: enough for inline data in base64 and for the longest list of candidates.
 MAX_EVENT_BYTES = 2 * MAX_INLINE_BYTES
 #: Lists and maps of one event: an empty one costs two bytes on the wire and 250 in memory.
 MAX_CONTAINERS = 2 * MAX_CANDIDATES
@@ -78,7 +78,7 @@ def decode(
         raise EventError("event_too_large", f"the event has {len(value)} bytes; at most {max_bytes} are accepted")
     try:
         if content_type == JSON:
-            # Brackets inside texts count too: a bound that is exact would have to parse the event.
+            # Brackets inside texts are counted too: an exact count would need to parse the event.
             if value.count(b"[") + value.count(b"{") > max_containers:
                 raise _too_many_containers(max_containers)
             return model.model_validate_json(value)
@@ -120,9 +120,9 @@ def encode_response(
 ) -> bytes:
     """Encode a `RerankResponse` with a ranking without building the model, in a fifth of the time.
 
-    `order` holds the candidates' positions in the request, best first; scores and logits are parallel to it. `ids` are
-    those of all candidates (`RerankRequest.names()`); `explanations` are by position in the request. Ids and digests
-    are not validated again. Raises `ValueError` for a score that is not finite.
+    `order` holds the candidates' positions in the request, best first; scores and logits are in the same order. `ids`
+    are the ids of all candidates (`RerankRequest.names()`); `explanations` are by position in the request. Ids and
+    digests are not validated again. Raises `ValueError` for a score that is not finite.
     """
     if not (all(map(math.isfinite, logits)) and all(map(math.isfinite, relevance_scores))):
         raise ValueError("a score that is not finite cannot be published")

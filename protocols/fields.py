@@ -48,7 +48,7 @@ MAX_EXPLAINED_TOKENS = 1_024
 NO_CONTROL_CHARACTERS = r"^[^\x00-\x1f\x7f-\x9f]+$"
 TOPIC_NAME = r"^[a-zA-Z0-9._-]+$"
 
-#: The URL alphabet to the standard one; white space is left out.
+#: Maps the URL alphabet to the standard alphabet and removes white space.
 _BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n\f\v")
 
 _DATE_FIRST = re.compile(r"\d{4}-\d\d-\d\d[Tt ]")
@@ -62,9 +62,9 @@ def _refuse_numeric_timestamp(value: Any) -> Any:
 
 
 def _from_base64(value: Any, info: ValidationInfo) -> Any:
-    """Decode base64 text as people write it: either alphabet, with line breaks, without padding, as a data: address."""
+    """Decode base64 text in the usual forms: either alphabet, with line breaks, without padding, as a data: address."""
     if info.mode != "json":
-        return value  # bytes, as they are
+        return value  # bytes in msgpack
     if not isinstance(value, str):
         raise ValueError("must be base64 text")
     if value[:5].lower() == "data:":

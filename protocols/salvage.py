@@ -1,6 +1,6 @@
 """Reads single fields of messages that are not valid events, so that the sender of a broken message can be answered.
 
-Never raises, and costs little whatever the bytes are. Knows nothing of events.
+Never raises, and takes little time for any input. Knows nothing of events.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from protocols.fields import Id
 
-#: Of broken JSON, the bytes searched at each end: an id is among the first or the last fields.
+#: Number of bytes of broken JSON searched at each end, because an id is among the first or the last fields.
 _WINDOW_BYTES = 65_536
 _MAX_MATCHES = 16
 _MAX_MAP_ENTRIES = 1_024
@@ -26,7 +26,7 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 def salvage(value: bytes | None, field: str) -> str | int | None:
     """Return a top-level text or whole number of a broken JSON or msgpack message, or None.
 
-    The encoding is recognised by the first byte, because the content type may be wrong. Where a field comes twice the
+    The encoding is recognised by the first byte, because the content type may be wrong. If a field occurs twice, the
     last one counts, as in a valid event.
     """
     if not value:
@@ -39,7 +39,7 @@ def salvage(value: bytes | None, field: str) -> str | int | None:
 def salvage_id(value: bytes | None, key: bytes | None, field: str) -> str | None:
     """Return the id in this field of a broken message, or the message's key if the field holds no valid id.
 
-    A whole number is an id: its digits.
+    A whole number is converted to text.
     """
     found = salvage(value, field)
     for candidate in (found, key):
@@ -71,13 +71,13 @@ def _find_in_json(value: bytes, field: str) -> str | int | None:
 
 @cache
 def _json_field(field: str) -> re.Pattern[bytes]:
-    # A string or a whole number that is known to be complete, because something follows it.
+    # A string, or a whole number followed by a delimiter, without which the number may be incomplete.
     name = re.escape(field.encode())
     return re.compile(rb'"%b"\s*:\s*("(?:[^"\\]|\\.){0,2048}"|-?\d{1,100}(?=\s*[,}\]]))' % name, re.DOTALL)
 
 
 def _depth(text: bytes) -> int:
-    """The number of brackets opened and not closed, outside strings."""
+    """Return the number of opening brackets minus the number of closing brackets, outside strings."""
     bare = _STRING.sub(b"", text)
     return bare.count(b"{") + bare.count(b"[") - bare.count(b"}") - bare.count(b"]")
 
@@ -100,7 +100,7 @@ def _find_in_msgpack(value: bytes, field: str) -> str | int | None:
             else:
                 unpacker.skip()
     except (ValueError, msgpack.UnpackException):
-        pass  # cut off, or not msgpack: what was found before counts
+        pass  # cut off, or not msgpack: a value found earlier is still returned
     if isinstance(found, bytes):
         try:
             return found.decode("utf-8")

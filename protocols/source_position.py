@@ -1,12 +1,12 @@
-"""The source position of a stored value: which event of `images.new` it was made from.
+"""The source position of a stored value: the position of the event of `images.new` from which it was made.
 
 Every value the service writes to the store is a msgpack map that begins with the same two fields:
 
     version    an int below 128
     position   16 bytes: the event's offset and its timestamp in milliseconds, both unsigned, big endian
 
-so the position lies at fixed bytes of every value, and a store can compare two values without parsing them. A removed
-image leaves such a map with no further field, the removal marker. Knows nothing of what else a value holds.
+so the position is at a fixed offset of every value, and a store can compare two values without parsing them. A removed
+image leaves a map of these two fields only, the removal marker. Knows nothing of the other fields of a value.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-#: Of everything that starts with these two fields. Version 1 had no position.
+#: Version of all values that start with these two fields. Version 1 had no position.
 VALUE_VERSION = 2
 
 _POSITION = struct.Struct(">QQ")
@@ -28,19 +28,19 @@ _LARGEST_FIXMAP = 15
 
 
 class SourcePosition(NamedTuple):
-    """Where an event lies in its partition, and when it was written.
+    """The offset of an event in its partition, and its timestamp.
 
-    The timestamp is there for a topic that was deleted and created again: its offsets start from 0.
+    The timestamp is needed if a topic is deleted and created again, because its offsets start from 0.
     """
 
     offset: int = 0
     timestamp_ms: int = 0
 
     def may_replace(self, stored: SourcePosition) -> bool:
-        """Whether a value of this position may replace a stored one: the later event wins, the same event may repeat.
+        """Whether a value of this position may replace a stored one: the later event wins, a repeated event replaces.
 
-        Either the offset or the timestamp decides for the later one, because each is wrong in one case: the offset in
-        a topic created again, the timestamp where a producer's clock is ahead.
+        An event is later if its offset or its timestamp is later, because each alone can be wrong: the offset in a
+        topic that was created again, and the timestamp if a producer's clock is ahead.
         """
         return self.offset >= stored.offset or self.timestamp_ms > stored.timestamp_ms
 
@@ -69,7 +69,7 @@ def with_position(value: bytes, position: SourcePosition) -> bytes:
 
 
 def may_replace(new: bytes, stored: bytes | None) -> bool:
-    """Whether a value may replace the stored one. Values without a position replace and are replaced always."""
+    """Whether a value may replace the stored one. A value without a position always replaces and is always replaced."""
     before, after = position_of(stored or b""), position_of(new)
     return before is None or after is None or after.may_replace(before)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
 
-#: Of each part of a field's path: keys of a mapping come from the input and may be long.
+#: Limit for each part of a field's path, because keys of a mapping come from the input and may be long.
 _MAX_PART_CHARS = 50
 
 
