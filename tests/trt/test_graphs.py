@@ -1,4 +1,4 @@
-"""What an engine's graphs take and give."""
+"""Inputs and outputs of an engine's graphs."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What an engine directory says of itself, and what it is refused for."""
+"""The manifest of an engine directory, and the reasons for which a directory is refused."""
 
 import json
 from dataclasses import asdict
@@ -64,7 +64,7 @@ def changed(manifest, **options):
     return manifest.model_copy(update={"options": manifest.options.model_copy(update=options)})
 
 
-def test_what_was_written_is_read(engine, manifest):
+def test_a_written_manifest_is_read_back(engine, manifest):
     assert manifest.config == VARIANTS["tiny"]
     check_files(engine, manifest, plans=True)
     check_files(engine, manifest, plans=False)
@@ -121,13 +121,13 @@ def test_an_engine_of_another_model_is_refused(manifest):
     assert "model aaaaaaaaaaaaaaaa, the checkpoint is bbbbbbbbbbbbbbbb" in found
 
 
-def test_a_directory_without_plans_says_so(manifest):
+def test_a_directory_without_plans_is_a_mismatch(manifest):
     assert mismatches(manifest.model_copy(update={"built_on": None}), **HERE) == [
         "the directory holds ONNX graphs only, no plans"
     ]
 
 
-def test_everything_that_is_wrong_is_told_at_once(manifest):
+def test_one_error_lists_every_mismatch(manifest):
     assert len(mismatches(manifest, model_digest="b", tensorrt_version="1.0", gpu="x", compute_capability=(1, 0))) == 3
 
 
@@ -158,7 +158,7 @@ def test_a_file_with_other_content_is_found_by_its_digest(engine, manifest):
         check_files(engine, manifest, plans=True)
 
 
-def test_a_missing_plan_is_told_by_name(engine, manifest):
+def test_the_error_for_a_missing_plan_names_it(engine, manifest):
     (engine / "image.plan").unlink()
 
     with pytest.raises(EngineMismatch, match=r"image\.plan cannot be read \(No such file"):
@@ -176,7 +176,7 @@ def test_a_missing_plan_is_told_by_name(engine, manifest):
         ("\x00\xff", "is incomplete or damaged"),
     ],
 )
-def test_what_is_no_manifest_is_told_with_a_remedy(tmp_path, text, said):
+def test_an_invalid_manifest_is_refused_with_a_remedy(tmp_path, text, said):
     (tmp_path / MANIFEST_FILE).write_text(text, encoding="latin-1")
 
     with pytest.raises(EngineMismatch, match=rf"{said}.*trt\.build"):
@@ -236,7 +236,7 @@ def test_a_model_that_this_program_does_not_know_is_a_mismatch(manifest):
         _ = unknown.config
 
 
-def test_the_engine_digest_changes_with_whatever_can_change_a_score(manifest):
+def test_the_engine_digest_changes_with_everything_that_can_change_a_score(manifest):
     pair = manifest.graphs["pair"]
     other_plan = pair.model_copy(update={"plan": pair.plan.model_copy(update={"sha256": "0" * 64})})
     variants = [
@@ -270,7 +270,7 @@ options = st.builds(
 
 
 @given(options=options)
-def test_a_command_line_says_only_what_differs_from_the_defaults(options):
+def test_a_command_line_contains_only_the_options_that_differ_from_the_defaults(options):
     spoken = options.as_arguments()
 
     flags = {each.removeprefix("--").replace("-", "_") for each in spoken if each.startswith("--")}

@@ -46,7 +46,7 @@ def test_a_shift_of_all_logits_is_an_error_that_moves_no_rank():
     assert found.max_error == pytest.approx(0.5 / reference.std())
 
 
-def test_what_was_missed_is_told_with_its_place():
+def test_each_missed_threshold_is_reported_with_its_query_and_candidate():
     reference = logits([3, 2, 1, 0], [4, 3, 2, 1], [0, 1, 2, 3])
     changed = logits([3, 2, 1, 0], [3, 4, 2, 1], [0, 1, 2, 3])
 

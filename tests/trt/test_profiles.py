@@ -1,4 +1,4 @@
-"""Which profiles an engine has, and which of them a call takes."""
+"""The profiles of an engine, and the choice of a profile for a call."""
 
 import pytest
 from hypothesis import given
@@ -63,7 +63,7 @@ def test_the_last_bucket_ends_with_the_longest_text_of_the_model():
     ],
     ids=["long", "many", "none"],
 )
-def test_a_call_that_fits_no_profile_is_told_what_would_fit(sizes):
+def test_the_error_for_a_call_that_fits_no_profile_lists_the_limits(sizes):
     with pytest.raises(LimitExceeded, match="63 text tokens, 256 pairs"):
         narrowest_profile(PAPER["pair"], sizes)
 

@@ -1,4 +1,4 @@
-"""`python -m trt.build`, `trt.inspect` and `trt.verify` as they are typed. Graphs are those of the sample engines."""
+"""The commands `python -m trt.build`, `trt.inspect` and `trt.verify`, on the graphs of the sample engines."""
 
 import importlib
 import json
@@ -115,7 +115,7 @@ def test_on_a_gpu_plans_are_built_compared_and_described(build, out, recorder):
     ]
 
 
-def test_a_plan_whose_attention_is_not_fused_is_no_engine_unless_it_is_allowed(build, out, recorder, monkeypatch):
+def test_a_build_without_fused_attention_fails_unless_it_is_allowed(build, out, recorder, monkeypatch):
     compiler = importlib.import_module("trt.build.tensorrt_compiler")
     softmax = compiler.read_layers.__globals__["Layer"](Name="softmax_7", LayerType="kgen")
     monkeypatch.setattr(compiler, "read_layers", lambda path: (softmax,))
@@ -158,7 +158,7 @@ def test_plans_that_compute_something_else_are_no_engine(build, out, recorder, m
     assert left_in(out.parent) == []
 
 
-def test_below_a_threshold_the_former_engine_stays(build, out):
+def test_the_former_engine_is_kept_if_a_threshold_is_missed(build, out):
     build("--onnx-only")
     former = read_manifest(out)
 
@@ -181,7 +181,7 @@ def test_an_engine_is_replaced_only_by_force(build, out):
     assert left_in(out.parent) == ["new"]
 
 
-def test_what_is_no_engine_is_not_replaced_even_by_force(build, out):
+def test_force_does_not_replace_a_directory_that_is_not_an_engine(build, out):
     out.mkdir(parents=True)
     (out / "thesis.txt").write_text("the only copy")
 
@@ -226,7 +226,7 @@ def test_a_model_that_makes_no_graph_leaves_nothing_behind(build, out, monkeypat
     assert left_in(out.parent) == []
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(build, out, monkeypatch):
+def test_a_full_disk_is_reported_and_no_files_are_left(build, out, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -250,21 +250,21 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(build, out, monkeypatch):
         (("--precision", "int8"), "'fp32', 'fp16', 'bf16'"),
     ],
 )
-def test_a_command_that_makes_no_sense_is_told_by_option(build, words, said):
+def test_the_error_for_an_invalid_command_names_the_option(build, words, said):
     done = build("--onnx-only", *words)
 
     assert done.exit_code == 2
     assert said in done.stderr
 
 
-def test_an_unknown_storage_type_is_told(build):
+def test_an_unknown_storage_type_is_reported(build):
     done = build("--onnx-only", "--storage", "int3")
 
     assert done.exit_code == 1
     assert "choose one of fp16, bf16, int8, int4" in done.stderr
 
 
-def test_a_checkpoint_that_is_none_is_told(tmp_path, out):
+def test_an_invalid_checkpoint_is_reported(tmp_path, out):
     done = typed(trt.build.__main__.main, tmp_path, "--out", out, "--onnx-only")
 
     assert done.exit_code == 1
@@ -327,7 +327,7 @@ def test_engines_that_rank_otherwise_end_with_1_and_the_place(made, tmp_path_fac
     assert json.loads(done.stdout.splitlines()[-1])["agreement"]["top1"] < 1
 
 
-def test_plans_without_tensorrt_say_what_to_install(made):
+def test_the_error_for_plans_without_tensorrt_names_the_package_to_install(made):
     with recorded_modules(Gpu(), without="tensorrt"):
         done = verify(made.engine, f"tensorrt:{made.engine}")
 
@@ -361,7 +361,7 @@ def test_a_logit_that_is_not_finite_fails_a_comparison(made, monkeypatch):
     assert "the engine's logit of query 0 with candidate 0 is not finite" in done.stderr
 
 
-def test_a_threshold_out_of_range_is_told(made):
+def test_a_threshold_out_of_range_is_reported(made):
     done = verify(f"torch:{made.checkpoint}", made.engine, "--tau", "7")
 
     assert done.exit_code == 2

@@ -1,4 +1,4 @@
-"""A directory that is written whole or not at all."""
+"""Atomic writing of a directory."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_a_failure_leaves_nothing_and_the_former_one_in_its_place(tmp_path):
     assert names(tmp_path) == ["engine"]
 
 
-def test_a_former_one_is_replaced_whole(tmp_path):
+def test_a_former_directory_is_replaced_as_a_whole(tmp_path):
     write(tmp_path / "engine", "former")
 
     write(tmp_path / "engine", "new", replace=True)
@@ -56,7 +56,7 @@ def test_an_empty_directory_is_taken(tmp_path):
     assert names(tmp_path / "engine") == [MARK, "new"]
 
 
-def test_what_is_there_is_not_overwritten_unasked(tmp_path):
+def test_an_existing_directory_is_not_overwritten_by_default(tmp_path):
     write(tmp_path / "engine", "former")
 
     with pytest.raises(DirectoryExists, match="--force"):
@@ -66,7 +66,7 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path):
 @pytest.mark.parametrize(
     "make", [lambda path: path.write_text("a file"), lambda path: (path / "other").mkdir(parents=True)]
 )
-def test_what_is_something_else_is_never_overwritten(tmp_path, make):
+def test_an_unrelated_directory_is_never_overwritten(tmp_path, make):
     target = tmp_path / "engine"
     make(target)
 
@@ -76,7 +76,7 @@ def test_what_is_something_else_is_never_overwritten(tmp_path, make):
     assert target.exists()
 
 
-def test_whoever_was_faster_is_not_overwritten(tmp_path):
+def test_a_directory_written_meanwhile_by_another_process_is_not_overwritten(tmp_path):
     target = tmp_path / "engine"
 
     def write_slowly():

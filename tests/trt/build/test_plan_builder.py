@@ -1,4 +1,4 @@
-"""How a plan is asked for, over a recorded builder; `tests/trt/native` holds the calls against the real bindings."""
+"""The build of a plan with a recorded builder; `tests/trt/native` checks the calls against the real bindings."""
 
 import importlib
 
@@ -92,7 +92,7 @@ def test_every_option_reaches_the_builder(build, recorder, plan):
     assert flags(recorder) == {"STRICT_NANS", "VERSION_COMPATIBLE"}
 
 
-def test_every_profile_says_the_sizes_of_every_input(build, recorder):
+def test_every_profile_sets_the_sizes_of_every_input(build, recorder):
     build()
 
     made = recorder.configs[-1]._profiles
@@ -133,7 +133,7 @@ def test_a_timing_cache_of_another_gpu_is_refused(build, recorder, plan, tmp_pat
         build(timing_cache=tmp_path / "timings")
 
 
-def test_every_complaint_of_the_parser_is_told_with_its_node(build, recorder, plan):
+def test_every_error_of_the_parser_is_reported_with_its_node(build, recorder, plan):
     recorder.parser_errors += [("Foo", "node_7", "no importer"), ("Cast", "node_9", "bad type")]
 
     with pytest.raises(
@@ -142,21 +142,21 @@ def test_every_complaint_of_the_parser_is_told_with_its_node(build, recorder, pl
         build()
 
 
-def test_a_refused_profile_is_told_by_name(build, recorder, plan):
+def test_the_error_for_a_refused_profile_names_it(build, recorder, plan):
     recorder.faults.add("profile")
 
     with pytest.raises(plan.PlanFailed, match="refuses the profile 'text 1-16, pairs 1-2'"):
         build()
 
 
-def test_a_build_that_fails_is_told_with_tensorrts_reason(build, recorder, plan):
+def test_a_failed_build_is_reported_with_tensorrts_reason(build, recorder, plan):
     recorder.faults.add("no plan")
 
     with pytest.raises(plan.PlanFailed, match="no tactic fits into the workspace"):
         build()
 
 
-def test_a_machine_without_a_gpu_is_told_of_onnx_only(build, recorder):
+def test_the_error_without_a_gpu_names_onnx_only(build, recorder):
     recorder.faults.add("no gpu")
 
     with pytest.raises(EngineUnavailable, match=r"finds no GPU.*error: 100.*--onnx-only"):

@@ -19,7 +19,7 @@ def tokenizer():
     return Tokenizer(character_tokenizer().to_str(), TINY)
 
 
-def test_without_a_tokenizer_they_are_random_and_say_so():
+def test_without_a_tokenizer_pairs_are_random_and_the_summary_names_the_kind():
     held = parity_pairs(TINY, None, num_texts=7, num_images=3)
 
     assert held.summary == "random pictures and texts"
@@ -39,7 +39,7 @@ def test_with_one_that_knows_their_words_they_are_drawn_scenes(tokenizer):
     assert len({text[-1] for text in held.texts}) == 1  # every text, cut or not, ends with [SEP]
 
 
-def test_they_are_the_same_every_time(tokenizer):
+def test_pairs_are_the_same_every_time(tokenizer):
     one, other = (parity_pairs(TINY, tokenizer, num_texts=6, num_images=2) for _ in range(2))
 
     assert one.texts == other.texts
@@ -57,7 +57,7 @@ def test_a_tokenizer_without_their_words_gets_random_ones():
     assert parity_pairs(TINY, Foreign(), num_texts=3, num_images=2).summary == "random pictures and texts"
 
 
-def test_tokens_that_cannot_be_stored_are_told_with_the_picture():
+def test_the_error_for_tokens_that_cannot_be_stored_names_the_image():
     class Broken:
         class info:
             runtime, storage, max_images = "broken", "int8", 2

@@ -1,4 +1,4 @@
-"""What TensorRT's inspector tells of a plan's layers."""
+"""The layers of a plan, as written by TensorRT's inspector."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_layers_that_are_names_alone_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"Layers": 3}', '{"layers": []}'])
-def test_what_the_inspector_did_not_write_is_told(tmp_path, text):
+def test_an_invalid_inspector_file_is_reported(tmp_path, text):
     path = tmp_path / "pair.layers.json"
     path.write_text(text)
 
@@ -45,6 +45,6 @@ def test_what_the_inspector_did_not_write_is_told(tmp_path, text):
         read_layers(path)
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_inspector_file_is_reported(tmp_path):
     with pytest.raises(LayersUnreadable, match="cannot be read"):
         read_layers(tmp_path / "pair.layers.json")

@@ -1,4 +1,4 @@
-"""Copies between host and device, by the marks of a stream that a test winds on."""
+"""Times of copies between host and device, by events of a stream whose clock the test advances."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trt.cuda.copy_clock import CopyClock
 
 
 class Stream:
-    """A device whose time passes when the test says so."""
+    """A device whose clock the test advances."""
 
     def __init__(self) -> None:
         self.now_ms = 0.0
@@ -35,7 +35,7 @@ class Mark:
         return end_event.at_ms - self.at_ms
 
 
-def test_copies_in_and_out_are_added_up_apart_and_what_lies_between_is_left_out():
+def test_copies_are_summed_by_direction_without_the_work_between_them():
     stream = Stream()
     clock = CopyClock(stream.event)
     clock.start()
@@ -49,7 +49,7 @@ def test_copies_in_and_out_are_added_up_apart_and_what_lies_between_is_left_out(
     assert clock.copies() == DeviceCopies(pytest.approx(0.003), pytest.approx(0.004))
 
 
-def test_each_call_is_told_alone():
+def test_the_start_of_a_call_resets_the_times():
     stream = Stream()
     clock = CopyClock(stream.event)
     with clock.to_device():

@@ -72,7 +72,7 @@ def run(library, vector_bytes, grid, source, target, num_rows, source_rows=None,
 
 @pytest.mark.parametrize("vector_bytes", [16, 4, 1])
 @pytest.mark.parametrize("grid", [(1, 1), (3, 2), (7, 5)])
-def test_rows_are_gathered_and_scattered_whatever_the_grid(library, vector_bytes, grid):
+def test_rows_are_gathered_and_scattered_with_every_grid(library, vector_bytes, grid):
     random = np.random.default_rng(0)
     source = random.integers(0, 256, (9, 13 * vector_bytes), dtype=np.uint8)
     rows = np.array([4, 4, 0, 8, 2], np.int32)
@@ -87,7 +87,7 @@ def test_rows_are_gathered_and_scattered_whatever_the_grid(library, vector_bytes
 
 
 def test_rows_beyond_two_gigabytes_are_reached(library):
-    source = np.zeros((35, 1 << 26), np.uint8)  # pages that nobody touches take no memory
+    source = np.zeros((35, 1 << 26), np.uint8)  # untouched pages take no memory
     source[33, -16:] = 7
     target = np.zeros((1, 1 << 26), np.uint8)
     last = source[:, -16:]

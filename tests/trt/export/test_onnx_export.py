@@ -1,4 +1,4 @@
-"""The graphs that a checkpoint becomes: what is in them, and that no size was fixed that should be open."""
+"""The exported graphs of a checkpoint: their content, and that no open dimension is fixed."""
 
 import itertools
 from dataclasses import replace
@@ -135,7 +135,7 @@ def test_a_dimension_that_tracing_fixed_is_found(made):
         check_graph(made.engine / "query.onnx", fixed)
 
 
-def test_what_is_no_onnx_is_told(tmp_path):
+def test_an_invalid_onnx_file_is_reported(tmp_path):
     model = helper.make_model(helper.make_graph([helper.make_node("Add", ["a"], ["b"])], "broken", [], []))
     onnx.save(model, tmp_path / "pair.onnx")
 
@@ -143,7 +143,7 @@ def test_what_is_no_onnx_is_told(tmp_path):
         check_graph(tmp_path / "pair.onnx", graphs_of(KINDS["full"][0], "int8", "fp32")["pair"])
 
 
-def test_a_model_that_cannot_be_traced_is_told_by_its_part(tmp_path_factory, tmp_path, monkeypatch):
+def test_the_error_for_a_model_that_cannot_be_traced_names_the_part(tmp_path_factory, tmp_path, monkeypatch):
     class Branching(nn.Module):
         def forward(self, text_ids, text_lengths):
             return text_ids if text_lengths.sum() > 3 else text_lengths
@@ -206,7 +206,7 @@ def test_attention_in_steps_is_attention(mask):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_what_is_masked_has_no_weight_and_a_nan_goes_through():
+def test_masked_tokens_have_no_weight_and_a_nan_is_kept():
     queries = keys = torch.zeros(1, 1, 2, 4)
     values = torch.tensor([[1.0], [1e30]]).expand(1, 1, 2, 1)
     mask = torch.tensor([True, False])[None, None, None, :]

@@ -1,4 +1,4 @@
-"""Which operators TensorRT's parser takes, and how a graph with another is told."""
+"""The operators that TensorRT's parser supports, and the error for a graph with any other."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def test_a_graph_of_known_operators_is_taken(tmp_path):
     check_operators(written(tmp_path / "pair.onnx", nodes))
 
 
-def test_an_operator_that_is_not_on_the_list_is_told_with_its_node(tmp_path):
+def test_an_unsupported_operator_is_reported_with_its_node(tmp_path):
     path = written(
         tmp_path / "pair.onnx", [helper.make_node("BitwiseNot", ["x"], ["y"], name="node_3")], TensorProto.INT32
     )
@@ -35,7 +35,7 @@ def test_an_operator_that_is_not_on_the_list_is_told_with_its_node(tmp_path):
         check_operators(path)
 
 
-def test_an_operator_of_a_foreign_domain_is_told_with_it(tmp_path):
+def test_an_operator_of_another_domain_is_reported_with_the_domain(tmp_path):
     node = helper.make_node("Gelu", ["x"], ["y"], name="n", domain="com.microsoft")
 
     with pytest.raises(OperatorUnsupported, match=r"com\.microsoft::Gelu"):

@@ -1,4 +1,4 @@
-"""A vision tower that is an ONNX graph becomes a part of the image graph, and gives what it gave alone."""
+"""A vision tower in ONNX format becomes part of the image graph; its outputs do not change."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_in_half_precision_the_tower_keeps_its_own_types(tmp_path):
     assert types["MatMul"] | types.get("Gemm", set()) == {"BFLOAT16"}
 
 
-def test_what_nobody_asks_for_is_left_out(tmp_path):
+def test_unused_outputs_of_the_tower_are_left_out(tmp_path):
     checkpoint = checkpoint_of(with_more_outputs_and_weights_among_its_inputs(), tmp_path / "model")
 
     path = export_graph("image", checkpoint, tmp_path, storage="int8", precision="fp32")
@@ -111,7 +111,7 @@ def test_what_nobody_asks_for_is_left_out(tmp_path):
     assert [each.name for each in graph.output] == ["tokens", "pooled"]
 
 
-def test_the_other_graphs_do_not_ask_what_the_tower_is(tmp_path):
+def test_every_graph_of_a_model_with_an_onnx_tower_is_exported(tmp_path):
     checkpoint = checkpoint_of(plain(), tmp_path / "model")
     tower = checkpoint.model.vision
 
@@ -121,7 +121,7 @@ def test_the_other_graphs_do_not_ask_what_the_tower_is(tmp_path):
     assert checkpoint.model.vision is tower
 
 
-def test_a_tower_of_another_domains_operators_is_told_as_what_tensorrt_cannot_parse(tmp_path):
+def test_a_tower_with_operators_of_another_domain_is_reported_as_unsupported_by_tensorrt(tmp_path):
     graph = plain()
     graph.graph.node[-1].output[0] = "before"
     graph.graph.node.append(helper.make_node("Gelu", ["before"], ["tokens"], domain="com.microsoft"))
@@ -133,7 +133,7 @@ def test_a_tower_of_another_domains_operators_is_told_as_what_tensorrt_cannot_pa
         check_operators(path)
 
 
-def test_a_tower_that_cannot_be_brought_to_the_opset_is_refused_with_what_to_do(tmp_path, monkeypatch):
+def test_a_tower_that_cannot_be_converted_to_the_opset_is_refused_with_a_remedy(tmp_path, monkeypatch):
     checkpoint = checkpoint_of(plain(), tmp_path / "model")
 
     def refuse(*_):

@@ -16,7 +16,7 @@ NUM_SLOTS, NUM_ROWS = 200, 64
 
 @pytest.fixture
 def gpu(device):
-    """The device with a stream and whatever stands on it, imported where pycuda is."""
+    """The device, a stream and the objects built on them; imported only with pycuda."""
     import pycuda.driver as cuda
 
     from trt.cuda.context import NON_BLOCKING
@@ -115,7 +115,7 @@ def test_slots_are_filled_on_one_thread_while_another_gathers(gpu):
     assert errors == []
 
 
-def test_a_captured_gather_reads_what_is_there_when_it_is_replayed(gpu):
+def test_a_captured_gather_reads_the_content_at_the_time_of_the_replay(gpu):
     from trt.cuda.graphs import ReplayedWork
     from trt.cuda.memory import UploadRing, device_memory
 

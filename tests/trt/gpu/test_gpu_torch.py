@@ -56,7 +56,7 @@ def test_slots_are_rewritten_through_the_staging_ring(engine, pixels):
     np.testing.assert_allclose(all_scores(engine, [DOG], 12)[0], before[0, ::-1], atol=BATCH_TOLERANCE)
 
 
-def test_the_time_of_copies_is_told(engine, pixels):
+def test_copy_times_are_reported(engine, pixels):
     fill_slots(engine, range(3), engine.encode_images(pixels[:3])[0])
     all_scores(engine, [DOG], 3)
 

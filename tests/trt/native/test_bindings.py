@@ -129,7 +129,7 @@ print(json.dumps([name for name in ("torch", "pycuda.autoinit", "pycuda.autoprim
     assert answer_of(script) == []
 
 
-def test_a_machine_without_a_gpu_is_told_so_by_the_real_driver_bindings():
+def test_the_real_driver_bindings_report_a_missing_gpu():
     script = """
 import json
 from trt.cuda.context import CudaDevice
@@ -143,7 +143,7 @@ except EngineUnavailable as error:
     assert "no CUDA-capable device" in answer_of(script)
 
 
-def test_tensorrt_without_a_gpu_is_told_so_by_the_real_bindings(tmp_path):
+def test_the_real_tensorrt_bindings_report_a_missing_gpu(tmp_path):
     script = f"""
 import json, pathlib, sys, tensorrt_bindings
 sys.modules["tensorrt"] = tensorrt_bindings

@@ -1,4 +1,4 @@
-"""The engine that computes nothing."""
+"""The constant engine."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""ONNX Runtime over an engine directory; the contract that every engine keeps is in test_engines."""
+"""ONNX Runtime over an engine directory; the contract of every engine is tested in `tests/trt/test_contract.py`."""
 
 import shutil
 from dataclasses import replace
@@ -128,7 +128,7 @@ def test_what_the_engine_was_not_built_for_is_refused_with_the_command_that_buil
         load(full, **changes)
 
 
-def test_a_gpu_is_not_asked_for_in_vain(full):
+def test_a_gpu_is_refused_for_onnx_runtime(full):
     with pytest.raises(EngineUnavailable, match="does not run on 'cuda': choose cpu"):
         load(full, device="cuda")
 
@@ -172,7 +172,7 @@ def test_a_graph_that_onnx_runtime_cannot_read_is_a_mismatch(full, tmp_path):
         load(full, directory)
 
 
-def test_an_engine_without_a_directory_says_how_one_is_made(full):
+def test_the_error_for_a_missing_engine_directory_names_the_build_command(full):
     with pytest.raises(EngineUnavailable, match=r"python -m trt\.build"):
         load_engine(
             "onnx",

@@ -1,4 +1,4 @@
-"""How calls are laid out in the few sizes that a plan is run at."""
+"""Division of calls into the few batch sizes of a plan."""
 
 import numpy as np
 import pytest

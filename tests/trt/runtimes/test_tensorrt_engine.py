@@ -1,4 +1,4 @@
-"""What the TensorRT engine does around its plans, on a recorded GPU that is as lazy as a GPU may be.
+"""The TensorRT engine around its plans, on a recorded GPU that defers work as long as a GPU may.
 
 The contract that it shares with every engine is in `test_engines`.
 """
@@ -125,7 +125,7 @@ def test_each_size_has_a_context_of_the_narrowest_profile(engine, gpu):
     assert chosen == ["set_optimization_profile_async 0"] * 2
 
 
-def test_queries_that_are_kept_stay_what_they_are(engine):
+def test_kept_queries_are_not_overwritten_by_later_calls(engine):
     first, second = engine.encode_queries([TEXTS[0]]), engine.encode_queries([TEXTS[1], TEXTS[2]])
     expected = engine.score_pairs(engine.encode_queries([TEXTS[0]]), numbers(0), numbers(5))
 
@@ -134,7 +134,7 @@ def test_queries_that_are_kept_stay_what_they_are(engine):
     np.testing.assert_array_equal(engine.score_pairs(first, numbers(0), numbers(5)), expected)
 
 
-def test_the_time_of_copies_is_told_for_the_last_call(engine):
+def test_copy_times_are_those_of_the_last_call(engine):
     scored(engine)
 
     copies = engine.last_copies()
@@ -175,7 +175,7 @@ def test_fixed_buckets_run_every_call_at_one_size_for_its_length(checkpoint, tmp
     assert gpu.calls.count("create_execution_context") == num_contexts == 2 * 3  # query and pair, for three lengths
 
 
-def test_an_engine_without_graphs_scores_the_same_and_says_why(checkpoint, tmp_path, gpu, caplog):
+def test_an_engine_without_cuda_graphs_scores_the_same_and_logs_the_reason(checkpoint, tmp_path, gpu, caplog):
     expected = scored(filled(open_recorded(checkpoint, tmp_path, "int8", device="cuda", **SIZES)))
     gpu.faults["no capture"] = True
 
@@ -189,7 +189,7 @@ def test_an_engine_without_graphs_scores_the_same_and_says_why(checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("call", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
-def test_whatever_of_a_capture_fails_the_plans_are_enqueued(engine, gpu, call):
+def test_plans_are_enqueued_if_any_step_of_a_capture_fails(engine, gpu, call):
     gpu.faults[call] = 900
 
     assert np.isfinite(scored(engine)).all()
@@ -335,7 +335,7 @@ def test_a_machine_where_tensorrt_does_not_start_is_named_with_a_remedy(checkpoi
         open_recorded(checkpoint, tmp_path, "int8", gpu, device="cuda", **SIZES)
 
 
-def test_without_pycuda_or_tensorrt_it_says_what_to_install(checkpoint, tmp_path):
+def test_the_error_without_pycuda_or_tensorrt_names_the_package_to_install(checkpoint, tmp_path):
     written(checkpoint, tmp_path)
 
     with recorded_modules(Gpu(), checkpoint, without="pycuda.driver"), pytest.raises(EngineUnavailable, match="gpu"):

@@ -1,4 +1,4 @@
-"""The torch engine: precision, stored tokens, first-stage scores, and staging."""
+"""The torch engine: precision, stored tokens and staging."""
 
 import numpy as np
 import pytest
@@ -116,7 +116,7 @@ def test_more_rows_than_the_ring_holds_are_refused(checkpoint):
         torch_engine(checkpoint, "int8", staged=True).slab.stage(range(STAGING_ROWS + 1))
 
 
-def test_the_engine_digest_tells_apart_what_changes_a_score(checkpoint):
+def test_the_engine_digest_differs_for_everything_that_changes_a_score(checkpoint):
     engines = [
         torch_engine(checkpoint, "int8"),
         torch_engine(checkpoint, "int4"),

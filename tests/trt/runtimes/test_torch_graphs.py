@@ -1,4 +1,4 @@
-"""Scoring by recorded work: the logits of scoring without it, every size recorded before the first call."""
+"""Scoring with CUDA graphs: the same logits as without, and every size captured before the first call."""
 
 import itertools
 import logging

@@ -1,4 +1,4 @@
-"""Which derived rows exist and which have to be computed, and the logits that they lead to."""
+"""The table of derived rows: which are valid, which must be computed, and the logits of both."""
 
 from dataclasses import replace
 

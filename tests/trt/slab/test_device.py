@@ -1,4 +1,4 @@
-"""The slab in device memory and what it stands on, on a recorded GPU that does nothing before somebody waits."""
+"""The slab in device memory, on a recorded GPU that runs no work until the host synchronises."""
 
 import importlib
 import itertools
@@ -41,7 +41,7 @@ def make_slab(cuda, layout):
 
 
 def fill(slab, slots, value):
-    """Every byte of every slot tells slot and value; returns what was written."""
+    """Write bytes that encode slot and value into every slot; return them."""
     tokens, scales, rows = slab.stage(slots)
     for row, slot in zip(rows, slots, strict=True):
         tokens[row], scales[row] = slot * 10 + value, slot * 10 + value + 1
@@ -166,7 +166,7 @@ def test_uploads_that_fill_the_ring_wait_for_those_before_them(cuda):
     assert (found == np.arange(40)[:, None]).all()
 
 
-def test_a_kernel_that_does_not_compile_is_named_with_what_the_compiler_says(cuda):
+def test_the_error_for_a_kernel_that_does_not_compile_contains_the_compilers_message(cuda):
     cuda.gpu.faults["nvrtcCompileProgram"] = 6
 
     with pytest.raises(EngineUnavailable, match="no such type"):

@@ -1,4 +1,4 @@
-"""The device slab of torch behind a fill stream that does nothing before somebody waits for it."""
+"""The torch slab on a device, with a fill stream that runs no work until the host synchronises."""
 
 import numpy as np
 import pytest
