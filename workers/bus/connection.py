@@ -14,6 +14,7 @@ from workers.settings import KafkaSettings
 RECONNECT_MAX_MS = 2_000
 #: Timeout of one attempt to reach one broker.
 REACH_S = 2.0
+MAX_PORT = 65_535
 
 
 def kafka_connection(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
@@ -48,10 +49,13 @@ def check_reachable(settings: KafkaSettings) -> None:
     errors = []
     for broker in settings.kafka_brokers:
         host, _, port = broker.rpartition(":")
+        if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port[:6]) <= MAX_PORT:
+            errors.append(f"{broker}: not of the form host:port with a port from 1 to {MAX_PORT}")
+            continue
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S):
                 return
-        except (OSError, ValueError, OverflowError) as error:
+        except (OSError, ValueError) as error:  # a host name that cannot be encoded is a ValueError
             errors.append(f"{broker}: {error}")
     is_default = "kafka_brokers" not in settings.model_fields_set
     hint = "KAFKA_BROKERS is not set" if is_default else "check KAFKA_BROKERS"

@@ -78,6 +78,14 @@ def test_brokers_that_do_not_answer_are_one_sentence_that_names_the_variable():
         check_reachable(KafkaSettings(kafka_brokers="127.0.0.1:1,nonsense"))
 
 
+@pytest.mark.parametrize(
+    "broker", ["kafka.example", "kafka.example:", ":9092", "host:99999", "host:0", "host:x", "h:٣"]
+)
+def test_a_broker_without_a_valid_port_is_named_with_the_form_it_should_have(broker):
+    with pytest.raises(Transient, match="not of the form host:port"):
+        check_reachable(KafkaSettings(kafka_brokers=broker))
+
+
 def test_forgotten_brokers_are_named_as_forgotten(monkeypatch):
     monkeypatch.delenv("KAFKA_BROKERS", raising=False)
     settings = KafkaSettings()
