@@ -66,6 +66,7 @@ __all__ = [
     "BlobVersionMismatch",
     "blob_key",
     "blob_keys",
+    "content_number",
     "content_sha256_of",
     "decode_blobs",
     "dequantize",
@@ -78,6 +79,8 @@ _NUM_FIELDS = 9
 _HEAD_BYTES = 512
 _CHECKSUM_BYTES = 8
 _SHA256_BYTES = 32
+#: Bytes of a SHA-256 that tell two contents of one image apart.
+CONTENT_NUMBER_BYTES = 8
 _POSITION_BYTES = 16
 _MAX_TOKEN_DIM = 65_536
 
@@ -234,6 +237,12 @@ def content_sha256_of(layout: BlobLayout, blob: bytes) -> bytes:
         raise error
     at = _frame_of(layout).sha256_at
     return blob[at : at + _SHA256_BYTES]
+
+
+def content_number(layout: BlobLayout, blob: bytes) -> int:
+    """Return the end of the content's SHA-256 as a number; `blob` is one that `decode_blobs` found good."""
+    end = _frame_of(layout).sha256_at + _SHA256_BYTES
+    return int.from_bytes(blob[end - CONTENT_NUMBER_BYTES : end])
 
 
 def dequantize(layout: BlobLayout, token_bytes: Bytes, scale_bytes: Bytes) -> NDArray[np.float32]:

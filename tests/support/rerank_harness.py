@@ -33,7 +33,7 @@ from workers.rerank.explaining import Words
 from workers.rerank.fetching import Read
 from workers.rerank.invalidation import Invalidation
 from workers.rerank.job import RerankBounds, RerankJob
-from workers.rerank.loading import SlabLoader
+from workers.rerank.loading import SlabLoader, StartFetch
 from workers.rerank.replies import Replies
 from workers.rerank.request import Piece
 from workers.rerank.scoring import BatchScorer
@@ -76,8 +76,9 @@ def logit_of(ids: Sequence[int], image: float) -> float:
 
 
 def blob_of(number: int, layout: BlobLayout = LAYOUT) -> bytes:
-    """The tokens of an image that the engine sees as this number."""
-    return encode_blob(layout, np.full((layout.num_tokens, layout.token_dim), number, np.float32), bytes(32))
+    """The tokens of an image that the engine sees as this number, which is its content's SHA-256 too."""
+    tokens = np.full((layout.num_tokens, layout.token_dim), number, np.float32)
+    return encode_blob(layout, tokens, number.to_bytes(32))
 
 
 class Engine:
@@ -214,15 +215,19 @@ class Rig:
         encode_batch: EncodeBatch = encode_texts,
         words: Words = words_of,
         text_executor: Executor | None = None,
+        executor: Executor | None = None,
+        store: MemoryStore | None = None,
+        start_fetch: StartFetch | None = None,
+        metrics: Metrics | None = None,
         tokenizer_cache_size: int = 100,
         calibration: Calibration | None = None,
         make_tracer: Callable[[Rig], Tracer] = lambda rig: Tracer.off(rig.metrics.bad_traceparents.inc),
     ) -> None:
         self.now = START
-        self.store = MemoryStore()
-        self.metrics = Metrics()
+        self.store = store or MemoryStore()
+        self.metrics = metrics or Metrics()
         self.engine = engine or Engine(num_slots, max_batch_pairs)
-        self.executor = HandExecutor()
+        self.executor: Any = executor or HandExecutor()
         self.text_executor = text_executor or InlineExecutor()
         self.fetches = HandFetches(self.store, lambda: self.now)
         tracer = make_tracer(self)
@@ -233,7 +238,7 @@ class Rig:
             slab=self.engine.slab,
             layout=layout,
             num_slots=num_slots,
-            start_fetch=self.fetches.start,
+            start_fetch=start_fetch or self.fetches.start,
             landing=self.landing,
             metrics=self.metrics,
             spans=spans,

@@ -58,17 +58,23 @@ class Invalidation:
 
     def _apply(self, record: Record) -> None:
         image_id = _image_id(record)
-        if image_id is not None and self._loader.holds(image_id) and self._is_change(record):
+        if image_id is not None and self._loader.holds(image_id) and self._is_change(image_id, record):
             self._loader.invalidate(image_id)
             self._metrics.slab_invalidations.inc()
 
-    def _is_change(self, record: Record) -> bool:
-        """Whether an event may change this model's tokens: a removal, new content, or an unreadable event."""
+    def _is_change(self, image_id: str, record: Record) -> bool:
+        """Whether an event may change this model's tokens: a removal, new content, or an unreadable event.
+
+        An event that skipped the write can be the only report of new content: an ingest worker that stored the content
+        ended before it published, and its successor found the blob in the store.
+        """
         try:
             event = decode(ImageIndexed, record.value, content_type_of(record.headers))
         except EventError:
             return True
-        return event.model == self._model and not event.skipped
+        if event.model != self._model:
+            return False
+        return not event.skipped or not self._loader.has_content(image_id, bytes.fromhex(event.content_sha256))
 
 
 def _image_id(record: Record) -> str | None:

@@ -16,7 +16,15 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from protocols.blob import BlobError, BlobLayout, BlobMissing, blob_keys, decode_blobs
+from protocols.blob import (
+    CONTENT_NUMBER_BYTES,
+    BlobError,
+    BlobLayout,
+    BlobMissing,
+    blob_keys,
+    content_number,
+    decode_blobs,
+)
 from trt.contract import TokenSlab
 from workers.errors import WorkerError
 from workers.landing import Landing
@@ -62,6 +70,7 @@ class SlabLoader:
         self._slab = slab
         self._layout = layout
         self._table = SlotTable(num_slots)
+        self._contents = np.zeros(num_slots, np.uint64)  # `content_number` of each slot's blob, 0 while it is fetched
         self._start_fetch = start_fetch
         self._landing = landing
         self._metrics = metrics
@@ -98,6 +107,7 @@ class SlabLoader:
     def _fetch(self, piece: Piece, absent: Sequence[str]) -> None:
         reserved = self._table.reserve(absent)
         piece.slots[piece.slots == NO_SLOT] = reserved
+        self._contents[reserved] = 0
         fetch = Fetch(absent, reserved, [piece])
         piece.num_fetches += 1
         self._fetch_of.update(dict.fromkeys(absent, fetch))
@@ -118,6 +128,10 @@ class SlabLoader:
             self._fail(fetch, error)
             return
         self._slab.publish(fetch.slots.tolist(), rows)
+        self._contents[fetch.slots] = [
+            0 if blob is None or error is not None else content_number(self._layout, blob)
+            for blob, error in zip(read.blobs, errors, strict=True)
+        ]
         bad = {image: error for image, error in zip(fetch.images, errors, strict=True) if error is not None}
         if bad:
             self._report(bad, fetch.waiting)
@@ -184,6 +198,11 @@ class SlabLoader:
     def holds(self, image: str) -> bool:
         """Whether the slab holds this image, or it is being fetched."""
         return image in self._table
+
+    def has_content(self, image: str, content_sha256: bytes) -> bool:
+        """Whether the image's slot has the tokens of this content; False while they are being fetched."""
+        slot = self._table.slot_of(image)
+        return slot != NO_SLOT and int(self._contents[slot]) == int.from_bytes(content_sha256[-CONTENT_NUMBER_BYTES:])
 
     def invalidate(self, image: str) -> None:
         """Drop the slot of a changed image. Later pieces fetch it again; pieces in work keep the old tokens."""

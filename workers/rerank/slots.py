@@ -41,6 +41,10 @@ class SlotTable:
     def __contains__(self, key: str) -> bool:
         return key in self._slots
 
+    def slot_of(self, key: str) -> int:
+        """Return the slot of an image, or `NO_SLOT`; it does not count as used."""
+        return self._slots.get(key, NO_SLOT)
+
     def num_available(self) -> int:
         """Return the number of slots that new images can take."""
         return self.num_slots - self._num_pinned

@@ -90,6 +90,34 @@ def test_only_events_that_may_change_the_tokens_of_this_model_drop_a_slot(fields
     assert indexed.rig.fetches.asked.count("vt:m1:a") == 1 + is_dropped
 
 
+def test_new_content_that_only_a_skipped_event_reports_drops_the_slot():
+    indexed = Indexed()
+    indexed.index("a", 1)
+    indexed.ask(["a"])
+
+    indexed.index("a", 3, skipped=True)  # stored by an ingest worker that ended before it published
+
+    assert indexed.ask(["a"]) == expected(request(["a"]), {"a": 3})
+    assert indexed.rig.is_idle()
+
+
+def test_a_skipped_event_during_the_fetch_has_the_image_fetched_again():
+    indexed = Indexed()
+    indexed.index("a", 1)
+    indexed.rig.send(request(["a"], request_id="before"))
+    indexed.rig.turn()
+    future, _ = indexed.rig.fetches.waiting.pop(0)
+    old = indexed.rig.store.get_many(["vt:m1:a"])
+
+    indexed.index("a", 3, skipped=True)
+    indexed.rig.turn()
+    indexed.rig.fetches.answer(future, old)
+    indexed.rig.run()
+
+    assert indexed.ask(["a"]) == expected(request(["a"]), {"a": 3})
+    assert indexed.rig.is_idle()
+
+
 def test_a_piece_in_work_keeps_the_tokens_it_has_and_the_next_one_fetches():
     indexed = Indexed()
     indexed.index("a", 1)
