@@ -239,7 +239,11 @@ class Loop:
         self._leaving = staying
 
     def _leave(self, partitions: frozenset[Partition]) -> Future[None]:
-        left = self._partitions.leave(partitions - set(self._delivery.committing()))
+        """Commit the orderly end of these partitions, and drop their work: a later commit could arrive first."""
+        committing = set(self._delivery.committing())
+        self._job.drop(partitions)
+        self._delivery.drop(partitions)
+        left = self._partitions.leave(partitions - committing)
         left.add_done_callback(lambda _: self._wake())
         return left
 

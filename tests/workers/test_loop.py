@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future
 from unittest.mock import Mock
 
 import pytest
@@ -382,6 +383,27 @@ def test_a_drain_whose_grace_is_over_is_not_counted_as_a_death(bench):
     bench.turn()
 
     assert bench.broker.committed["g", P0] == Commit(0, str(Marker(0, 0, "in")))
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_nothing_is_delivered_any_more_once_the_orderly_end_is_being_committed(bench, stops):
+    bench.publish(1)
+    bench.job.held = True
+    bench.turn()
+    bench.inbox.commit = Mock(return_value=Future())
+    if stops:
+        bench.loop.stop()
+    else:
+        lose(bench, 0)
+    bench.turn()
+    bench.now += 10.0 if stops else 5.0
+    bench.turn()
+
+    bench.job.held = False
+    bench.turn(3)
+
+    assert bench.inbox.commit.called
+    assert bench.answered == 0  # a transaction that commits now could be overwritten by the earlier offset
 
 
 def test_a_worker_does_not_wait_for_ever_to_report_its_orderly_end(bench):
