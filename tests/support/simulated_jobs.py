@@ -113,7 +113,7 @@ class ContentEngine(rerank_harness.Engine):
         super().__init__(num_slots, max_pairs)
         self.world = world
 
-    def score_pairs(self, queries, pair_query, pair_slot, first_stage=None):
+    def score_pairs(self, queries, pair_query, pair_slot):
         self.world.interleave()  # a slot that is pinned keeps its tokens meanwhile
         texts: Any = queries
         contents = self.slab.tokens.view(np.float16)[pair_slot, 0].astype(np.float32)
@@ -123,7 +123,7 @@ class ContentEngine(rerank_harness.Engine):
 class ImageEngine:
     """Tokens that are all equal to the picture's shade."""
 
-    info = EngineInfo("constant", "m1", "e1", 2, 4, "fp16", 8, 64, 4, 0, 0, reads_first_stage=False)
+    info = EngineInfo("constant", "m1", "e1", 2, 4, "fp16", 8, 64, 4, 0, 0)
 
     def encode_images(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shades = pixels[:, 0, 0, 0].astype(np.float32)
