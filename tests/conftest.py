@@ -1,7 +1,7 @@
-"""Real services for the tests that ask for them, started once for all pytest-xdist workers.
+"""Starts real services for the tests that use them, once for all pytest-xdist workers.
 
-The controlling process owns the servers; a worker asks it for an address over a local socket, and only then
-is the server started. Without pytest-xdist the one process is its own controller.
+The controlling process owns the servers; a worker requests an address over a local socket, and only then
+is the server started. Without pytest-xdist the single process is also the controller.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from skipping import missing
 #: Fixtures of the tests that need a GPU.
 pytest_plugins = ["gpu_devices"]
 
-ADDRESS_LIMIT_S = 300.0  # of a first run that downloads Kafka
+ADDRESS_LIMIT_S = 300.0  # a first run downloads Kafka
 
 #: The attribute of `Services` that holds each service's address.
 ADDRESSES = {"kafka": "brokers", "redis": "redis_url", "postgres": "database_url"}
@@ -32,7 +32,7 @@ DESK = pytest.StashKey["ServicesDesk"]()
 
 
 class ServicesDesk:
-    """Answers each worker's question with an address or with the reason why there is none, one at a time."""
+    """Answers each worker's request with an address, or with the reason why the service cannot start."""
 
     def __init__(self) -> None:
         self.services = Services().__enter__()
@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[DESK] = ServicesDesk()
 
 
-#: Fixtures that start a server; a test that asks for one of them is marked `services`.
+#: Fixtures that start a server; a test that uses one of them is marked `services`.
 SERVER_FIXTURES = {
     "kafka_brokers",
     "redis_url",
@@ -106,19 +106,19 @@ def address_of(service: str, config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def kafka_brokers(pytestconfig: pytest.Config) -> str:
-    """Addresses of a real Kafka that all tests share; name your topics and groups with `unique_prefix`."""
+    """Addresses of a real Kafka that all tests share; names of topics and groups begin with `unique_prefix`."""
     return address_of("kafka", pytestconfig)
 
 
 @pytest.fixture(scope="session")
 def redis_url(pytestconfig: pytest.Config) -> str:
-    """URL of a real Redis that all tests share; name your keys with `unique_prefix`."""
+    """URL of a real Redis that all tests share; keys begin with `unique_prefix`."""
     return address_of("redis", pytestconfig)
 
 
 @pytest.fixture(scope="session")
 def database_url(pytestconfig: pytest.Config) -> str:
-    """URL of a real PostgreSQL that all tests share; take model digests or schemas that no other test has."""
+    """URL of a real PostgreSQL that all tests share; use model digests or schemas that no other test has."""
     return address_of("postgres", pytestconfig)
 
 
@@ -130,19 +130,19 @@ def unique_prefix() -> str:
 
 @pytest.fixture
 def private_kafka(tmp_path: Path) -> Iterator[Callable[..., KafkaServer]]:
-    """Start a Kafka of the test's own, to be killed and frozen; takes settings of the server."""
+    """Return a function that starts a Kafka for this test, which may be killed or frozen; takes server settings."""
     yield from private_servers(KafkaServer, tmp_path)
 
 
 @pytest.fixture
 def private_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
-    """Start a Redis of the test's own, to be killed and frozen; takes settings of the server."""
+    """Return a function that starts a Redis for this test, which may be killed or frozen; takes server settings."""
     yield from private_servers(RedisServer, tmp_path)
 
 
 @pytest.fixture
 def private_postgres() -> Iterator[Callable[..., PostgresServer]]:
-    """Start a PostgreSQL of the test's own, to be killed and frozen; takes parameters of the server."""
+    """Return a function that starts a PostgreSQL for this test, which may be killed or frozen; takes parameters."""
     # Not in tmp_path: another pytest session that starts removes the access of other users to all of pytest's folders,
     # and root runs this server as another user.
     with tempfile.TemporaryDirectory(prefix="edje-postgres-") as folder:

@@ -1,4 +1,4 @@
-"""Work piles up and workers come, it is done and they go, and no request is lost on the way: `make test-autoscaling`.
+"""Workers are added when work piles up and removed when it is done, and no request is lost: `make test-autoscaling`.
 
 The manifests that users deploy, on a real API server with its controllers, a real KEDA, Prometheus, Kafka, Redis and
 PostgreSQL, and real workers (`autoscaling_cluster`). The first time builds the API server and KEDA.
@@ -21,7 +21,7 @@ from service_worker import eventually
 
 pytestmark = [pytest.mark.autoscaling, pytest.mark.services, pytest.mark.timeout(3600)]
 
-#: Written anew by each session; `python tests/support/autoscaling_plot.py` draws it.
+#: The record, rewritten by each run; `python tests/support/autoscaling_plot.py` draws it.
 RECORD = ROOT / "build" / "autoscaling.jsonl"
 #: 240 s of work for one worker: 120 times the threshold of one, and a minute for all.
 BURST = 6_000
@@ -47,7 +47,7 @@ def client(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def begin(cluster: Cluster, client: tuple[Service, Tap]) -> Iterator[Callable[[str], Run]]:
-    """Begin a run with nothing to do and as few workers as there may be."""
+    """Begin a run without work and with the smallest number of workers."""
 
     def begin(name: str) -> Run:
         run = Run(cluster, Requests(*client), RECORD, name)
@@ -59,12 +59,12 @@ def begin(cluster: Cluster, client: tuple[Service, Tap]) -> Iterator[Callable[[s
 
 
 def drained(worker: Ended) -> bool:
-    """Whether it left when it was told to, with nothing left in work."""
+    """Whether a worker ended on request, with nothing left in work."""
     return worker.was_asked and worker.status == 0 and '"event": "drained"' in worker.log.read_text()
 
 
 def answered(seen: Seen) -> Seen:
-    """What a client should see of so many requests: every one answered, once, and well."""
+    """Return what a client should see of this many requests: each answered once and without error."""
     return Seen(seen.requests, lost=0, statuses=frozenset({"ok"}), repeated=0, different=0)
 
 
@@ -84,7 +84,7 @@ def test_every_worker_of_the_overlay_becomes_ready(cluster: Cluster):
         raise
 
 
-def test_workers_come_as_the_formula_says_and_go_when_the_work_is_done(begin: Callable[[str], Run]):
+def test_workers_are_added_by_the_formula_and_removed_when_the_work_is_done(begin: Callable[[str], Run]):
     run = begin("a stream and a burst")
 
     run.stream(workers=1.8)
@@ -117,11 +117,11 @@ def test_a_rolling_update_and_a_killed_worker_within_a_burst_lose_no_request(beg
     seen = run.seen()
 
     assert up_s < 2 * run.scaler["pollingInterval"]
-    assert replace(seen, repeated=0) == answered(seen)  # what the killed worker had answered and not committed
+    assert replace(seen, repeated=0) == answered(seen)  # the killed worker's uncommitted answers are repeated
     assert [worker.pod for worker in run.ended() if not drained(worker)] == [killed]
 
 
-def test_while_prometheus_is_away_the_lag_raises_the_workers_and_none_is_sent_away(begin: Callable[[str], Run]):
+def test_while_prometheus_is_away_the_lag_adds_workers_and_none_is_removed(begin: Callable[[str], Run]):
     run = begin("Prometheus away")
 
     run.cluster.prometheus.stop()
@@ -129,7 +129,7 @@ def test_while_prometheus_is_away_the_lag_raises_the_workers_and_none_is_sent_aw
     up_s = run.burst(BURST)
     run.until(lambda: run.ready == run.wanted_for("lag", BURST), "as many workers as the lag asks for")
     run.until_answered()
-    run.until(run.has_fallen_back, "the autoscaler says that it falls back")
+    run.until(run.has_fallen_back, "the autoscaler reports that it uses its fallback")
     wanted = run.wanted
     run.cluster.prometheus.start()
     run.note("Prometheus is back")

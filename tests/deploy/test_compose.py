@@ -1,4 +1,4 @@
-"""compose.yaml without a container engine: what it mounts, builds and waits for is there."""
+"""compose.yaml without a container engine: its mounts, build stages and dependencies exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mounts(service: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_what_a_service_mounts_builds_and_waits_for_is_there(service: str):
+def test_the_mounts_build_stage_and_dependencies_of_a_service_exist(service: str):
     described = SERVICES[service]
     volumes = yaml.safe_load((ROOT / "compose.yaml").read_text())["volumes"]
     stages = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What the demo shows and asks: drawn scenes or a folder of one's own, and who finds the candidates."""
+"""The demo's pictures, questions and first stages: drawn scenes, or a folder of the user's pictures."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from server_process import ServiceError
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Three groups of four."""
+    """Three groups of four scenes."""
     return drawn_scenes(tmp_path_factory.mktemp("scenes") / "new", num_pictures=12, size=32)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Untrained, with a first stage."""
+    """An untrained checkpoint with a first stage."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     tiny = VARIANTS["tiny"]
     write_untrained(tiny, folder, seed=0)
@@ -70,7 +70,7 @@ def test_a_caption_is_the_words_of_a_file_name():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures, one of them below a folder."""
+    """A folder with three pictures, one of them in a subfolder."""
     for name in ("red-cup.jpg", "black cat.jpg", "beach/1.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -91,7 +91,7 @@ def test_a_caption_table_gives_queries_whose_right_picture_is_known(folder):
     assert len(pictures.files) == 3
 
 
-def test_a_first_stage_without_vectors_does_not_read_the_caption_that_is_asked(folder):
+def test_a_first_stage_without_vectors_does_not_read_the_caption_that_is_the_query(folder):
     table = folder / "captions.csv"
     table.write_text("image,caption\nbeach/1.jpg,a dog on a beach\nbeach/1.jpg,sand and waves\nred-cup.jpg,a mug\n")
 
@@ -135,7 +135,7 @@ def test_all_pictures_of_a_folder_are_used(tmp_path):
         (lambda here: Choices.of({"IMAGES": "x", "QUERIES": "a", "CAPTIONS": "b"}), "not both"),
     ],
 )
-def test_what_is_missing_is_a_sentence_that_says_what_to_give(tmp_path, make, sentence):
+def test_a_missing_choice_is_an_error_that_names_the_variable_to_set(tmp_path, make, sentence):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.jpg")
 
     with pytest.raises(ServiceError, match=sentence):
@@ -146,7 +146,7 @@ def test_what_is_missing_is_a_sentence_that_says_what_to_give(tmp_path, make, se
     ("table", "sentence"),
     [("image,caption\nother.jpg,a dog\n", "no usable image"), ("name,text\na,b\n", "CAPTIONS="), (None, "CAPTIONS=")],
 )
-def test_a_caption_table_that_does_not_fit_is_a_sentence(folder, table, sentence):
+def test_a_caption_table_that_does_not_fit_is_an_error_that_names_it(folder, table, sentence):
     path = folder / "captions.csv"
     if table is not None:
         path.write_text(table)
@@ -180,7 +180,7 @@ def test_each_question_knows_the_one_right_picture(pictures):
     assert len(texts.options) == 4
 
 
-def test_scenes_and_confusers_are_asked_for_alike():
+def test_scenes_and_confusers_both_have_queries():
     asked = range(0, NUM_PICTURES, QUERY_EVERY)
 
     assert len(asked) == 40
@@ -213,7 +213,7 @@ def test_a_picture_is_pooled_here_as_the_model_pools_it(pictures, checkpoint):
     np.testing.assert_allclose(found[file.image_id], expected.numpy(), atol=1e-5)
 
 
-def test_what_is_set_to_nothing_is_not_chosen(monkeypatch, checkpoint):
+def test_an_empty_variable_counts_as_not_set(monkeypatch, checkpoint):
     monkeypatch.setattr(demo_choices, "SHIPPED", checkpoint)
 
     choices = Choices.of({"IMAGES": "", "CHECKPOINT": "", "REDIS_URL": "redis://here"})
@@ -233,7 +233,7 @@ def test_what_is_set_to_nothing_is_not_chosen(monkeypatch, checkpoint):
         ({"IMAGES": "here", "CHECKPOINT": "untrained"}, UNTRAINED, False, False),
     ],
 )
-def test_what_follows_from_the_choices(
+def test_the_choices_decide_the_first_stage_the_check_and_the_caveat(
     monkeypatch, checkpoint, tmp_path, environment, caveat, searches_vectors, is_checked
 ):
     write_untrained(VARIANTS["tiny"], tmp_path / "untrained", seed=0)
@@ -249,6 +249,6 @@ def test_what_follows_from_the_choices(
     assert choices.is_checked() == is_checked
 
 
-def test_a_checkpoint_that_is_none_is_a_sentence(tmp_path):
+def test_an_invalid_checkpoint_is_an_error_that_names_it(tmp_path):
     with pytest.raises(CheckpointMissing, match="nowhere"):
         Choices.of({"CHECKPOINT": str(tmp_path / "nowhere")}).config()

@@ -1,4 +1,4 @@
-"""What the demo makes of its answers: places, figures, what is shown, and the check of the shipped model."""
+"""The demo's rankings: ranks, figures, the questions that are shown, and the check of the shipped model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANSWERED_BY = {"model": "0" * 16, "engine": "1" * 16}
 
 
 def ranking(before, after, right=None, *, text="a text", image_id=None):
-    """Names in the order of the first stage, and in that of the reply."""
+    """Return a ranking of names, given in the first stage's order and in the reply's order."""
     question = Question(text, [Option(name, f"caption of {name}", 0.5) for name in before], right, image_id)
     results = [Result(index=before.index(name), id=name, relevance_score=0.5, logit=0.0) for name in after]
     return question.ranking(results, {"score": 1.0})
@@ -37,7 +37,7 @@ def test_a_question_about_an_image_is_a_request_for_texts():
     assert request.candidates == [{"text": "a cup", "id": "b", "score": 0.7}]
 
 
-def test_every_candidate_keeps_its_place_before():
+def test_every_candidate_keeps_its_first_stage_rank():
     results = ranking("abc", "cab").results
 
     assert [(each.option.name, each.rank, each.rank_before) for each in results] == [
@@ -56,14 +56,14 @@ def test_the_right_candidate_is_always_among_those_shown(before, after, right, n
     assert len(answer.best_before(num_shown)) == len(answer.best_after(num_shown)) == num_shown
 
 
-def test_the_best_are_shown_in_order_where_nobody_knows_what_is_right():
+def test_the_best_are_shown_in_order_if_the_right_candidate_is_unknown():
     answer = ranking("abc", "cab")
 
     assert [each.option.name for each in answer.best_before(2)] == ["a", "b"]
     assert [each.option.name for each in answer.best_after(2)] == ["c", "a"]
 
 
-def test_lifted_is_what_was_not_first_and_is():
+def test_a_right_candidate_is_lifted_if_it_became_first():
     assert ranking("ab", "ba", "b").is_lifted()
     assert not ranking("ab", "ab", "a").is_lifted()
     assert not ranking("ab", "ab", "b").is_lifted()
@@ -86,7 +86,7 @@ def test_the_figures_count_every_question_whose_answer_is_known():
     assert figures == Figures(num_questions=4, first_stage_r1=0.5, reranked_r1=0.5, num_lifted=1)
 
 
-def test_there_are_no_figures_where_nobody_knows_what_is_right():
+def test_there_are_no_figures_if_no_right_candidate_is_known():
     assert figures_of([ranking("ab", "ba"), ranking("ab", "ab", "a", image_id="i")]) is None
 
 
@@ -100,7 +100,7 @@ def test_the_first_lifted_are_shown_and_then_the_texts():
 
 
 @pytest.mark.parametrize("figures", [Figures(40, 0.5, 0.9, 16), Figures(40, 0.7, 0.9, 8), Figures(40, 0.65, 0.85, 4)])
-def test_figures_as_they_have_to_be_pass_the_check(figures):
+def test_good_figures_pass_the_check(figures):
     assert figures.problem() is None
 
 
@@ -112,7 +112,7 @@ def test_figures_as_they_have_to_be_pass_the_check(figures):
         (Figures(40, 0.5, 0.9, 3), "put 3 right images first that were not; there must be 4"),
     ],
 )
-def test_the_check_says_what_is_wrong(figures, problem):
+def test_the_check_names_the_figure_that_fails(figures, problem):
     assert problem in figures.problem()
 
 
@@ -125,7 +125,7 @@ def test_the_summary_is_one_line_of_figures():
     )
 
 
-def test_the_right_text_is_told_of_wherever_it_came():
+def test_the_rank_of_the_right_text_is_reported():
     assert "came first" in about_the_texts(ranking("ab", "ba", "b", image_id="i"))
     assert "came only number 2" in about_the_texts(ranking("ab", "ba", "a", image_id="i"))
     assert about_the_texts(ranking("ab", "ba", image_id="i")) is None
@@ -143,7 +143,7 @@ def test_the_table_marks_the_right_candidate_even_when_it_is_last():
 
 
 class Client:
-    """Answers every request with its candidates turned round, or with an error."""
+    """Answers every request with its candidates in reverse order, or with an error."""
 
     def __init__(self, status="ok"):
         self.status, self.asked = status, {}
@@ -153,7 +153,7 @@ class Client:
         return self
 
     def result(self, timeout_s):
-        """Of having been published."""
+        """Return at once: the request counts as published."""
 
     def reply_to(self, request_id, timeout_s):
         turned = reversed(range(len(self.asked[request_id].candidates)))

@@ -1,4 +1,4 @@
-"""The demo's processes, as Procfile names them, and its report."""
+"""The demo's processes in Procfile, and its report."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_our_procfile_names_every_process():
     assert set(parse_procfile((ROOT / "Procfile").read_text())) == {"ingest", "rerank", "index", "gateway"}
 
 
-def test_a_line_that_is_no_process_is_named():
+def test_an_invalid_line_of_procfile_is_reported_with_its_number():
     with pytest.raises(ServiceError, match="Procfile, line 2"):
         parse_procfile("a: b\njust words\n")
 
 
-def test_a_worker_that_ends_at_once_is_told_with_the_end_of_its_log(tmp_path):
+def test_a_worker_that_ends_at_once_is_reported_with_the_end_of_its_log(tmp_path):
     worker = Worker(
         "ingest", ["sh", "-c", "echo $INGEST_CHECKPOINT is missing; exit 3"], tmp_path, {"INGEST_CHECKPOINT": "x"}
     )
@@ -56,7 +56,7 @@ def test_each_worker_has_its_own_settings_and_what_all_have(tmp_path):
 
 
 class Elements(HTMLParser):
-    """The elements of a page, their attributes, and the end tags that close nothing or leave something open."""
+    """The elements of a page, their attributes, and end tags that match no open element."""
 
     EMPTY = frozenset({"meta", "img", "br"})
 
@@ -79,7 +79,7 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def report(tmp_path):
-    """Writes a report in which everything that comes from outside is hostile; the second candidate is right."""
+    """Return a function that writes a report with hostile names and captions; the second candidate is right."""
     path = tmp_path / "picture.png"
     Image.new("RGBA", (40, 30), (255, 0, 0, 128)).save(path)
     results = [Result(index=index, relevance_score=0.5, logit=0.0) for index in (1, 0)]
@@ -102,14 +102,14 @@ def report(tmp_path):
     return write
 
 
-def test_a_hostile_file_name_is_text_wherever_it_stands(report):
+def test_a_hostile_file_name_is_shown_as_text_everywhere(report):
     page = Elements(report(caveat=Caveat(HOSTILE, HOSTILE)))
 
     assert "script" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
-def test_the_report_needs_nothing_but_itself(report):
+def test_the_report_refers_to_no_other_file(report):
     page = Elements(report())
 
     sources = [value for name, value in page.attributes if name in ("src", "href")]
@@ -138,7 +138,7 @@ def test_the_right_candidate_is_marked_in_words_before_and_after(report):
     assert 'badge"' not in report(right=None)
 
 
-def test_the_figures_stand_on_top_where_there_are_any(report):
+def test_the_figures_are_shown_at_the_top_if_there_are_any(report):
     page = report(figures=Figures(40, 0.525, 0.9, 16))
 
     assert "of 40 questions" in page
@@ -147,6 +147,6 @@ def test_the_figures_stand_on_top_where_there_are_any(report):
     assert "questions" not in report(figures=None)
 
 
-def test_what_keeps_the_ranking_from_meaning_anything_is_told(report):
+def test_the_reason_for_a_meaningless_ranking_is_shown(report):
     assert "<strong>Untrained.</strong> Random numbers." in report(caveat=Caveat("Untrained", "Random numbers."))
     assert 'note"' not in report()

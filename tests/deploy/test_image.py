@@ -1,8 +1,8 @@
-"""What the images hold and run, without a container engine: the wheel in an environment of its own, outside the tree.
+"""Content and commands of the images, without a container engine: the wheel in a separate environment outside the tree.
 
 The environment is made by the commands of the Dockerfile's `gpu-app` stage, from the same lock, with hashes; the CPU
-image's torch, which comes from an index of its own, is not tried. The Python is the one that runs the tests. That the
-root is read-only and the user has no name is not tried here: the API server's tests see that the pods ask for it.
+image's torch, which comes from a separate index, is not tested. The Python is the one that runs the tests. That the
+root is read-only and the user has no name is not tested here; tests with an API server check that the pods require it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from deploy_tools import run, run_in
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PACKAGES = ("protocols", "edje", "trt", "workers")
 UV = str(Path(sys.executable).with_name("uv"))
-#: Two hard-linked installations and a build, on a machine that does much else.
+#: Timeout of two hard-linked installations and a build on a busy machine.
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def build_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the Dockerfile copies for the installation, and nothing else of the tree."""
+    """A folder with only those files of the tree that the Dockerfile copies for the installation."""
     context = tmp_path_factory.mktemp("context")
     for line in DOCKERFILE.split("FROM sources")[0].splitlines():
         if not line.startswith("COPY "):
@@ -59,7 +59,7 @@ def app(build_context: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_image(app: Path, folder: Path, *command: str) -> str:
-    """Run as the image would: its Python, nothing of the tree, a home to write to."""
+    """Run a command as the image would: with its Python, without the tree, with a writable home."""
     environment = {"PATH": f"{app}/bin:{os.environ['PATH']}", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     return run_in(environment, list(command), cwd=folder)
 
@@ -104,7 +104,7 @@ def test_the_wheel_holds_every_file_of_the_packages(build_context: Path, tmp_pat
     assert held == {str(path.relative_to(build_context)) for path in files if path.suffix != ".pyc"}
 
 
-def test_a_worker_runs_as_a_number_that_is_not_root_from_a_version_that_stays():
+def test_a_worker_runs_as_a_numeric_user_that_is_not_root_from_a_pinned_base_image():
     parents = {name: parent for parent, name in re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)}
     bodies = {part.splitlines()[0].split(" AS ")[1]: part for part in DOCKERFILE.split("\nFROM ")[1:]}
 

@@ -1,6 +1,6 @@
-"""The overlays on a real Kubernetes API server: taken, admitted under the restricted Pod Security level, idempotent.
+"""The overlays on a real Kubernetes API server: accepted, admitted at the restricted Pod Security level, idempotent.
 
-Alerts are read and tried by a real promtool. `make test-kubernetes` runs this; the first time builds the API server.
+A real promtool checks the alerts. `make test-kubernetes` runs these tests; the first run builds the API server.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from deploy_queries import rules
 from deploy_tools import CONTROL_PLANE, custom_definitions, promtool, run
 from kubernetes_harness import ApiServer, Etcd
 
-#: The first time builds the API server and kubectl.
+#: The first run builds the API server and kubectl.
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
 def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """With KEDA's and the Prometheus operator's definitions, as on a platform that has both."""
+    """An API server with KEDA's and the Prometheus operator's definitions, as on a platform that has both."""
     folder = tmp_path_factory.mktemp("kubernetes")
     store = Etcd(folder / "etcd")
     server = ApiServer(folder / "apiserver", store.url)
@@ -43,7 +43,7 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 @pytest.fixture(params=OVERLAYS)
 def applied(request: pytest.FixtureRequest, api_server: ApiServer) -> tuple[str, ApiServer]:
-    """An overlay, applied over whichever was there before."""
+    """An overlay, applied over the one before."""
     apply(api_server, request.param)
     return request.param, api_server
 
@@ -53,9 +53,9 @@ def apply(server: ApiServer, overlay: str) -> None:
 
 
 def versions(server: ApiServer, overlay: str) -> dict[str, object]:
-    """What changes when an object does: resource version and generation; of a volume claim its content.
+    """Return a value per object that changes with the object: version and generation; for a volume claim its content.
 
-    The API server writes a claim once more when it is applied again, without a change that it could show.
+    The API server writes a claim again when it is applied again, without a visible change.
     """
     found = server.get(f"--kustomize={KUBERNETES / 'overlays' / overlay}")
     return {
@@ -72,12 +72,12 @@ def pod_of(template: Object) -> Object:
 
 
 def try_pod(server: ApiServer, pod: Object) -> tuple[int, str]:
-    """Have the server admit a pod; status of kubectl and what it said."""
+    """Submit a pod for admission; return kubectl's status and output."""
     result = server.kubectl("create", "--dry-run=server", "--filename=-", "--output=name", text=json.dumps(pod))
     return result.returncode, result.stderr
 
 
-def test_an_overlay_is_taken_and_taking_it_again_changes_nothing(applied):
+def test_an_overlay_is_accepted_and_applying_it_again_changes_nothing(applied):
     overlay, server = applied
     before = versions(server, overlay)
 
@@ -87,7 +87,7 @@ def test_an_overlay_is_taken_and_taking_it_again_changes_nothing(applied):
     assert versions(server, overlay) == before
 
 
-def test_what_kubectl_makes_of_an_overlay_is_what_the_other_tests_read(applied):
+def test_kubectl_renders_an_overlay_as_the_other_tests_read_it(applied):
     overlay, server = applied
 
     made = list(yaml.safe_load_all(server.done("kustomize", str(KUBERNETES / "overlays" / overlay))))
@@ -102,7 +102,7 @@ def test_every_pod_is_admitted_under_the_restricted_level_and_with_its_service_a
     overlay, server = applied
     templates = pod_templates(rendered(overlay))
 
-    # An account that nobody makes here, because there is no controller; pods that name none get it.
+    # Created here, because no controller does it; pods without a service account get this one.
     server.kubectl("create", "serviceaccount", "default", "--namespace=edje")
     for name, template in templates.items():
         status, said = try_pod(server, pod_of(template))

@@ -1,4 +1,4 @@
-"""The embedded services: they come back after a kill, die with their parent, and say what is wrong."""
+"""The embedded services: they restart after a kill, end with their parent, and report errors."""
 
 from __future__ import annotations
 

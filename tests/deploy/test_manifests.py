@@ -1,4 +1,4 @@
-"""The Kubernetes overlays without a cluster: against the schemas of every object, and against what they have to fit."""
+"""The Kubernetes overlays without a cluster: checked against all schemas, settings and documents they depend on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ INPUTS = {"ingest": "images.new", "rerank": "rerank.requests"}
 
 @functools.cache
 def custom_schema(api_version: str, kind: str) -> Object | None:
-    """The schema of a kind that KEDA or the Prometheus operator defines, None for one of Kubernetes' own."""
+    """Return the schema of a kind that KEDA or the Prometheus operator defines, None for a kind of Kubernetes."""
     for path in custom_definitions():
         # One file for each kind, named after it; reading all of them takes half a minute.
         if not path.name.endswith(f"_{kind.lower()}s.yaml"):
@@ -62,7 +62,7 @@ def custom_schema(api_version: str, kind: str) -> Object | None:
 
 
 def closed(schema: Any) -> Any:
-    """The schema, refusing what it does not name; Kubernetes drops such fields without a word."""
+    """Return the schema without additional fields, which Kubernetes drops silently."""
     if isinstance(schema, list):
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
@@ -83,7 +83,7 @@ def validate(found: Object) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_object_is_what_its_schema_says(overlay: str):
+def test_every_object_matches_its_schema(overlay: str):
     for found in rendered(overlay):
         validate(found)
 
@@ -102,7 +102,7 @@ def test_a_field_that_does_not_exist_would_be_noticed(kind: str, path: tuple[str
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_configuration_that_a_pod_names_is_there(overlay: str):
+def test_every_configuration_that_a_pod_names_exists(overlay: str):
     objects = rendered(overlay)
     have = of_kind(objects, "ConfigMap").keys() | of_kind(objects, "Secret").keys() | {"credentials"}
     accounts = of_kind(objects, "ServiceAccount").keys() | {None}
@@ -171,13 +171,13 @@ def test_the_autoscaler_reads_the_workers_own_group_and_stops_at_the_partitions(
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_no_deployment_of_a_worker_says_how_many_there_are(overlay: str):
+def test_no_deployment_of_a_worker_sets_the_number_of_replicas(overlay: str):
     workers = of_kind(rendered(overlay), "Deployment")
 
     assert [name for name in WORKERS if "replicas" in workers[name]["spec"]] == []
 
 
-def test_a_gpu_is_asked_for_exactly_where_the_settings_want_one():
+def test_a_gpu_is_requested_exactly_where_the_settings_need_one():
     for overlay in OVERLAYS:
         for worker in WORKERS:
             wants = environment_of(rendered(overlay), worker).get(f"{worker.upper()}_DEVICE", "cpu") != "cpu"
@@ -243,7 +243,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @functools.cache
 def web_blocks() -> list[tuple[Network, list[Network]]]:
-    """Where images may come from: networks, each with what is excepted from it."""
+    """Return the networks from which images may come, each with its exceptions."""
     documents = yaml.safe_load_all((KUBERNETES / "base" / "network.yaml").read_text())
     (policy,) = [each for each in documents if each["metadata"]["name"] == "ingest-web"]
     (rule,) = policy["spec"]["egress"]

@@ -1,4 +1,4 @@
-"""Dashboard, alerts and autoscaler against what the workers really count; no Prometheus needed."""
+"""Dashboard, alerts and autoscaler use only metrics that the workers export; no Prometheus needed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from deploy_queries import alerts, metrics_in, queries
 from deploy_tools import CONTROL_PLANE
 from workers.metrics import Metrics
 
-#: What Prometheus itself knows of a target, and what only a Linux process has.
+#: Series that Prometheus adds for a target, and series of Linux processes.
 NOT_OURS = {"up", "process_start_time_seconds"}
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",), "info": ("_info",)}
 
 
 def series() -> set[str]:
-    """Every name that a worker's metrics page can show."""
+    """Return every series name that a worker's metrics page can show."""
     families = [family for family in Metrics().registry.collect() if family.name.startswith("edje_")]
     return {f"{family.name}{suffix}" for family in families for suffix in SUFFIXES[family.type]}
 
 
 @pytest.mark.parametrize("name", queries())
-def test_a_query_asks_only_for_what_workers_count(name: str):
+def test_a_query_uses_only_metrics_of_the_workers(name: str):
     asked = metrics_in(queries()[name])
 
     assert asked
     assert asked - series() - NOT_OURS == set()
 
 
-def test_the_names_in_a_query_are_found_wherever_they_stand():
+def test_the_metric_names_in_a_query_are_found_at_every_position():
     query = 'sum by (edje_label) (rate(edje_a_total{b="edje_c"}[5m])) / edje_d unless edje_e offset 15m or up'
 
     assert metrics_in(query) == {"edje_a_total", "edje_d", "edje_e", "up"}
@@ -48,7 +48,7 @@ def test_every_alert_leads_to_its_section_of_the_runbook():
         assert anchor in anchors
 
 
-def test_every_alert_is_seen_to_fire_and_to_be_silent():
+def test_every_alert_has_a_test_that_it_fires_and_a_test_that_it_does_not():
     cases = [
         case
         for test in yaml.safe_load((CONTROL_PLANE / "alerts_test.yaml").read_text())["tests"]

@@ -25,7 +25,7 @@ def data_of(kind: str, name: str) -> dict[str, str] | None:
     return {("ConfigMap", "a"): {"X": "1", "Y": "2"}, ("Secret", "s"): {"KEY": "hidden"}}.get((kind, name))
 
 
-def test_only_the_startup_probe_is_asked_until_it_has_succeeded():
+def test_only_the_startup_probe_runs_until_it_has_succeeded():
     health = ContainerHealth(ALL, now=0.0)
     assert health.due(now=0.0) == ["startup"]
 
@@ -92,7 +92,7 @@ def test_variables_come_from_maps_and_secrets_and_of_two_the_later_wins():
         ({"env": [{"name": "K", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}]}, "variables from fieldRef"),
     ],
 )
-def test_a_reference_to_nothing_is_an_error_that_names_it(container: dict[str, Any], said: str):
+def test_a_reference_to_a_missing_object_is_an_error_that_names_it(container: dict[str, Any], said: str):
     with pytest.raises(SpecUnmet, match=said):
         environment(container, data_of)
 
@@ -120,7 +120,7 @@ def test_a_mounted_path_is_a_folder_of_the_pod_and_every_address_the_pods_own(tm
 
 @pytest.fixture
 def run_pod(tmp_path: Path) -> Iterator[Callable[..., PodRun]]:
-    """A pod whose one container runs a line of shell."""
+    """Return a function that makes a pod whose only container runs a line of shell."""
     executor, pods = ThreadPoolExecutor(2), []
 
     def run(line: str, **more: Any) -> PodRun:
@@ -138,7 +138,7 @@ def run_pod(tmp_path: Path) -> Iterator[Callable[..., PodRun]]:
 
 
 def turned_until(pod: PodRun, now: float, number: int) -> list[Ended]:
-    """Turn at this moment until so many of its containers have ended."""
+    """Turn at this time until this many containers have ended."""
     ended: list[Ended] = []
 
     def enough() -> bool:
@@ -164,7 +164,7 @@ def test_a_container_that_ends_is_started_again_at_once_and_then_after_a_growing
     assert pod.status()["containerStatuses"][0]["restartCount"] == 2
 
 
-def test_a_container_that_does_not_heed_the_signal_is_killed_when_its_grace_period_is_over(run_pod):
+def test_a_container_that_ignores_the_signal_is_killed_when_its_grace_period_is_over(run_pod):
     pod = run_pod("trap '' TERM; echo up; while :; do sleep 0.05; done")
     pod.turn(0.0)
     eventually(lambda: pod.log.read_text() == "up\n", "it runs")
@@ -185,6 +185,6 @@ def test_an_init_container_that_fails_is_an_error_that_names_it(run_pod):
         turned_until(pod, 0.0, number=1)
 
 
-def test_a_volume_that_the_node_has_not_is_refused(run_pod):
+def test_an_unsupported_volume_is_refused(run_pod):
     with pytest.raises(SpecUnmet, match="hostPath"):
         run_pod("exit 0", volumes=[{"name": "v", "hostPath": {"path": "/"}}])

@@ -1,4 +1,4 @@
-"""A rolling update under load, as the Deployment does it: a new worker is ready, then an old one is told to end."""
+"""A rolling update under load, as the Deployment does it: a new worker is ready, then an old one gets SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ pytestmark = pytest.mark.services
 
 IMAGES = ["dog", "cat", "cow", "owl"]
 SETTINGS = {"constant_engine_ms_per_item": 2, "max_inflight_pairs": 128, "max_batch_pairs": 128, "max_candidates": 100}
-#: Always this much in the topic: half a second of work for two workers.
+#: Requests that are always waiting in the topic: half a second of work for two workers.
 WAITING = 100
 
 
 class Load:
-    """Requests that keep coming: as many are published as have been answered."""
+    """A steady load: for each answered request another one is published."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -45,7 +45,7 @@ class Load:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
-def test_a_rolling_update_of_two_workers_under_load_loses_nothing_and_fails_nobody(service: Service, delivery: str):
+def test_a_rolling_update_of_two_workers_under_load_loses_and_fails_no_request(service: Service, delivery: str):
     service.store_images(IMAGES)
     settings = SETTINGS | {"delivery": delivery}
     old = [service.start("rerank", **settings), service.start("rerank", **settings)]

@@ -1,4 +1,4 @@
-"""Index worker and gateway as they are deployed: settings, ports, partitions and who may reach them."""
+"""Index worker and gateway as deployed: settings, ports, partitions and network access."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_there_is_a_partition_of_replies_for_every_replica(overlay: str):
 
 
 @pytest.mark.parametrize(("host", "partition"), [("gateway-0", 0), ("gateway-15", 15), ("laptop", 0), ("a-12345", 0)])
-def test_a_pod_of_a_statefulset_has_the_partition_of_its_number(host, partition, monkeypatch):
+def test_a_pod_of_a_statefulset_reads_the_partition_of_its_number(host, partition, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: host)
 
     assert GatewaySettings().own_partition() == partition

@@ -1,4 +1,4 @@
-"""The ways to run the workers: one command each, and only variables that the workers know, with values they take."""
+"""All ways to run the workers use one command for each, and only known variables with valid values."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_variable_is_one_that_the_worker_or_opentelemetry_knows(place: str
 
 @pytest.mark.parametrize("worker", WORKERS)
 @pytest.mark.parametrize("place", PLACES)
-def test_the_worker_takes_every_value_and_is_reachable_for_probes(place: str, worker: str, monkeypatch):
+def test_every_value_is_valid_and_probes_can_reach_the_worker(place: str, worker: str, monkeypatch):
     _, variables = command_and_variables(place, worker)
 
     settings = settings_with(variables, worker, monkeypatch)
@@ -68,7 +68,7 @@ def test_the_worker_takes_every_value_and_is_reachable_for_probes(place: str, wo
 
 
 @pytest.mark.parametrize("worker", WORKERS)
-def test_a_misspelt_variable_and_a_value_that_is_none_would_be_noticed(worker: str, monkeypatch):
+def test_a_misspelt_variable_and_an_invalid_value_would_be_noticed(worker: str, monkeypatch):
     _, variables = command_and_variables("local", worker)
 
     with pytest.raises(Exception, match="did you mean"):

@@ -1,4 +1,4 @@
-"""The topics that a deployment has: named as the workers name them, sized as they publish, made on a real Kafka."""
+"""The topics of a deployment: named as in the contract, sized for the workers' messages, created on a real Kafka."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_table_has_the_topics_of_the_contract_and_no_other():
     assert sorted(TABLE["topics"]) == sorted(topic_names(Topics()))
 
 
-def test_a_topic_takes_whatever_a_worker_may_publish():
+def test_a_topic_accepts_every_message_that_a_worker_may_publish():
     framing_bytes = 12
     limits = [settings.model_fields["max_message_bytes"].default for settings in (IngestSettings, RerankSettings)]
 
@@ -58,7 +58,7 @@ def test_a_topic_takes_whatever_a_worker_may_publish():
 
 @pytest.mark.services
 def test_missing_topics_are_made_with_the_settings_of_the_table(kafka_brokers: str, admin, unique_prefix: str):
-    # One that somebody has made before, with fewer partitions: never changed, because its keys would move.
+    # An existing topic with fewer partitions is never changed, because its keys would move.
     early = f"{unique_prefix}images.new"
     admin.create_topics({early: {"num_partitions": 2}}, wait_for_metadata=True)
 
@@ -82,14 +82,14 @@ def test_missing_topics_are_made_with_the_settings_of_the_table(kafka_brokers: s
     configs = {f"{unique_prefix}{name}": every | each for name, each in own.items()}
 
     def lacking() -> dict[str, dict[str, str]]:
-        """What the table says of each topic and the broker does not."""
+        """Return the settings in the table that the broker does not have, by topic."""
         settings = settings_of(admin, unique_prefix)
         return {
             name: {key: value for key, value in each.items() if settings[name][key] != value}
             for name, each in configs.items()
         }
 
-    # The controller answers before the broker has heard of every setting.
+    # The controller answers before the broker has every setting.
     eventually(lambda: not any(lacking().values()), "every topic has the settings of the table")
 
 
@@ -100,7 +100,7 @@ def settings_of(admin: KafkaAdminClient, prefix: str) -> dict[str, dict[str, str
     return {name: {key: entry["value"] for key, entry in entries.items()} for name, entries in described.items()}
 
 
-def test_a_kafka_that_does_not_answer_is_told_in_a_sentence():
+def test_a_kafka_that_does_not_answer_is_reported_in_one_sentence():
     refused = create_topics("127.0.0.1:1")
 
     assert refused.returncode == 1

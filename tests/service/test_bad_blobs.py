@@ -1,4 +1,4 @@
-"""What is wrong in the store is treated as missing, counted, and harms nobody else."""
+"""Unusable values in the store are treated as missing and counted; other images are not affected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image events that can never succeed, sent to one ingest worker that has to survive them all."""
+"""Image events that can never succeed, sent to one ingest worker that must survive all of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def good_png() -> bytes:
 
 
 def bomb_png(width: int = 60_000, height: int = 60_000) -> bytes:
-    """A few hundred bytes that would decode to ten gigabytes."""
+    """Return an image of a few hundred bytes that would decode to ten gigabytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -49,7 +49,7 @@ def base64_of(data: bytes) -> str:
 
 @pytest.fixture
 def web() -> Iterator[int]:
-    """The port of a web server with an image, a redirect to its address, and nothing else."""
+    """The port of a web server with one image and a redirect to it."""
 
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -85,7 +85,7 @@ def test_each_bad_image_is_dead_lettered_with_its_cause_and_the_next_one_is_inde
     worker = service.ingest(
         allowed_schemes="file,http",
         file_roots=root,
-        allowed_hosts="localhost",  # not 127.0.0.1, though the name leads there
+        allowed_hosts="localhost",  # not 127.0.0.1, although the name resolves to it
         allow_private_addresses=True,
         max_image_bytes="2MiB",
     )
@@ -161,7 +161,7 @@ class Host(ThreadingHTTPServer):
         self.ended = threading.Event()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A worker that hangs up."""
+        """Ignore that a worker closes the connection."""
 
 
 class _HostPages(BaseHTTPRequestHandler):
@@ -208,7 +208,7 @@ def hosts() -> Iterator[Callable[[], Host]]:
         host.server_close()
 
 
-def test_a_host_that_is_slow_busy_or_away_for_a_while_holds_up_no_other_image(service: Service, hosts):
+def test_a_host_that_is_slow_busy_or_away_for_a_while_delays_no_other_image(service: Service, hosts):
     slow, busy, away, fast = hosts(), hosts(), free_port(), hosts()
     busy.busy_until = time.monotonic() + 8.0
     worker = service.ingest(allow_private_addresses=True, allowed_schemes="http")
@@ -237,12 +237,12 @@ def test_a_host_that_is_slow_busy_or_away_for_a_while_holds_up_no_other_image(se
         late.server_close()
 
     assert not {image for image in found if image.startswith("slow")}
-    assert fast_took_s < 10.0  # a second or two on a machine that does nothing else
+    assert fast_took_s < 10.0  # one or two seconds on an idle machine
     assert worker.metric("edje_dead_letters_total", code="image_unavailable") == 0
     assert worker.metric("edje_retries_total", kind="image_fetch") > 0
 
 
-def test_a_tombstone_removes_the_image_and_is_published_for_those_who_follow(service: Service):
+def test_a_tombstone_removes_the_image_and_is_published_to_images_indexed(service: Service):
     worker = service.ingest()
     service.announce("img", data=base64_of(good_png()))
     service.announce("other", data=base64_of(good_png()))

@@ -22,14 +22,14 @@ def request(request_id: str, **fields: object) -> bytes:
 
 
 def broken(request_id: str, valid: bytes, invalid: bytes) -> bytes:
-    """A request with some of its bytes replaced."""
+    """Return a request with some of its bytes replaced."""
     value = request(request_id)
     assert valid in value
     return value.replace(valid, invalid)
 
 
 MSGPACK = b"application/msgpack"
-#: Key, value, content type and error code of each. The key is also the id in the value, where that has one.
+#: Key, value, content type and expected error code. If the value has an id, it equals the key.
 BAD_REQUESTS = [
     ("not-json", b"\x80\x81 no json at all", None, "undecodable"),
     ("nothing", b"", None, "undecodable"),

@@ -1,4 +1,4 @@
-"""A stream of requests while workers die and Redis restarts: all are answered, and exactly once where that is promised.
+"""A stream of requests while workers die and Redis restarts: all are answered, with exactly_once only once.
 
 The long run is `python benchmarks/soak.py`.
 """

@@ -1,4 +1,4 @@
-"""Through a real worker, a real Kafka, a real Redis and a real OpenTelemetry Collector: one connected trace."""
+"""One connected trace through a real worker, Kafka, Redis and OpenTelemetry Collector."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def collector(binary: Path, tmp_path: Path) -> Iterator[Collector]:
 
 
 def producer_headers(collector: Collector, name: str) -> tuple[tuple[str, bytes], ...]:
-    """The headers of a program that has tracing set up the usual way, after its span has gone to the Collector."""
+    """Return the trace headers of a producer with the usual SDK, after its span was exported to the Collector."""
     provider = TracerProvider(resource=Resource({"service.name": "search"}), shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(f"{collector.url}/v1/traces")))
     carrier: dict[str, str] = {}
@@ -57,7 +57,7 @@ def producer_headers(collector: Collector, name: str) -> tuple[tuple[str, bytes]
 
 
 def ancestors(span: Span, spans: dict[str, Span]) -> list[str]:
-    """The names of the spans above this one, from the next one up."""
+    """Return the names of the span's ancestors, the parent first."""
     found = []
     while (parent := spans.get(span.parent_id or "")) is not None:
         found.append(parent.name)
@@ -131,7 +131,7 @@ def test_the_collector_holds_one_connected_trace_from_the_producers_span_to_the_
 def test_an_image_is_traced_from_its_producer_to_the_store_and_images_indexed(
     service: Service, collector: Collector, unique_prefix: str
 ):
-    image_id = f"{unique_prefix}point"  # one that no other test has stored
+    image_id = f"{unique_prefix}point"  # no other test has stored it
     service.variables |= {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
     worker = service.ingest()
     event = {"schema_version": 1, "image_id": image_id, "data": SMALL_GIF}

@@ -33,7 +33,7 @@ def test_a_rerank_worker_killed_in_the_middle_of_a_batch_leaves_no_request_unans
     contents = {i: [(r["status"], r["results"], r["model"]) for r in map(reply_in, answered[i])] for i in ids}
     assert all(content == repeats[0] for repeats in contents.values() for content in repeats)
     assert {repeats[0][0] for repeats in contents.values()} == {"ok"}
-    assert any(len(repeats) > 1 for repeats in contents.values())  # what was published and not committed
+    assert any(len(repeats) > 1 for repeats in contents.values())  # published but not committed answers are repeated
 
 
 def test_an_ingest_worker_killed_in_the_middle_of_a_batch_leaves_no_image_unindexed(service: Service):

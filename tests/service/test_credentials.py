@@ -38,7 +38,7 @@ def test_a_wrong_password_of_the_store_is_reported_and_waited_for(
 
 @pytest.fixture
 def guarded_kafka(tmp_path: Path) -> Iterator[tuple[KafkaServer, str]]:
-    """A broker, and the address where it asks for a password."""
+    """A broker, and its address that requires a password."""
     server, guarded = KafkaServer(tmp_path / "kafka"), f"127.0.0.1:{free_port()}"
     server.settings |= {
         "listeners": f"PLAINTEXT://{server.brokers},SASL_PLAINTEXT://{guarded},"

@@ -1,4 +1,4 @@
-"""A request under which the process dies is found by the next workers, and everything else is answered."""
+"""A request that crashes the process is found by the next workers, and every other request is answered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service_worker import eventually
 pytest_plugins = ["service_fixtures"]
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
-#: Two that die with others in work, one that dies with the request alone, and one that goes on.
+#: Two workers die with other requests in work, one dies with the request alone, and one goes on.
 LIVES = 4
 
 

@@ -1,4 +1,4 @@
-"""Workers that leave in good order: what they have taken is answered once, and what they have not, by the others."""
+"""Workers that drain: each request that they have taken is answered once, and the other workers answer the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.services
 
 IMAGES = ["dog", "cat", "cow", "owl"]
 MODES = ["at_least_once", "exactly_once"]
-#: Little in work at once, so that most of the requests are still in the topic when a worker leaves.
+#: A small limit of work, so that most requests are still in the topic when a worker leaves.
 SETTINGS = {"max_inflight_pairs": 128, "max_batch_pairs": 128, "max_candidates": 100, "session_timeout_ms": 30_000}
 
 

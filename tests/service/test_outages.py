@@ -1,6 +1,6 @@
-"""Kafka or Redis freezes, dies and comes back: nothing is lost, and what has a deadline is answered in time.
+"""Kafka or Redis freezes, dies and comes back: nothing is lost, and requests with a deadline are answered in time.
 
-EDJE_AWAY_S says for how many seconds they stay away.
+EDJE_AWAY_S is the number of seconds of an outage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 IMAGES = ["dog", "cat", "cow"]
-#: What a broker of one node takes to be itself again, with everything else that goes on.
+#: How long a one-node broker takes to recover on a busy machine.
 BACK_S = 60.0
 
 
@@ -74,7 +74,7 @@ def test_with_the_broker_killed_and_back_nothing_is_lost_and_work_resumes(
     make_service, private_kafka, redis_url, delivery
 ):
     # Not one that looks for dead transactions more often than by default: a Kafka 4.4 that aborts one while it starts
-    # takes its partitions for deleted and tells them nothing, and the next transaction commits its messages.
+    # treats its partitions as deleted and does not abort there, so the next transaction commits the old messages.
     kafka = private_kafka()
     service = make_service(kafka.brokers, redis_url)
     service.store_images(IMAGES)

@@ -1,4 +1,4 @@
-"""The search page in a real browser, over a gateway whose worker, index and store do what the test wants."""
+"""The search page in a real browser, over a gateway whose worker, index and store the test controls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workers.gateway.api_keys import new_key
 from workers.ports import Record
 
 NAMES = [f"img-{number}" for number in range(20)]
-#: Where the pictures for the documents go, if anywhere.
+#: Folder for the documentation's screenshots, if set.
 SCREENSHOTS = os.environ.get("PAGE_SCREENSHOTS")
 PHONE = {"width": 360, "height": 740}
 
@@ -115,7 +115,7 @@ def screenshot(page: Page, name: str) -> None:
         page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
 
 
-def test_a_search_shows_both_orders_and_who_moved_where(make, open_page):
+def test_a_search_shows_both_orders_and_the_moves_between_them(make, open_page):
     bench = make()
     page = open_page(bench)
 
@@ -161,7 +161,7 @@ def test_the_address_is_the_state_and_the_buttons_of_the_browser_work(make, open
     expect(page.locator("#before")).to_be_visible()
 
 
-def test_k_says_how_many_candidates_are_reranked(make, open_page):
+def test_k_sets_how_many_candidates_are_reranked(make, open_page):
     bench = make()
     page = open_page(bench)
     ask(page)
@@ -169,7 +169,7 @@ def test_k_says_how_many_candidates_are_reranked(make, open_page):
     with page.expect_response("**/v1/search"):
         page.get_by_label("Candidates to rerank").select_option("10")
 
-    expect(page.locator("#status")).to_contain_text("of 12 candidates")  # never fewer than are shown
+    expect(page.locator("#status")).to_contain_text("of 12 candidates")  # at least as many as are shown
     assert len(bench.worker.requests[-1].candidates) == 12
 
 
@@ -294,7 +294,7 @@ def test_a_worker_that_is_away_leaves_the_first_stages_order_and_a_notice(make, 
     screenshot(page, "degraded")
 
 
-def test_an_index_that_is_away_is_a_sentence(make, open_page):
+def test_an_index_that_is_away_is_reported_in_a_sentence(make, open_page):
     bench = make()
     page = open_page(bench)
     bench.index.away = True

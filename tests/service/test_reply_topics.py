@@ -1,4 +1,4 @@
-"""Requests whose reply topic does not exist, on a Kafka that creates none unasked."""
+"""Requests whose reply topic does not exist, on a Kafka that creates no topics automatically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.services
 
 
 @pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
-def test_requests_whose_reply_topic_does_not_exist_are_told_so_and_the_others_answered(
+def test_requests_whose_reply_topic_does_not_exist_get_an_error_and_the_others_an_answer(
     make_service, private_kafka, redis_url: str, delivery: str
 ):
     server = private_kafka({"auto.create.topics.enable": "false"})

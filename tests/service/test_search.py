@@ -119,7 +119,7 @@ def test_uploaded_pictures_are_found_reranked_and_removed(scenes_service, databa
     assert best not in [result["image_id"] for result in again["results"]]
 
 
-def test_a_rerank_worker_that_is_gone_degrades_the_search_and_postgres_away_is_told(
+def test_without_rerank_workers_the_search_is_degraded_and_without_postgres_it_is_an_error(
     scenes_service, private_postgres, tmp_path
 ):
     postgres = private_postgres()

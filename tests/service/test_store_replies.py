@@ -1,4 +1,4 @@
-"""A store that answers with errors: the workers stay, say why they are not ready, and go on when it answers again."""
+"""A store that answers with errors: the workers keep running, report why they are not ready, and go on afterwards."""
 
 from __future__ import annotations
 

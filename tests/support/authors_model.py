@@ -95,7 +95,7 @@ class AuthorsModel(nn.Module):
                 parameter += 1
 
     def forward(self, pixels: Tensor, captions: list[str]) -> Tensor:  # uint8 (B, 3, H, W) -> (B,)
-        """One logit for each caption with the image beside it."""
+        """Return one logit for each pair of caption and image."""
         seen = self.vision_encoder(pixel_values=(pixels / 255 - 0.5) / 0.5).last_hidden_state
         visual = self.vision_projection(seen)
         pairs = self.tokenizer.encode_batch([(canonical(each), IMAGE * self.num_visual) for each in captions])
@@ -111,7 +111,7 @@ class AuthorsModel(nn.Module):
         return self.classification_head(read.hidden_states[-1])[:, 0]
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dictionary as the fourth version of transformers names it, with which theirs was written."""
+        """Return the state dictionary with the names of transformers 4, which wrote the authors' files."""
         tower = "vision_encoder."
         inner = f"{tower}vision_model."
         return {

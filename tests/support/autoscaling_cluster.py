@@ -1,4 +1,4 @@
-"""Everything that scales the workers, real and on this machine, and the manifests that users deploy applied to it.
+"""Runs a cluster that scales the workers on this machine, and applies the manifests that users deploy.
 
 etcd, API server, controllers, KEDA, Prometheus, a Kafka with TLS and SCRAM, Redis, PostgreSQL, and a node for tests
 that runs the pods (`node_agent`). Follows "Deploying" in docs/how-to/deploy.md: topics, namespace, Secret, overlay.
@@ -36,10 +36,10 @@ from skipping import missing
 NAMESPACE = "edje"
 #: Every kind of worker that the overlay deploys.
 KINDS = ("ingest", "rerank", "index", "gateway")
-#: The model that the manifests' tag of edje-model names.
+#: The model whose digest is the tag of edje-model in the manifests.
 MODEL = ROOT / "deploy" / "models" / "scenes"
 OVERLAY = Path(__file__).parent / "autoscaling" / "kustomization.yaml"
-#: Where certificates that a worker is to trust lie in its image.
+#: Path in a worker's image of the certificates to trust.
 TRUSTED = "/etc/edje/trusted"
 USER, PASSWORD = "edje", "not-in-any-log"
 #: The autoscaler's own turns: a third of the 15 s of a cluster, as everything in the overlay.
@@ -47,7 +47,7 @@ AUTOSCALER_SYNC_S = 5
 
 
 class GuardedKafka(KafkaServer):
-    """With a second address, where a client needs TLS, a name and a password."""
+    """A Kafka with a second address that requires TLS, a user and a password."""
 
     def __init__(self, folder: Path, authority: Authority) -> None:
         super().__init__(folder)
@@ -76,7 +76,7 @@ class GuardedKafka(KafkaServer):
 
 
 class Cluster:
-    """Started by `with`; everything it has started ends with the block."""
+    """Servers and deployments that run within a `with` block."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -133,7 +133,7 @@ class Cluster:
         run([sys.executable, script, "--replication-factor", "1"], KAFKA_BROKERS=self.kafka.brokers)
 
     def _overlay(self, certificate: str) -> Path:
-        """The test's overlay, complete with addresses."""
+        """Return the test's overlay with the servers' addresses."""
         folder = (self._folder / "overlay").resolve()
         folder.mkdir()
         words = {
@@ -176,7 +176,7 @@ class Cluster:
         self.api.done("rollout", "restart", f"deployment/{name}", f"--namespace={NAMESPACE}")
 
     def logs(self) -> str:
-        """The last lines of everything that runs here."""
+        """Return the last log lines of every server and pod."""
         servers = "\n".join(f"--- the end of {server.name}\n{tail(server.log, 1_500)}" for server in self._servers)
         objects = self.api.kubectl("get", "hpa,scaledobject,deployment,pod", f"--namespace={NAMESPACE}").stdout
         return f"{servers}\n{self.node.logs()}\n--- objects\n{objects}"
@@ -191,15 +191,15 @@ def images(trusted: Path) -> dict[str, dict[str, Path]]:
 
 
 def model() -> Checkpoint:
-    """The model that the pods load, and how its tokens are stored."""
+    """Return the model that the pods load, with its storage type."""
     config = read_config(MODEL)
     return Checkpoint(MODEL, BlobLayout(read_digest(MODEL), config.adapter.num_tokens, config.joint.dim, "int8"))
 
 
 def scrape_config(api: ApiServer, targets: Path) -> dict[str, Any]:
-    """What the Prometheus operator makes of the PodMonitor that has been applied.
+    """Return the configuration that the Prometheus operator would make of the applied PodMonitor.
 
-    Only that the pods are read from a file, because Debian's Prometheus cannot ask an API server for them.
+    The pods are read from a file instead, because Debian's Prometheus cannot read them from an API server.
     """
     monitor = api.get("podmonitor", "edje", f"--namespace={NAMESPACE}")
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]

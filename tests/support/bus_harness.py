@@ -1,4 +1,4 @@
-"""One face for the in-memory bus and a real Kafka, so that one suite can hold both to the same promises."""
+"""A common interface of the in-memory bus and a real Kafka, so that one suite tests both."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from workers.partitions import first_offset
 from workers.ports import Outgoing, Record
 
 LIMIT_S = 30.0
-#: Of one message; the topics with a limit of their own take less.
+#: Largest message; topics with a separate limit accept less.
 MAX_MESSAGE_BYTES = 200_000
 
 
 def eventually(condition: Callable[[], object], limit_s: float = LIMIT_S) -> float:
-    """Wait until the condition holds; returns the seconds it took."""
+    """Wait until the condition is true; returns the seconds it took."""
     started, pause = time.monotonic(), threading.Event()
     while not condition():
-        assert time.monotonic() - started < limit_s, f"still not so after {limit_s:.0f} s"
+        assert time.monotonic() - started < limit_s, f"the condition is still false after {limit_s:.0f} s"
         pause.wait(0.005)
     return time.monotonic() - started
 
 
 def open_all(inbox) -> None:
-    """Give back at once what is revoked, and open what is assigned, as the loop does."""
+    """Release revoked partitions at once and open assigned ones, as the loop does."""
     for revocation in inbox.revocations():
         revocation.release()
     for assignment in inbox.assignments():
@@ -43,7 +43,7 @@ def open_all(inbox) -> None:
 
 
 def take(inbox, number: int, limit_s: float = LIMIT_S) -> list[Record]:
-    """The next records, as many as asked for; gives back at once what is revoked meanwhile."""
+    """Return the next `number` records; releases revoked partitions at once."""
     records: list[Record] = []
 
     def has_all() -> bool:
@@ -57,7 +57,7 @@ def take(inbox, number: int, limit_s: float = LIMIT_S) -> list[Record]:
 
 
 def take_until(inbox, wanted: set[bytes]) -> None:
-    """Take until all of these have come; others may come too, and any of them twice."""
+    """Take records until all these values have arrived; others may arrive too, and any may arrive twice."""
     missing = set(wanted)
     while missing:
         missing.discard(take(inbox, 1)[0].value)

@@ -20,7 +20,7 @@ class Issued:
 
 
 class Authority:
-    """Everything it makes lies in its folder; its own certificate is `ca.crt`, alone in `trusted`."""
+    """Issues certificates into a folder; the authority's certificate is `ca.crt`, the only file in `trusted`."""
 
     def __init__(self, folder: Path) -> None:
         needed("openssl")
@@ -31,7 +31,7 @@ class Authority:
         self._request(self.certificate, self._key, "edje test authority")
 
     def issue(self, name: str) -> Issued:
-        """For a server on this machine, or a client of this name. Raises `AssertionError` with openssl's words."""
+        """Issue a certificate for a server on this machine, or a client of this name. Raises `AssertionError`."""
         issued = Issued(*(self._folder / f"{name}.{suffix}" for suffix in ("crt", "key", "pem")))
         signed = ("-CA", str(self.certificate), "-CAkey", str(self._key))
         names = f"subjectAltName=DNS:localhost,DNS:{name},IP:127.0.0.1"

@@ -1,6 +1,6 @@
 """Programs that the deployment's tests run, made once per version in a cache outside of the tree.
 
-A test makes what it asks for; what cannot be made on this machine is told with its name. Knows nothing of what they are
+A test builds the programs that it uses; a program that cannot be built here is named. Knows nothing of how they are
 run on.
 """
 
@@ -127,7 +127,7 @@ def needed(program: str) -> None:
 
 
 def made(name: str, make: Callable[[Path], object]) -> Path:
-    """The folder of that name, made first where it is not there; by one process at a time, and whole or not at all."""
+    """Return the folder of this name, made first if it is missing: atomically, and by one process at a time."""
     CACHE.mkdir(parents=True, exist_ok=True)
     folder = CACHE / name
     with (CACHE / f"{name}.lock").open("w") as lock:

@@ -1,6 +1,6 @@
-"""A gateway over the in-memory bus, index and store, on a real port: what an HTTP client meets, without services.
+"""A gateway over the in-memory bus, index and store on a real port, for HTTP clients, without services.
 
-A rerank worker that does what the test wants stands behind it.
+A fake rerank worker answers its requests by a rule of the test.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Answer:
 
 
 class Embedder:
-    """Texts as vectors: the first letter's number as an angle."""
+    """Embeds a text as a vector whose angle is the number of its first letter."""
 
     def of_text(self, text: str) -> np.ndarray:
         angle = (ord(text[0].lower()) - ord("a")) / 26
@@ -288,5 +288,5 @@ class GatewayBench:
     def eventually(self, condition: Callable[[], object]) -> None:
         end, pause = time.monotonic() + LIMIT_S, threading.Event()
         while not condition():
-            assert time.monotonic() < end, "it does not happen"
+            assert time.monotonic() < end, "the condition is still false"
             pause.wait(0.005)

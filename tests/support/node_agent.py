@@ -1,7 +1,7 @@
 """A node for tests: runs the pods of a namespace on a real API server as local processes, and reports on them.
 
-What a pod's spec says is done (`node_pod`, `node_container` say what is left out); beyond these: scheduling, since
-every pod is bound to this one node whatever it asks for, and the network, since every pod reaches everything.
+Follows a pod's spec, with the exceptions listed in `node_pod` and `node_container`. Also left out: scheduling, since
+every pod is bound to this node, and network policies, since every pod can reach every address.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from node_container import plain_data
 from node_pod import Ended, Images, PodRun
 from server_process import tail
 
-#: How often the API server is asked; a kubelet is told at once.
+#: Interval of requests to the API server; a kubelet watches instead.
 TURN_S = 0.25
 
 
@@ -48,7 +48,7 @@ class Node:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="node")
         self._probes = ThreadPoolExecutor(16, thread_name_prefix="probe")
         self._running: Future[None] | None = None
-        # All of 127/8 is this machine. A part of it by chance, so that two nodes do not meet.
+        # All of 127/8 is this machine; a random part of it, so that two nodes do not collide.
         first, second = random.randrange(2, 255), random.randrange(255)
         self._addresses = (f"127.{first}.{second}.{last}" for last in itertools.count(1))
 
@@ -56,7 +56,7 @@ class Node:
         self._running = self._thread.submit(self._run)
 
     def check(self) -> None:
-        """Raise what the node has failed with, if it has."""
+        """Raise the error that ended the node, if any."""
         if self._running is not None and self._running.done():
             self._running.result()
 
@@ -95,7 +95,7 @@ class Node:
             self.ended += run.take_ended()
             if run.is_over:
                 del self._pods[uid]
-                self._let_go(run.name)
+                self._delete(run.name)
             else:
                 self._report(uid, run)
         self._announce()
@@ -103,7 +103,7 @@ class Node:
     def _announce(self) -> None:
         targets = json.dumps([target for run in self._pods.values() for target in run.targets()])
         if targets != self._announced:
-            # Whole or not at all: whoever watches the file reads it at once.
+            # Written atomically, because Prometheus watches the file.
             partial = self.targets.with_suffix(".partial")
             partial.write_text(targets)
             partial.rename(self.targets)
@@ -125,7 +125,7 @@ class Node:
         ):
             self._reported[uid] = status
 
-    def _let_go(self, name: str) -> None:
+    def _delete(self, name: str) -> None:
         options = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}
         self._call_unless_gone("DELETE", f"{self._pods_path}/{name}", options)
 

@@ -1,8 +1,8 @@
-"""One pod: its containers one after the other, its probes, its restarts, its end, and what is reported of it.
+"""One pod: runs its containers one after the other, its probes, restarts and end, and reports its status.
 
 Does what a kubelet does with the fields that the manifests use: init containers, command and variables, startup,
 readiness and liveness probes, restarts with a growing pause, SIGTERM, grace period, SIGKILL.
-Told the time and turned by the node; knows nothing of the API server.
+The node turns it and passes the time; knows nothing of the API server.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Images = Mapping[str, Mapping[str, Path]]
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A container that has ended: of which pod, how, whether it had been asked to, and its log."""
+    """A container that has ended: its pod, exit status, whether it was asked to end, and its log."""
 
     pod: str
     status: int
@@ -80,11 +80,11 @@ class PodRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether it was told to end and has."""
+        """Whether it was asked to end and has ended."""
         return self._is_ending and self._process is None
 
     def turn(self, now: float) -> None:
-        """Start, probe, restart and end whatever is due."""
+        """Start, probe, restart and end the containers that are due."""
         if self._process is not None and (status := self._process.exit_status()) is not None:
             self._note_end(status, now)
         if self._process is not None and self._kill_at is not None and now >= self._kill_at:
@@ -97,7 +97,7 @@ class PodRun:
             self._probe(self._health, now)
 
     def end(self, now: float) -> None:
-        """Tell it to end, once; what has not ended when the grace period is over is killed."""
+        """Ask it to end, once; kill it when the grace period is over."""
         if not self._is_ending:
             self._is_ending = True
             self._terminate(now)
@@ -116,7 +116,7 @@ class PodRun:
         ]
 
     def take_ended(self) -> list[Ended]:
-        """The ends of its container since the last call."""
+        """Return the container's ends since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -132,7 +132,7 @@ class PodRun:
             self._process.wait()
 
     def status(self) -> dict[str, Any]:
-        """What the API server is told."""
+        """Return the status for the API server."""
         is_ready = self.is_ready
         if is_ready != self._was_ready:
             self._was_ready, self._changed_at = is_ready, _stamp()

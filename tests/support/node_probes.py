@@ -1,6 +1,6 @@
-"""When a container's probes are due and what their answers mean: started, ready, to be restarted.
+"""Decides when a container's probes are due, and whether it is started, ready or to be restarted.
 
-Pure: time is an argument and somebody else asks. The rules are the kubelet's: nothing but the startup probe is asked
+Pure: time is an argument and the caller runs the probes. The rules are the kubelet's: only the startup probe runs
 until it has succeeded; then readiness and liveness, each with its own period and thresholds.
 """
 
@@ -33,7 +33,7 @@ class _Probe:
 
 
 class ContainerHealth:
-    """What the probes of one running container have said so far."""
+    """The results of the probes of one running container."""
 
     def __init__(self, container: Mapping[str, Any], now: float) -> None:
         """`container` is its part of a pod's spec as the API server completes it: no default is missing."""

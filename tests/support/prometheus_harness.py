@@ -17,13 +17,13 @@ from server_process import Server
 
 
 class Prometheus(Server):
-    """Started again, it has the same address and what it had stored."""
+    """A Prometheus server; a restart keeps the address and the stored samples."""
 
     name = "prometheus"
     start_limit_s = 60.0
 
     def __init__(self, folder: Path, config: Callable[[], Mapping[str, Any]]) -> None:
-        """`config` tells, when the server starts, what prometheus.yml is to hold."""
+        """`config` returns the content of prometheus.yml; it is called at each start."""
         super().__init__(folder)
         self._config = config
 
@@ -46,7 +46,7 @@ class Prometheus(Server):
         return answers(f"{self.url}/-/ready")
 
     def query(self, query: str) -> list[dict[str, Any]]:
-        """The samples of a query now. Raises `HTTPError` for one that Prometheus does not understand."""
+        """Return the samples of a query now. Raises `HTTPError` for an invalid query."""
         words = urllib.parse.urlencode({"query": query})
         with urllib.request.urlopen(f"{self.url}/api/v1/query?{words}", timeout=10) as answer:
             return json.load(answer)["data"]["result"]

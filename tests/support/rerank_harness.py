@@ -58,7 +58,7 @@ def encode_text(text: str) -> Sequence[int]:
 
 
 def encode_texts(texts: Sequence[str]) -> list[EncodedText]:
-    """A tokenizer of one piece per character."""
+    """Tokenise into one piece per character."""
     if BAD_TEXT in texts:
         raise ZeroDivisionError("a bug of the tokenizer")
     return [
@@ -194,7 +194,7 @@ class HandFetches:
 
 
 class Rig:
-    """A job, its surroundings, and its time."""
+    """A job with its ports and its clock."""
 
     def __init__(
         self,
@@ -307,7 +307,7 @@ class Rig:
         partition: Partition = PARTITION,
         key: bytes | None = b"key",
     ) -> Record:
-        """Give the job a message, encoded as JSON unless it is bytes or null."""
+        """Pass the job a message, encoded as JSON unless it is bytes or None."""
         value = request if isinstance(request, bytes | None) else json.dumps(request).encode()
         record = Record(partition, self._num_sent, key, value, headers, 0)
         self._num_sent += 1
@@ -315,7 +315,7 @@ class Rig:
         return record
 
     def turn(self) -> None:
-        """Turn the job once, and on while it asks to be turned at once."""
+        """Turn the job, and again while it asks for another turn at once."""
         for _ in range(10_000):
             self.finished.extend(self.job.turn(self.now))
             if self.job.wants_turn_in_s(self.now) != 0.0:
@@ -354,7 +354,7 @@ class Rig:
         return [response_of(message) for message in self.messages(topic)]
 
     def reply(self, topic: str = TOPICS.rerank_responses) -> RerankResponse:
-        """The one reply there is."""
+        """Return the only reply."""
         (reply,) = self.replies(topic)
         return reply
 
@@ -362,7 +362,7 @@ class Rig:
         return self.messages(TOPICS.dead_letter(TOPICS.rerank_requests))
 
     def is_idle(self) -> bool:
-        """Whether nothing is left behind: no request, no pair, no pin."""
+        """Whether no request, pair or pin is left."""
         return (
             self.job.num_active() == 0
             and self.job.num_inflight_pairs() == 0
@@ -415,7 +415,7 @@ def expected(sent: Mapping[str, Any], images: Mapping[str, int]) -> dict[str, An
 
 
 def content_of(reply: RerankResponse) -> dict[str, Any]:
-    """The same fields of a reply."""
+    """Return the fields of a reply that `expected` computes."""
     for result in reply.results:
         assert abs(result.relevance_score - float(sigmoid(np.float32([result.logit]))[0])) < 1e-6
     return {

@@ -1,6 +1,6 @@
 """Kills workers at random and restarts Redis under a stream of requests, and counts what comes back.
 
-Shared by the end-to-end tests and `benchmarks/soak.py`; the promise it holds is theirs to check.
+Shared by the end-to-end tests and `benchmarks/soak.py`, which check the result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SETTLE_S = 90.0
 
 
 class Restartable:
-    """What can be taken away and given back: the Redis of the run."""
+    """A server that the run stops and starts again: Redis."""
 
     def __init__(self, stop: Callable[[], None], start: Callable[[], None]) -> None:
         self.stop, self.start = stop, start
@@ -41,7 +41,7 @@ class Chaos:
     requests: int
     lost: int
     duplicates: int  # replies beyond the first, as a reader of committed messages sees them
-    different: int  # requests whose replies do not all say the same
+    different: int  # requests whose replies differ
     statuses: dict[str, int]
     kills: int
     drains: int

@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 class Tap:
-    """Everything some topics hold, in the order it is read."""
+    """Reads all records of some topics, in the order of reading."""
 
     def __init__(self, brokers: str, topics: Sequence[str], *, read_committed: bool) -> None:
         self.records: list[Record] = []
@@ -62,12 +62,12 @@ class Tap:
         return self.records
 
     def wait_for(self, number: int, limit_s: float = LIMIT_S) -> list[Record]:
-        """At least so many records."""
+        """Wait for and return at least this many records."""
         eventually(lambda: len(self.pull()) >= number, f"{number} messages; there are {len(self.records)}", limit_s)
         return self.records
 
     def wait_ids(self, wanted: Iterable[str], limit_s: float = LIMIT_S) -> dict[str, list[Record]]:
-        """All records by key, once each of the wanted keys has one."""
+        """Return all records by key, as soon as every wanted key has one."""
         missing = set(wanted)
 
         def has_all() -> bool:
@@ -90,7 +90,7 @@ class Tap:
 
 
 class Service:
-    """Topics, group and folder of one deployment, its workers, and the hands of its users."""
+    """Topics, group, folder and workers of one deployment, with the operations of its users."""
 
     def __init__(self, brokers: str, redis_url: str, prefix: str, checkpoint: Checkpoint, folder: Path) -> None:
         self.brokers = brokers
@@ -119,7 +119,7 @@ class Service:
             admin.create_topics(dict.fromkeys(names, each), wait_for_metadata=True)
 
     def start(self, kind: str, **settings: object) -> Worker:
-        """A worker process over the constant engine unless told otherwise, not yet waited for."""
+        """Start a worker process, by default with the constant engine; does not wait for it."""
         chosen = {
             "topic_prefix": self._prefix,
             "group_id": f"{self._prefix}{kind}",
@@ -145,7 +145,7 @@ class Service:
         return self.start("ingest", **settings).wait_ready()
 
     def publish(self, topic: str, value: bytes | None, key: str | None = None, headers: Headers = ()) -> None:
-        """Send; `flush` makes sure."""
+        """Send a record; `flush` waits until the broker has it."""
         self._producer = self._producer or KafkaProducer(
             bootstrap_servers=self.brokers.split(","),
             reconnect_backoff_max_ms=1_000,

@@ -1,6 +1,6 @@
 """One worker process: its settings in the environment, its log, its exit status and its pages.
 
-Also how a test waits. Knows nothing of topics and of what a worker is asked.
+Also defines how tests wait. Knows nothing of topics and events.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_process import WATCHDOG, free_port, tail
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Of a process that starts or answers, on a machine that does much else.
+#: Time limit of a process's start or answer on a busy machine.
 LIMIT_S = 60.0
-#: What would otherwise leak from the developer's shell into a worker.
+#: Prefixes of variables that must not leak from the developer's shell into a worker.
 _PREFIXES = ("RERANK_", "INGEST_", "INDEX_", "GATEWAY_", "KAFKA_", "REDIS_", "DATABASE_", "OTEL_")
 
 
 def eventually(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> float:
-    """Ask again until the answer is true; returns the seconds it took. The only place where a test waits."""
+    """Wait until the condition is true; returns the seconds it took. Tests wait nowhere else."""
     started, pause = time.monotonic(), threading.Event()
     while not condition():
         waited_s = time.monotonic() - started
@@ -88,7 +88,7 @@ class Worker:
         return self
 
     def has_ended(self, reason: str) -> bool:
-        """Whether it has given up for this reason, which its log has to name."""
+        """Whether it has ended; its log must contain this reason."""
         if self.is_running:
             return False
         assert reason in self.log.read_text(), f"{self.kind} ended for another reason than {reason!r}"
@@ -110,7 +110,7 @@ class Worker:
         self._process.terminate()
 
     def wait(self, limit_s: float = LIMIT_S) -> int:
-        """Its exit status."""
+        """Wait for its end and return the exit status."""
         status = self._process.wait(limit_s)
         self._dismiss_watchdog()
         return status

@@ -148,7 +148,7 @@ class World:
         return set(self.sent) - self.answered
 
     def verify(self) -> None:
-        """What holds at the end: one outcome per message, and the bounds balance."""
+        """Check the end state: one outcome per message, and no message counted as undelivered."""
         replies = self.broker.log("out")
         assert self.unanswered() == set()
         by_key: dict[bytes | None, set[bytes | None]] = {}

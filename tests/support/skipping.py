@@ -1,4 +1,4 @@
-"""Skips a test whose service or program is missing, and fails it where CI is set."""
+"""Skips a test whose service or program is missing, and fails it if the variable CI is set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def missing(reason: str) -> None:
-    """Optional at home, mandatory where CI is set."""
+    """Skip the test, or fail it if the variable CI is set."""
     if os.environ.get("CI"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""A tracer whose spans a test looks at, as the spans of the SDK that they would have been."""
+"""A tracer whose spans a test can inspect, converted to spans of the SDK."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVERYTHING = Sampling.named("parentbased_always_on", 0.0)
 
 
 class Recorded:
-    """What a tracer has recorded."""
+    """The spans that a tracer has recorded."""
 
     def __init__(self) -> None:
         self.finished: list[FinishedSpan] = []
