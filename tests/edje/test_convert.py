@@ -440,7 +440,7 @@ def saved(value, **options):
         (pickle.dumps(Hostile()), "which could run code"),
         (saved({"model": 5}), "give the authors' file"),
         (saved([torch.zeros(1)]), "give the authors' file"),
-        (saved({"model": {"a": torch.zeros(1), "b": "text"}}), "no tensors: b"),
+        (saved({"model": {"a": torch.zeros(1), "b": "text"}}), "not tensors: b"),
         (saved({"model": {}}), "give the authors' file"),
     ],
 )
