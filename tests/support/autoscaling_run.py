@@ -1,4 +1,4 @@
-"""A client that publishes requests and counts replies while the workers come and go, and the record of what it saw.
+"""A client that publishes requests and counts replies while workers are added and removed, and its record.
 
 The record is a line of JSON a second, and one for each thing that was done; `autoscaling_plot` draws it.
 """
@@ -27,7 +27,7 @@ IMAGES = [f"image-{number}" for number in range(32)]
 CANDIDATES = 8
 REQUEST_S = CANDIDATES * 0.005
 SAMPLE_S = 1.0
-#: Of anything that is waited for: several times what it takes on a machine with nothing else to do.
+#: Time limit of every wait: several times the time on an idle machine.
 LIMIT_S = 300.0
 
 
@@ -39,11 +39,11 @@ class Seen:
     lost: int
     statuses: frozenset[str]
     repeated: int  # replies beyond the first
-    different: int  # requests whose replies do not all say the same
+    different: int  # requests whose replies differ
 
 
 class Requests:
-    """What was asked, what came back, and how long that took."""
+    """The published requests, their replies and the latencies."""
 
     def __init__(self, service: Service, replies: Tap) -> None:
         """`replies` may hold those to earlier requests."""
@@ -140,12 +140,12 @@ class Run:
         return self.most == status["replicas"] == status.get("updatedReplicas") == status.get("readyReplicas")
 
     def has_fallen_back(self) -> bool:
-        """Whether the autoscaler says that it goes by its fallback."""
+        """Whether the autoscaler reports that it uses its fallback."""
         conditions = self.cluster.scaled_object("rerank")["status"]["conditions"]
         return any(each["type"] == "Fallback" and each["status"] == "True" for each in conditions)
 
     def kill_a_worker(self) -> str:
-        """The name of its pod."""
+        """Kill a worker and return the name of its pod."""
         killed = self.cluster.node.kill_a_pod("rerank-")
         self.note("a worker is killed")
         return killed
@@ -154,7 +154,7 @@ class Run:
         self._write({"event": event})
 
     def burst(self, number: int) -> float:
-        """Publish so many at once, and wait until more workers are wanted; returns the seconds that took."""
+        """Publish this many requests at once and wait until more workers are wanted; returns the seconds it took."""
         before = self.wanted
         self._load = lambda now: 0
         self.note(f"burst of {number} requests")
@@ -162,11 +162,11 @@ class Run:
         return self.until(lambda: self.wanted > before, "more workers are wanted")
 
     def keep_waiting(self, number: int) -> None:
-        """Publish from now on as many as are answered."""
+        """From now on publish a request for each answer."""
         self._load = lambda now: number - self.requests.num_waiting
 
     def stream(self, workers: float) -> None:
-        """Publish from now on what keeps so many workers busy."""
+        """From now on publish the requests that keep this many workers busy."""
         self.note(f"a stream for {workers:g} workers")
         started, published = time.monotonic(), 0
 
@@ -179,7 +179,7 @@ class Run:
         self._load = due
 
     def until(self, condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> float:
-        """Go on until it holds; returns the seconds that took."""
+        """Go on until the condition is true; returns the seconds it took."""
 
         def holds() -> bool:
             self._turn(time.monotonic())
@@ -194,7 +194,7 @@ class Run:
         self.note("all answered")
 
     def until_fewest(self) -> None:
-        """Until there are as few workers as there may be, all of them ready."""
+        """Go on until the number of workers is the minimum and all are ready."""
         self.until(lambda: self.wanted == self.ready == self.fewest, f"{self.fewest} workers")
 
     def _turn(self, now: float) -> None:
@@ -225,7 +225,7 @@ class Run:
         )
 
     def _figure(self, trigger: str) -> float | None:
-        """What the autoscaler is told; None while Prometheus is away or knows no worker."""
+        """Return the figure that the autoscaler reads; None while Prometheus is away or knows no worker."""
         (query,) = [each["metadata"]["query"] for each in self.scaler["triggers"] if each["name"] == trigger]
         try:
             samples = self.cluster.prometheus.query(query)

@@ -24,7 +24,7 @@ REQUIREMENTS = ROOT / "requirements" / "tensorrt.txt"
 MAX_REASON_CHARS = 500
 HOST_DRIVER = Path(__file__).parent / "host_driver.cpp"
 DRIVER = Path(__file__).parent / "no_device.c"
-#: What the bindings of TensorRT look up in its libraries.
+#: Names that the bindings of TensorRT look up in its libraries.
 LIBRARIES = {
     "libnvinfer.so.11": (
         "createInferBuilder_INTERNAL",
@@ -60,7 +60,7 @@ REPAIRS = (
 
 @functools.cache
 def bindings() -> Path:
-    """The environment's folder, made first where it is not there (three minutes on two cores)."""
+    """Return the environment's folder, made first if it is missing (three minutes on two cores)."""
     needed("g++")
     needed("nm")
     parts = [path.read_bytes() for path in (REQUIREMENTS, DRIVER, Path(__file__))]
@@ -86,7 +86,7 @@ def run_pytest(driver: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 def driver_names() -> list[str]:
-    """What pycuda calls of the driver."""
+    """Return the names of the driver that pycuda calls."""
     return _driver_names(bindings())
 
 
@@ -140,7 +140,7 @@ def _uv(*arguments: str, **environment: str) -> None:
 
 
 def _build_libraries(folder: Path) -> None:
-    """What is linked against: TensorRT's names, CUDA's headers and a libcuda with one name."""
+    """Build the libraries to link against: TensorRT's names, CUDA's headers and a libcuda with one name."""
     lib, lib64 = folder / "lib-none", folder / "toolkit" / "lib64"
     lib.mkdir()
     lib64.mkdir(parents=True)
@@ -154,7 +154,7 @@ def _build_libraries(folder: Path) -> None:
 
 
 def _build_driver(folder: Path) -> None:
-    """A libcuda with every name that pycuda needs, each of which says that there is no device."""
+    """Build a libcuda with every name that pycuda needs; each function reports that there is no device."""
     source = DRIVER.read_text()
     others = [name for name in _driver_names(folder) if f"{name}(" not in source]
     defined = "".join(f"int {name}(void) {{ return NO_DEVICE; }}\n" for name in others)

@@ -37,7 +37,7 @@ def collector_binary() -> Path:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Tests run in several processes; one of them builds."""
+    """Lock a file, so that only one of several test processes builds."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -63,7 +63,7 @@ def _build(binary: Path) -> None:
 
 
 class Collector(Server):
-    """The Collector on a port of its own; what it receives is in `received()`."""
+    """The Collector on a free port; it writes received data to files (`file`)."""
 
     name = "collector"
     start_limit_s = 60.0
@@ -103,5 +103,5 @@ class Collector(Server):
         return f"http://127.0.0.1:{self.port}"
 
     def file(self, signal: str) -> Path:
-        """Where it writes traces or metrics."""
+        """Return the file to which it writes traces or metrics."""
         return self.folder / f"{signal}.jsonl"

@@ -1,4 +1,4 @@
-"""A rerank worker whose process dies under certain requests, as it would in a decoder that crashes."""
+"""A rerank worker whose process crashes on certain requests, as a faulty decoder would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A delivery under test: an outbox that acknowledges, or an executor that runs, when the test says so."""
+"""A delivery under test, with an outbox that acknowledges and an executor that runs when the test calls them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Counted(Counter):
 
 
 class HeldOutbox:
-    """Acknowledges when the test says so."""
+    """Acknowledges messages when the test calls `settle`."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[Outgoing, Future[None]]] = []
@@ -72,7 +72,7 @@ class HeldOutbox:
 
 
 class HeldExecutor(Executor):
-    """Runs what was submitted when the test says so."""
+    """Runs submitted calls when the test calls `run`."""
 
     def __init__(self) -> None:
         self.submitted: list[tuple[Future, object]] = []
@@ -91,7 +91,7 @@ class HeldExecutor(Executor):
 
 
 def committed_in(broker: MemoryBroker) -> dict[Partition, int]:
-    """The committed offsets of the one group, without those that only report the start of work."""
+    """Return the group's committed offsets, without commits that only mark the start of work."""
     return {partition: commit.offset for (_, partition), commit in broker.committed.items() if commit.offset > 0}
 
 

@@ -1,4 +1,4 @@
-"""The Kubernetes overlays as they are applied, and compose.yaml, read as a platform would read them."""
+"""Reads the Kubernetes overlays and compose.yaml as a platform would."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = ("local", "cpu", "gpu", "tensorrt")
 WORKERS = ("ingest", "rerank")
-#: What the Secret that a platform brings holds; its names are in docs/how-to/deploy.md.
+#: Content of the Secret that a platform adds; docs/how-to/deploy.md lists its names.
 CREDENTIALS = {
     "REDIS_URL": "rediss://edje:secret@redis.example:6380/0",
     "DATABASE_URL": "postgresql://edje:secret@postgres.example:5432/edje",
@@ -29,7 +29,7 @@ Object = dict[str, Any]
 
 @functools.cache
 def rendered(overlay: str) -> list[Object]:
-    """Every object of an overlay, with its defaults, references and hashes filled in."""
+    """Return every object of an overlay, with defaults, references and hashes filled in."""
     return list(yaml.safe_load_all(run([str(kustomize()), "build", str(KUBERNETES / "overlays" / overlay)])))
 
 
@@ -38,7 +38,7 @@ def of_kind(objects: list[Object], kind: str) -> dict[str, Object]:
 
 
 def pod_templates(objects: list[Object]) -> dict[str, Object]:
-    """Every pod that the overlay would have made, by kind and name of what makes it."""
+    """Return the template of every pod of an overlay, by kind and name of its controller."""
     return {
         f"{maker['kind']}/{maker['metadata']['name']}": maker["spec"]["template"]
         for maker in objects
@@ -53,7 +53,7 @@ def container_of(objects: list[Object], worker: str) -> Object:
 
 
 def environment_of(objects: list[Object], worker: str) -> dict[str, str]:
-    """The variables of a worker's container, references resolved as the kubelet would."""
+    """Return the variables of a worker's container, with references resolved as the kubelet does."""
     maps = {name: found["data"] for name, found in of_kind(objects, "ConfigMap").items()}
     secrets = {name: found["data"].keys() for name, found in of_kind(objects, "Secret").items()}
     container = container_of(objects, worker)
@@ -66,7 +66,7 @@ def environment_of(objects: list[Object], worker: str) -> dict[str, str]:
         if reference["key"] in present:
             variables[variable["name"]] = CREDENTIALS[reference["key"]]
         else:
-            assert reference.get("optional"), f"{variable['name']} refers to a key that nobody has"
+            assert reference.get("optional"), f"{variable['name']} refers to a missing key"
     return variables
 
 
@@ -82,7 +82,7 @@ def compose() -> Mapping[str, Object]:
 
 
 def compose_environment(service: Object) -> dict[str, str]:
-    """As compose reads it: files in their order, then what the service itself says."""
+    """Return a service's variables as compose reads them: files in order, then the service's own entries."""
     variables: dict[str, str] = {}
     for name in service.get("env_file", ()):
         lines = (ROOT / name).read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Every PromQL query of the deployment: of the dashboard, the alerts and the autoscaler; and the names in them."""
+"""Returns every PromQL query of the dashboard, the alerts and the autoscaler, and the metric names in a query."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from deploy_manifests import KUBERNETES
 
 MONITORING = KUBERNETES / "monitoring"
-#: What Grafana puts in for its variables, on a Prometheus that asks every second.
+#: Values of Grafana's variables, for a Prometheus that scrapes every second.
 GRAFANA = {"$__rate_interval": "15s", "$namespace": ".*"}
 _METRIC = re.compile(r"\b(?:edje|process|up)\w*(?=[\s{)\[]|$)")
 
@@ -49,6 +49,6 @@ def queries() -> dict[str, str]:
 
 
 def metrics_in(query: str) -> set[str]:
-    """The names of series in a query; words in quotes and labels to group by are none."""
+    """Return the series names in a query, without quoted words and grouping labels."""
     bare = re.sub(r"\b(?:by|without|on|ignoring)\s*\([^)]*\)", "", re.sub(r'"[^"]*"', '""', query))
     return set(_METRIC.findall(bare))

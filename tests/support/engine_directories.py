@@ -61,7 +61,7 @@ KINDS = {
 
 
 def sample(tmp_path_factory, kind: str) -> Sample:
-    """The sample of a kind, made by whoever asks first. It is everybody's: nothing may be changed in it."""
+    """Return the sample of a kind, made by the first caller. All tests share it, so it must not be changed."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -71,7 +71,7 @@ def sample(tmp_path_factory, kind: str) -> Sample:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not engine.exists():
             draft = folder / f".engine-{kind}"
-            for begun in (checkpoint, draft):  # by somebody who was stopped
+            for begun in (checkpoint, draft):  # left by an interrupted process
                 shutil.rmtree(begun, ignore_errors=True)
             write_untrained(config, checkpoint, seed=SEED)
             draft.mkdir()
@@ -82,5 +82,5 @@ def sample(tmp_path_factory, kind: str) -> Sample:
 
 
 def copy_of(made: Sample, folder: Path) -> Path:
-    """An engine directory of a test's own, to be broken."""
+    """Return a copy of an engine directory that a test may damage."""
     return Path(shutil.copytree(made.engine, folder / "engine"))

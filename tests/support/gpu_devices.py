@@ -1,4 +1,4 @@
-"""What the tests of `make test-gpu` need; what is missing is skipped with its name."""
+"""Fixtures of `make test-gpu`; a test whose module or device is missing is skipped with its name."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""A real KEDA, outside of the cluster that it scales: the operator, and the adapter that the autoscaler asks."""
+"""A real KEDA outside the cluster that it scales: the operator, and the adapter that the autoscaler queries."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _METRICS = "external.metrics.k8s.io"
 
 
 class KedaOperator(Server):
-    """Reads ScaledObjects, asks what they name, and makes an autoscaler for each."""
+    """Reads ScaledObjects, queries their triggers, and makes an autoscaler for each."""
 
     name = "keda-operator"
     start_limit_s = 120.0
 
     def __init__(self, folder: Path, api: ApiServer, trusted: Path) -> None:
-        """`trusted` is a folder of certificates, by which it knows the Kafka that it asks for lags."""
+        """`trusted` is a folder of certificates that it trusts, such as that of the Kafka whose lag it reads."""
         super().__init__(folder)
         self._api = api
         self._trusted = trusted
@@ -89,7 +89,7 @@ class KedaAdapter(Server):
         return answers(f"https://127.0.0.1:{self.port}/healthz")
 
     def register(self) -> None:
-        """Have the API server pass the questions on, and wait until it does."""
+        """Register the adapter with the API server, and wait until its requests arrive."""
         service = {
             "apiVersion": "v1",
             "kind": "Service",

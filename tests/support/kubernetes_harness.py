@@ -1,6 +1,6 @@
-"""A real Kubernetes API server with its etcd, on this machine and for this test, and controllers for who asks for them.
+"""A real Kubernetes API server with etcd on this machine for one test, and optional controllers.
 
-There are no nodes: pods stay pending unless somebody binds and runs them.
+There are no nodes: pods stay pending unless a test binds and runs them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from certificates import Authority
 from deploy_tools import control_plane, etcd, needed, run
 from server_process import Server, free_port
 
-#: Of servers on this machine whose certificates are their own.
+#: For servers on this machine with self-signed certificates.
 _UNVERIFIED = ssl.create_default_context()
 _UNVERIFIED.check_hostname, _UNVERIFIED.verify_mode = False, ssl.CERT_NONE
 
@@ -64,7 +64,7 @@ class Etcd(Server):
 
 
 class ApiServer(Server):
-    """With an administrator's token; namespaces, quotas and Pod Security are enforced, and APIs can be added to it."""
+    """An API server with an administrator's token, enforced namespaces, quotas and Pod Security; APIs can be added."""
 
     name = "apiserver"
     start_limit_s = 180.0
@@ -149,7 +149,7 @@ class ApiServer(Server):
             return json.load(answer)
 
     def kubeconfig(self) -> Path:
-        """A file by which other programs reach the server as its administrator."""
+        """Return a file with which other programs connect as administrator."""
         path = self.folder / "kubeconfig"
         content = {
             "apiVersion": "v1",

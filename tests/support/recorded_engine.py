@@ -61,7 +61,7 @@ def recorded_modules(gpu: Gpu, checkpoint: Path | None = None, without: str = ""
 
 
 def compute_of(checkpoint: Path) -> Any:
-    """Opens what `plan_of` was given, a graph's name and its storage type."""
+    """Return a function that opens a graph by the arguments of `plan_of`: its name and storage type."""
     loaded = load_checkpoint(checkpoint)
     model = loaded.model.eval()
 

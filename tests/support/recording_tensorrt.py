@@ -25,7 +25,7 @@ Compute = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
 def plan_of(spec: GraphSpec, storage: str) -> bytes:
-    """What stands in a directory for the plan of a graph."""
+    """Return the bytes that replace a graph's plan in an engine directory."""
     return json.dumps({**asdict(spec), "storage": storage}).encode()
 
 

@@ -1,7 +1,7 @@
 """A torch device with streams and graphs, without a GPU: tensors are the processor's, and what depends on the kind of
 device is recorded.
 
-It is as lazy as a GPU may be: work on the fill stream happens when somebody waits for it, and no sooner.
+As lazy as a GPU may be: work on the fill stream runs only when a caller waits for it.
 """
 
 from __future__ import annotations
