@@ -90,7 +90,13 @@ class ImageIndexed(Event):
     num_bytes: Annotated[int, Field(ge=1, description="of the whole token blob")]
     content_sha256: Annotated[Sha256Hex, Field(description="of the image file")]
     timings_ms: Timings = Field(default_factory=dict)
-    skipped: Annotated[bool, Field(description="the same content was already stored under the same model")] = False
+    skipped: Annotated[
+        bool,
+        Field(
+            description="the same content was already stored under the same model; can be the first report of new "
+            "content, so a cache compares content_sha256"
+        ),
+    ] = False
     embedding: Annotated[
         list[Finite] | None, Field(max_length=MAX_EMBEDDING_DIM, description="pooled output of the vision tower")
     ] = None
