@@ -48,7 +48,7 @@ class Delivery(Protocol):
         ...
 
     def turn(self, now: float) -> None:
-        """Publish, retry and commit what is due."""
+        """Do all publishing, retries and commits that are due."""
         ...
 
     def wants_turn_in_s(self, now: float) -> float | None:

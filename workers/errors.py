@@ -79,7 +79,7 @@ class Misconfigured(WorkerError):
 def as_internal_error(error: BaseException, **ids: object) -> Poison:
     """Return the error of one message for an exception raised while it was handled; log an unexpected one.
 
-    A `Poison` is returned as it is. `ids` (request_id, image_id, partition, offset…) go into the log line.
+    A `Poison` is returned unchanged. `ids` (request_id, image_id, partition, offset…) go into the log line.
     """
     if isinstance(error, Poison):
         return error

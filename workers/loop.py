@@ -99,7 +99,7 @@ class Loop:
         self._left: Future[None] | None = None
 
     def stop(self) -> None:
-        """Take no more records, finish what is in work within the grace period, then return from `run`.
+        """Take no more records, finish the records in work within the grace period, then return from `run`.
 
         Sets a flag, so that a signal handler may call it; the loop notices within `MAX_WAIT_S`.
         """

@@ -26,7 +26,7 @@ from trt.manifest import BuildOptions, BuiltOn, FileDigest, GraphFiles, Manifest
 from trt.profiles import profiles_of
 from trt.slab.layout import SlotLayout
 
-#: What speaks to the GPU and is imported anew over the recorded modules.
+#: Modules that use the GPU and are imported again over the recorded modules.
 OVER_THE_GPU = (
     "trt.cuda.",
     "trt.slab.device",

@@ -14,9 +14,9 @@ from typing import Any
 
 @dataclass
 class Recorder:
-    """What was asked of the builder, and which of its calls are to fail."""
+    """The requests to the builder, and the calls that are to fail."""
 
-    plans: dict[str, bytes] = field(default_factory=dict)  # what is built of a graph, by its file's stem
+    plans: dict[str, bytes] = field(default_factory=dict)  # the plan of each graph, by its file's stem
     faults: set[str] = field(default_factory=set)
     parser_errors: list[tuple[str, str, str]] = field(default_factory=list)  # operator, node, description
     networks: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A module in place of TensorRT, over the GPU of `recording_cuda`: its plans say what they take, and others compute it.
+"""A module in place of TensorRT, over the GPU of `recording_cuda`: plans name their inputs, and functions compute them.
 
 Public names are those of the real module (`tests/trt/native` compares them);
 whatever begins with `_` is our own.

@@ -48,7 +48,7 @@ TOPIC_REFUSED = (
 
 
 def translated(error: BaseException) -> BaseException:
-    """Return the worker's error for a Kafka error; an error without a remedy is returned as it is."""
+    """Return the worker's error for a Kafka error; any other error is returned unchanged."""
     if isinstance(error, MISCONFIGURED):
         return Misconfigured(f"Kafka refuses this worker: {error}")  # Kafka's errors begin with their names
     if isinstance(error, (kafka_errors.RetriableError, *REBALANCING)):

@@ -167,7 +167,7 @@ class Gateway:
         settings = self._settings
         keys = ApiKeys.parse(settings.api_keys.get_secret_value())
         if not keys.are_required:
-            log.warning("anyone who reaches the gateway may use it: GATEWAY_API_KEYS is empty")
+            log.warning("every caller may use the gateway, because GATEWAY_API_KEYS is empty")
         info = model_info(settings.checkpoint, vectors.model_digest) if vectors is not None else NO_MODEL
         handlers = Handlers(
             reranking=reranking,

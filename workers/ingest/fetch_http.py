@@ -125,7 +125,7 @@ class HttpReader:
 def decoded_body(body: bytes, content_encodings: list[str], limit: int, where: str) -> bytes:
     """Return a body without its content encodings. Raises `Poison` if it cannot be read or exceeds `limit` bytes.
 
-    Many servers send a plain image with a wrong or meaningless encoding, so the body is kept as it is if its first
+    Many servers send a plain image with a wrong or meaningless encoding, so the body is kept unchanged if its first
     bytes are those of an image.
     """
     for encoding in reversed(",".join(content_encodings).lower().split(",")):

@@ -1,7 +1,7 @@
 """Looks up, writes and removes the values of images in the token store, many images in one call.
 
 Blocks until the store answers. Knows the layout of blobs and the order of events; knows nothing of records, threads
-and of what is published.
+or published events.
 """
 
 from __future__ import annotations
