@@ -6,22 +6,20 @@ know ports.
 
 from __future__ import annotations
 
-import enum
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Annotated, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import structlog
-import typer
 
 from protocols.topics import Topics
 from trt.contract import EngineError, EngineInfo
+from workers.command_line import ShowConfig, run_command, run_with_settings
 from workers.connect import Subscription, connect, transactional_id
 from workers.dead_letters import DeadLetters
 from workers.errors import Misconfigured, Transient
@@ -30,11 +28,10 @@ from workers.logs import set_up_logs
 from workers.loop import Loop, Wake
 from workers.metrics import Metrics, RetryKind
 from workers.ports import Follower, Inbox, Job, Partition, TokenStore
-from workers.read_settings import near_misses, read_settings, secrets_of, variable_names
+from workers.read_settings import near_misses, secrets_of, variable_names
 from workers.retrying import Retry
 from workers.secrets import mask_addresses
 from workers.settings import EngineSettings, WorkerSettings
-from workers.show_config import show_config
 from workers.store.client import RedisStore
 from workers.telemetry.bus_spans import BusSpans
 from workers.telemetry.metric_export import MetricExport
@@ -55,13 +52,6 @@ GAUGES_S = 1.0
 PROBE_S = 5.0
 #: Kinds of retries whose result shows whether the store or database works.
 STORE_RETRIES: tuple[RetryKind, ...] = ("store_read", "store_write")
-
-
-class Layout(enum.StrEnum):
-    """How `--show-config` writes the settings."""
-
-    table = "table"
-    json = "json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,28 +129,12 @@ def run_worker(
     """
     program = f"python -m workers.{name}"
 
-    def command(
-        layout: Annotated[
-            Layout | None,
-            typer.Option("--show-config", help="List every setting (table or json; default table), then exit."),
-        ] = None,
-    ) -> None:
-        try:
-            settings = read_settings(kind)
-        except Misconfigured as error:
-            print(f"{program}: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        if layout is not None:
-            show_config(settings, sys.stdout, layout.value)
-            return
-        raise typer.Exit(_run_logged(name, settings, build, loads=loads, needs=needs))
+    def command(layout: ShowConfig = None) -> None:
+        run_with_settings(
+            program, kind, layout, lambda settings: _run_logged(name, settings, build, loads=loads, needs=needs)
+        )
 
-    arguments = sys.argv[1:]
-    if arguments[-1:] == ["--show-config"]:  # the option's value may be left out
-        arguments.append(Layout.table)
-    app = typer.Typer(add_completion=False)
-    app.command(help="Settings come from the environment.")(command)
-    app(arguments, prog_name=program)
+    run_command(program, command)
     return 0
 
 

@@ -14,14 +14,13 @@ import structlog
 import typer
 
 from edje.checkpoint import CheckpointError
+from workers.command_line import ShowConfig, run_command, run_with_settings
 from workers.errors import Misconfigured
 from workers.gateway.api_keys import ApiKeys, new_key
 from workers.gateway.replica import Gateway
 from workers.gateway.settings import GatewaySettings
 from workers.logs import set_up_logs
-from workers.read_settings import near_misses, read_settings, secrets_of
-from workers.runtime import Layout
-from workers.show_config import show_config
+from workers.read_settings import near_misses, secrets_of
 
 log = structlog.get_logger(__name__)
 
@@ -30,26 +29,15 @@ PROGRAM = "python -m workers.gateway"
 
 
 def command(
-    layout: Annotated[
-        Layout | None, typer.Option("--show-config", help="List every setting (table or json; default table), end.")
-    ] = None,
+    layout: ShowConfig = None,
     key_name: Annotated[
         str | None,
-        typer.Option("--new-key", metavar="NAME", help="Print an API key and its settings entry, end."),
+        typer.Option("--new-key", metavar="NAME", help="Print an API key and its settings entry, then exit."),
     ] = None,
 ) -> None:
-    """Settings come from the environment."""
     if key_name is not None:
         raise typer.Exit(print_new_key(key_name))
-    try:
-        settings = read_settings(GatewaySettings)
-    except Misconfigured as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    if layout is not None:
-        show_config(settings, sys.stdout, layout.value)
-        return
-    raise typer.Exit(run(settings))
+    run_with_settings(PROGRAM, GatewaySettings, layout, run)
 
 
 def run(settings: GatewaySettings) -> int:
@@ -80,15 +68,5 @@ def print_new_key(name: str) -> int:
     return 0
 
 
-def main() -> None:
-    """Run the command line."""
-    arguments = sys.argv[1:]
-    if arguments[-1:] == ["--show-config"]:  # the option's value may be left out
-        arguments.append(Layout.table)
-    app = typer.Typer(add_completion=False)
-    app.command()(command)
-    app(arguments, prog_name=PROGRAM)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(PROGRAM, command)
