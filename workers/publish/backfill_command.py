@@ -15,7 +15,7 @@ from protocols.blob import blob_keys
 from protocols.dead_letters import DeadLetter
 from protocols.topics import Topics
 from workers.bus.producer import KafkaOutbox
-from workers.bus.reader import KafkaReader
+from workers.bus.reader import KafkaReader, Start
 from workers.client import MAX_MESSAGE_BYTES, Client, answer_topics
 from workers.publish.backfill import Backfill, Balance, Checkpoint, FailedIds
 from workers.publish.command import (
@@ -66,8 +66,11 @@ def backfill(
         listing = f"{fingerprint_of(source)}, prefix {prefix!r}, extensions {keep_extension}"
         checkpoint = Checkpoint.load(state, listing, now)
         options = connection(brokers)
+        # Outcomes since the last save count only for images that wait for one. Without any, an old dead letter must not
+        # be taken for the outcome of an image that is published again.
         since = datetime.fromisoformat(checkpoint.saved_at) - CLOCK_TOLERANCE
-        reader = KafkaReader(options, answer_topics(topics)[:2], start=since, max_message_bytes=MAX_MESSAGE_BYTES)
+        start: Start = since if checkpoint.waiting else "end"
+        reader = KafkaReader(options, answer_topics(topics)[:2], start=start, max_message_bytes=MAX_MESSAGE_BYTES)
         failed = FailedIds(state.with_name(f"{state.name}.failed"))
         failed_again: list[str] = []
         client = Client(KafkaOutbox(options, max_message_bytes=MAX_MESSAGE_BYTES, linger_ms=5), reader, topics)

@@ -148,16 +148,11 @@ def test_the_error_for_a_model_that_cannot_be_traced_names_the_part(tmp_path_fac
         def forward(self, text_ids, text_lengths):
             return text_ids if text_lengths.sum() > 3 else text_lengths
 
+    checkpoint = load_checkpoint(sample(tmp_path_factory, "full").checkpoint)  # may export graphs of its own
     monkeypatch.setattr(trt.export.onnx_export, "_part", lambda *_: Branching())
 
     with pytest.raises(ExportFailed, match="the query part of the model cannot be exported"):
-        export_graph(
-            "query",
-            load_checkpoint(sample(tmp_path_factory, "full").checkpoint),
-            tmp_path,
-            storage="int8",
-            precision="fp32",
-        )
+        export_graph("query", checkpoint, tmp_path, storage="int8", precision="fp32")
 
 
 def test_weights_of_a_large_model_lie_beside_its_graph(tmp_path_factory, tmp_path, monkeypatch):
