@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ROOT / "docs" / "reference" / "commands.md"
 ERRORS = ROOT / "docs" / "reference" / "errors.md"
 #: Calls whose string arguments in lower case with underscores are codes.
 CARRIERS = {"Poison", "Refused", "EventError", "ImageError", "ApiError", "NoRanking", "warn"} | {
@@ -36,6 +37,36 @@ def codes_in(path: Path) -> set[str]:
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and CODE.fullmatch(argument.value)
         }
     return found - NOT_CODES
+
+
+def options_of_commands() -> dict[str, set[str]]:
+    """The options of each documented command, as `module subcommand`, from the generated reference."""
+    sections = re.split(r"^## `python -m (.+)`$", COMMANDS.read_text(), flags=re.MULTILINE)[1:]
+    found = zip(sections[::2], sections[1::2], strict=True)
+    return {name: {"--help", *re.findall(r"`(--[a-z0-9-]+)`", text)} for name, text in found}
+
+
+def commands_in(text: str) -> list[str]:
+    """The command lines of a document's code blocks that run one of the project's modules."""
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    lines = [line.split("#")[0] for line in blocks.replace("\\\n", " ").splitlines()]
+    return [line.split(" -m ", 1)[1].strip() for line in lines if re.search(r" -m (workers|edje|trt)\.", line)]
+
+
+def test_commands_in_the_documents_have_the_options_they_use():
+    known = options_of_commands()
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*/*.md")]
+    lines = [(page.name, line) for page in pages for line in commands_in(page.read_text())]
+    wrong = []
+    for page, line in lines:
+        words = line.split()
+        name = next((each for each in (" ".join(words[:2]), words[0]) if each in known), None)
+        if name is not None:
+            used = {word.split("=")[0] for word in words if re.match(r"--[a-z]", word)}
+            wrong += [(page, line, option) for option in sorted(used - known[name])]
+
+    assert len(lines) > 20
+    assert wrong == []
 
 
 def test_every_code_is_explained():
